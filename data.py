@@ -1,0 +1,622 @@
+"""Datasets by name, the study's transforms, few-shot subsets, and batches that any layout repeats.
+
+Data flows: `load_dataset` -> `ImageDataset` (uint8 images and labels) -> a `Pipeline` (what is done
+to a pixel once, what is drawn anew each time) -> `Batches` (the global batch of step s, or one
+rank's part of it) -> `loader` (the same, read ahead by worker processes).
+
+Images stay uint8 until they are on the device; engine.py normalises them there.
+"""
+
+import csv
+import difflib
+import functools
+import math
+import os
+import signal
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torchvision.transforms.v2 import functional as TF
+
+import synthetic
+
+# Mean and standard deviation of pixels in [0,1], by the domain of the pre-training source.
+NORMALIZATION = {
+    "natural": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "medical": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+
+
+# ------------------------------------------------------------------------------------------------
+# Images
+# ------------------------------------------------------------------------------------------------
+
+
+def read_image(path, mode):
+    """Decodes one file to uint8 (C,H,W). mode: "RGB" (natural) or "L" (X-ray, C = 1).
+
+    Grey is copied to RGB; colour becomes luma for "L"; alpha is dropped; 16-bit grey is divided
+    by 257, so that 65535 becomes 255. Raises ValueError naming an unreadable or truncated file.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                pixels = _to_uint8(image, mode)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such image") from error
+    except (OSError, SyntaxError, ValueError, Warning, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: unreadable image ({error}); mend or remove it") from error
+    pixels = torch.from_numpy(pixels)
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+
+
+def _to_uint8(image, mode):
+    if not image.mode.startswith(("I", "F")):
+        return np.array(image.convert(mode))
+    pixels = np.asarray(image)
+    if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError("neither 8- nor 16-bit pixels")
+    grey = np.rint(pixels / 257).astype(np.uint8)
+    return grey if mode == "L" else np.repeat(grey[..., None], 3, axis=2)
+
+
+# ------------------------------------------------------------------------------------------------
+# Datasets
+# ------------------------------------------------------------------------------------------------
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """Images with labels; [i] -> (uint8 (C,H,W), label).
+
+    name: as given to load_dataset. reader: i -> uint8 (C,H,W). labels: (N,) int64 for
+    task "multiclass", (N,C) float32 in {0,1,nan} for "multilabel". classes: tuple of str.
+    domain: "natural" or "medical". groups: (N,) patient ids, or None. size: the images' side in
+    pixels where the set is made at a side of its own (the synthetic ones), else None.
+    """
+
+    def __init__(self, name, reader, labels, classes, task, domain, groups=None, size=None):
+        self.name, self.reader, self.labels, self.classes = name, reader, labels, tuple(classes)
+        self.task, self.domain, self.groups, self.size = task, domain, groups, size
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return self.read(i), torch.as_tensor(self.labels[i])
+
+    def read(self, i):
+        """The image i as a uint8 tensor (C,H,W)."""
+        return self.reader(i)
+
+    def subset(self, indices):
+        """The same dataset with only these images, in this order."""
+        indices = np.asarray(indices)
+        reader = functools.partial(_read_subset, self.reader, indices)
+        return self.replace(
+            reader=reader,
+            labels=self.labels[indices],
+            groups=None if self.groups is None else self.groups[indices],
+        )
+
+    def replace(self, **changes):
+        """A copy with some attributes changed."""
+        return ImageDataset(**(vars(self) | changes))
+
+
+def _read_subset(reader, indices, i):
+    return reader(indices[i])
+
+
+def _read_array(images, i):
+    return torch.from_numpy(images[i]).permute(2, 0, 1)
+
+
+def _read_file(folder, names, mode, i):
+    return read_image(os.path.join(folder, os.fsdecode(names[i])), mode)
+
+
+def _read_synthetic(name, split, size, seed, i):
+    return torch.from_numpy(synthetic.render(name, split, int(i), size, seed))
+
+
+def load_dataset(name, root="datasets", split="train", **options):
+    """The dataset of that name.
+
+    name: a key of DATASETS or folder:PATH. root: directory that holds the real datasets.
+    split: "train" or "test". options: download=True fetches what torchvision can fetch;
+    seed=0 and size=None (pixels) for the synthetic worlds.
+    Raises ValueError for an unknown name, option, column or label, FileNotFoundError for a
+    missing directory or file; each names it and the mend.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"unknown split {split!r}; known: train, test")
+    if name.startswith("folder:"):
+        return _folder(name, Path(name.removeprefix("folder:")), split, **options)
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0)[0]
+        raise ValueError(
+            f"unknown dataset {name!r}; did you mean {near!r}? "
+            f"known: {', '.join(DATASETS)}, folder:PATH"
+        )
+    return DATASETS[name](name, Path(root), split, **options)
+
+
+def dataset_slug(name):
+    """The name as a part of a path: folder:/a/b becomes folder-b."""
+    if name.startswith("folder:"):
+        return f"folder-{Path(name.removeprefix('folder:')).resolve().name}"
+    return name
+
+
+def _synthetic(name, root, split, seed=0, size=None, download=False):
+    world = synthetic.WORLDS[name]
+    size = size or world.size
+    labels = synthetic.labels(name, split, getattr(world, split), seed)
+    reader = functools.partial(_read_synthetic, name, split, size, seed)
+    return ImageDataset(name, reader, labels, world.classes, world.task, world.domain, size=size)
+
+
+def _folder(name, path, split, download=False):
+    """PATH/train/CLASS/*, PATH/test/CLASS/*; classes are the sorted names below train/."""
+    for part in ("train", "test"):
+        if not (path / part).is_dir():
+            raise FileNotFoundError(
+                f"{name}: no directory {path / part}; images belong in PATH/train/CLASS/ and "
+                "PATH/test/CLASS/"
+            )
+    classes = sorted(entry.name for entry in os.scandir(path / "train") if entry.is_dir())
+    if not classes:
+        raise ValueError(f"{path / 'train'}: holds no class directory")
+    here = sorted(entry.name for entry in os.scandir(path / split) if entry.is_dir())
+    for unknown in set(here) - set(classes):
+        raise ValueError(f"{path / split / unknown}: no class of that name in {path / 'train'}")
+    names, labels = [], []
+    for label, cls in enumerate(classes):
+        files = _image_names(path / split / cls) if cls in here else []
+        if not files:
+            raise ValueError(f"{path / split / cls}: the class has no image; add some or drop it")
+        names += [os.fsencode(f"{cls}/{file}") for file in files]
+        labels += [label] * len(files)
+    reader = functools.partial(_read_file, str(path / split), np.array(names), "RGB")
+    return ImageDataset(
+        name, reader, np.array(labels, np.int64), classes, "multiclass", "natural"
+    )
+
+
+def _image_names(folder):
+    """Sorted file names; hidden files are passed over, any other file must be an image."""
+    names = sorted(e.name for e in os.scandir(folder) if not e.name.startswith("."))
+    for name in names:
+        if not name.lower().endswith(IMAGE_ENDINGS):
+            raise ValueError(
+                f"{folder / name}: not an image by its ending ({' '.join(IMAGE_ENDINGS)}); "
+                "move it out of the dataset"
+            )
+    return names
+
+
+def _torchvision(build):
+    """Turns torchvision's 'not found' into a line that names the directory and the mend."""
+
+    @functools.wraps(build)
+    def wrapped(name, root, split, download=False):
+        try:
+            return build(name, root, split, download)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{name}: torchvision needs {error.name}: pip install {error.name}")
+        except (RuntimeError, FileNotFoundError) as error:
+            raise FileNotFoundError(
+                f"{name}: not found or not whole below {root}; give --data-dir, or --download"
+            ) from error
+
+    return wrapped
+
+
+@_torchvision
+def _cifar(name, root, split, download):
+    build = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
+    source = build[name](root, train=split == "train", download=download)
+    labels = np.array(source.targets, np.int64)
+    reader = functools.partial(_read_array, source.data)
+    return ImageDataset(name, reader, labels, source.classes, "multiclass", "natural")
+
+
+@_torchvision
+def _flowers(name, root, split, download):
+    # The study trains on the official test list and tests on train + validation.
+    parts = {"train": ("test",), "test": ("train", "val")}[split]
+    sources = [torchvision.datasets.Flowers102(root, p, download=download) for p in parts]
+    paths = [path for source in sources for path in source._image_files]
+    labels = [label for source in sources for label in source._labels]
+    classes = getattr(sources[0], "classes", [str(i) for i in range(102)])
+    return _path_dataset(name, paths, labels, classes)
+
+
+@_torchvision
+def _pets(name, root, split, download):
+    part = {"train": "trainval", "test": "test"}[split]
+    source = torchvision.datasets.OxfordIIITPet(root, part, download=download)
+    return _path_dataset(name, source._images, source._labels, source.classes)
+
+
+def _path_dataset(name, paths, labels, classes):
+    names = np.array([os.fsencode(path) for path in paths])
+    reader = functools.partial(_read_file, "", names, "RGB")
+    return ImageDataset(
+        name, reader, np.array(labels, np.int64), classes, "multiclass", "natural"
+    )
+
+
+NIH_CLASSES = (
+    "Atelectasis Cardiomegaly Consolidation Edema Effusion Emphysema Fibrosis Hernia "
+    "Infiltration Mass Nodule Pleural_Thickening Pneumonia Pneumothorax"
+).split()
+
+
+def _nih(name, root, split, download=False):
+    """NIH ChestX-ray14 (Wang et al. 2017, arXiv:1705.02315) in its official layout and split."""
+    if download:
+        raise ValueError(f"{name}: cannot be downloaded from here; its owner distributes it")
+    folder = root / "NIH-ChestXRay-14"
+    table = folder / "Data_Entry_2017_v2020.csv"
+    chosen_list = folder / {"train": "train_val_list.txt", "test": "test_list.txt"}[split]
+    for path in (table, chosen_list, folder / "images"):
+        if not path.exists():
+            raise FileNotFoundError(f"{name}: no {path}; give the directory above as --data-dir")
+    chosen = dict.fromkeys(chosen_list.read_text().split())
+    names, labels, patients = [], [], []
+    columns = ("Image Index", "Finding Labels", "Patient ID")
+    for line, (image, findings, patient) in _read_csv(table, columns):
+        if image in chosen:
+            names.append(image.encode())
+            labels.append(_nih_labels(findings, f"{table}, line {line}"))
+            patients.append(int(patient))
+    missing = chosen.keys() - {name.decode() for name in names}
+    if missing:
+        raise ValueError(f"{chosen_list}: {min(missing)} has no row in {table.name}")
+    missing = chosen.keys() - {entry.name for entry in os.scandir(folder / "images")}
+    if missing:
+        raise FileNotFoundError(
+            f"{folder / 'images' / min(missing)}: listed in {chosen_list.name} but missing "
+            f"({len(missing)} such)"
+        )
+    reader = functools.partial(_read_file, str(folder / "images"), np.array(names), "L")
+    labels = np.array(labels, np.float32).reshape(-1, len(NIH_CLASSES))
+    groups = np.array(patients, np.int64)
+    return ImageDataset(name, reader, labels, NIH_CLASSES, "multilabel", "medical", groups)
+
+
+def _nih_labels(findings, where):
+    present = set(findings.split("|")) - {"No Finding"}
+    for unknown in present - set(NIH_CLASSES):
+        raise ValueError(f"{where}: unknown finding {unknown!r}; known: {', '.join(NIH_CLASSES)}")
+    return [cls in present for cls in NIH_CLASSES]
+
+
+def _read_csv(path, columns):
+    """Yields (line number, the values of these columns) for each row."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = csv.reader(file)
+        header = next(rows, [])
+        for column in columns:
+            if column not in header:
+                raise ValueError(f"{path}: no column {column!r}; it has: {', '.join(header)}")
+        places = [header.index(column) for column in columns]
+        for row in rows:
+            if row and len(row) <= max(places):
+                raise ValueError(f"{path}, line {rows.line_num}: {len(row)} columns only")
+            if row:
+                yield rows.line_num, [row[place] for place in places]
+
+
+DATASETS = {
+    **dict.fromkeys(synthetic.WORLDS, _synthetic),
+    "cifar10": _cifar,
+    "cifar100": _cifar,
+    "flowers102": _flowers,
+    "pets": _pets,
+    "nih": _nih,
+}
+
+
+# ------------------------------------------------------------------------------------------------
+# Few-shot subsets
+# ------------------------------------------------------------------------------------------------
+
+
+def few_shot_indices(labels, shots, seed, classes=None):
+    """Indices of a few-shot training set, sorted: (M,) int64.
+
+    labels: (N,) int64, or (N,C) in {0,1,nan}. Multi-class: `shots` images of each class without
+    replacement; a larger `shots` with the same seed holds the smaller one's images. Multi-label:
+    images are taken in random order while some class that they show has fewer than `shots`
+    positives. classes: names for the message. Raises ValueError when a class has too few images.
+    """
+    labels = np.asarray(labels)
+    multilabel = labels.ndim == 2
+    positive = labels == 1 if multilabel else labels
+    counts = positive.sum(0) if multilabel else np.bincount(labels, minlength=len(classes or ()))
+    for cls, count in enumerate(counts):
+        if count < shots:
+            label = classes[cls] if classes else cls
+            raise ValueError(f"--shots {shots}: class {label} has only {count} training images")
+    order = np.random.default_rng([seed, Stream.SHOTS]).permutation(len(labels))
+    if not multilabel:
+        by_class = order[np.argsort(labels[order], kind="stable")]
+        starts = np.cumsum(counts) - counts
+        return np.sort((by_class[starts[:, None] + np.arange(shots)]).ravel())
+    found, chosen = np.zeros(labels.shape[1], int), []
+    for i in order:
+        if (positive[i] & (found < shots)).any():
+            found += positive[i]
+            chosen.append(i)
+    return np.sort(np.array(chosen, np.int64))
+
+
+# ------------------------------------------------------------------------------------------------
+# Transforms: uint8 (C,H,W) -> uint8 (C,h,w)
+# ------------------------------------------------------------------------------------------------
+
+
+class Pipeline(NamedTuple):
+    """prepare: done to an image once, deterministic. augment: (image, rng) -> image, each time."""
+
+    prepare: Callable
+    augment: Callable
+
+
+def keep(image, rng=None):
+    """The image as it is."""
+    return image
+
+
+def resize_shorter(image, size):
+    """The shorter side becomes `size` pixels, antialiased bilinear (torchvision's Resize)."""
+    return TF.resize(image, [size], antialias=True)
+
+
+def resize_square(image, size):
+    """Both sides become `size` pixels whatever the aspect, antialiased bilinear."""
+    return TF.resize(image, [size, size], antialias=True)
+
+
+def resize_center_crop(image, size):
+    """ImageNet's test transform: shorter side to size * 256/224, then the central square."""
+    return TF.center_crop(resize_shorter(image, round(size * 256 / 224)), [size, size])
+
+
+def xray_square(image, size):
+    """The study's X-ray preparation: central square, area resize to `size` pixels."""
+    side = min(image.shape[-2:])
+    return area_resize(TF.center_crop(image, [side, side]), size)
+
+
+def area_resize(image, size):
+    """Each output pixel is the mean over the exact area that it covers (OpenCV's INTER_AREA).
+
+    image: uint8 (C,H,H). An image smaller than `size` is enlarged bilinearly.
+    """
+    side = image.shape[-1]
+    if side == size:
+        return image
+    if side < size:
+        return resize_square(image, size)
+    pixels = _area_mean(_area_mean(image.numpy(), size).swapaxes(1, 2), size).swapaxes(1, 2)
+    return torch.from_numpy(np.ascontiguousarray(np.rint(pixels).astype(np.uint8)))
+
+
+def _area_mean(pixels, size):
+    """Means over `size` equal intervals of axis 1: the cumulative sum, read between its entries."""
+    total = np.cumsum(pixels, axis=1, dtype=np.int32 if pixels.dtype == np.uint8 else np.float64)
+    total = np.pad(total, ((0, 0), (1, 0), (0, 0)))
+    edges = np.linspace(0, pixels.shape[1], size + 1)
+    below = np.minimum(edges.astype(int), pixels.shape[1] - 1)
+    part = (edges - below)[:, None]
+    at_edges = total[:, below] * (1 - part) + total[:, below + 1] * part
+    return np.diff(at_edges, axis=1) * (size / pixels.shape[1])
+
+
+def random_flip(image, rng):
+    """Left-right mirror image with probability one half."""
+    return image.flip(-1) if rng.random() < 0.5 else image
+
+
+def random_crop_flip(image, rng, size):
+    """A size x size window anywhere in the image (BiT-HyperRule), flipped half of the time."""
+    height, width = image.shape[-2:]
+    top, left = rng.integers(height - size + 1), rng.integers(width - size + 1)
+    return random_flip(image[..., top : top + size, left : left + size], rng)
+
+
+def random_resized_crop_flip(image, rng, size):
+    """Inception-style crop: 8 to 100 % of the area, aspect 3/4 to 4/3, resized; then flip.
+
+    Szegedy et al. 2015, arXiv:1409.4842; the draw is torchvision's RandomResizedCrop.
+    """
+    top, left, height, width = _resized_crop_window(*image.shape[-2:], rng)
+    crop = TF.resized_crop(image, top, left, height, width, [size, size], antialias=True)
+    return random_flip(crop, rng)
+
+
+def _resized_crop_window(height, width, rng):
+    for _ in range(10):
+        area = height * width * rng.uniform(0.08, 1.0)
+        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    # A very elongated image: its central part of the nearest allowed aspect.
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def random_affine_flip(image, rng):
+    """The study's X-ray augmentation: shift up to 25 %, rotate up to 45 degrees, scale +-10 %, flip.
+
+    Bilinear; what comes in from outside is black (torchvision's RandomAffine).
+    """
+    angle, scale = rng.uniform(-45, 45), rng.uniform(0.9, 1.1)
+    shift = [round(rng.uniform(-0.25, 0.25) * side) for side in (image.shape[-1], image.shape[-2])]
+    image = TF.affine(
+        image, angle, shift, scale, [0.0, 0.0], TF.InterpolationMode.BILINEAR, fill=0
+    )
+    return random_flip(image, rng)
+
+
+def pretraining_pipeline(domain, size, train):
+    """Pre-training at size x size pixels, for a "natural" or a "medical" source."""
+    at_size = functools.partial
+    if domain == "medical":
+        return Pipeline(at_size(xray_square, size=size), random_affine_flip if train else keep)
+    if train:
+        return Pipeline(keep, at_size(random_resized_crop_flip, size=size))
+    return Pipeline(at_size(resize_center_crop, size=size), keep)
+
+
+def hyperrule_pipeline(resize, crop, train, square=False):
+    """BiT-HyperRule: shorter side (square=True: both sides) to `resize`, random crop, flip.
+
+    Test: both sides to `crop`. Kolesnikov et al. 2020, section 3.3.
+    """
+    if not train:
+        return Pipeline(functools.partial(resize_square, size=crop), keep)
+    prepare = functools.partial(resize_square if square else resize_shorter, size=resize)
+    return Pipeline(prepare, functools.partial(random_crop_flip, size=crop))
+
+
+def preload(dataset, pipeline, limit=2**30):
+    """Reads and prepares every image once, into memory, when that takes at most `limit` bytes.
+
+    Returns (dataset, pipeline): the prepared images with nothing left to prepare, or both as they
+    were. A broken image is so met before training. The first image tells the size of all.
+    """
+    first = pipeline.prepare(dataset.read(0))
+    if first.numel() * len(dataset) > limit:
+        return dataset, pipeline
+
+    def prepared(i):
+        return pipeline.prepare(dataset.read(i)).contiguous()
+
+    with ThreadPoolExecutor(min(16, os.cpu_count())) as pool:
+        images = list(pool.map(prepared, range(len(dataset))))
+    if all(image.shape == first.shape for image in images):
+        images = torch.stack(images)  # one tensor, so that workers share it without copies
+    return dataset.replace(reader=images.__getitem__), pipeline._replace(prepare=keep)
+
+
+# ------------------------------------------------------------------------------------------------
+# Batches
+# ------------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """What a random number is for: the second word of the seed of every generator."""
+
+    SHOTS, ORDER, DRAW, AUGMENT, MIXUP = range(5)
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(num_images, seed, epoch):
+    return np.random.default_rng([seed, Stream.ORDER, epoch]).permutation(num_images)
+
+
+def batch_indices(step, num_images, batch_size, seed, sampling="shuffle", labels=None):
+    """Which images make up the global batch of a step, a function of (seed, step) alone.
+
+    sampling: "shuffle" walks through one permutation an epoch after the other, so that each image
+    comes once an epoch and no batch is short; "replacement" draws each image anew; "balanced"
+    does so with probability inverse to the frequency of its class in labels (N,);
+    "sequential" is the test order, with a short last batch.
+    Returns (indices, draws), both (B,) int64; (draw, image) is never the same twice in a run.
+    """
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    if sampling == "sequential":
+        places = places[places < num_images]
+        return places, np.zeros_like(places)
+    if sampling == "shuffle":
+        epochs = places // num_images
+        indices = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            indices[here] = _permutation(num_images, seed, int(epoch))[places[here] % num_images]
+        return indices, epochs
+    rng = np.random.default_rng([seed, Stream.DRAW, step])
+    if sampling == "replacement":
+        return rng.integers(num_images, size=batch_size), places
+    if sampling == "balanced":
+        weights = 1 / np.bincount(labels)[labels]
+        return rng.choice(num_images, batch_size, p=weights / weights.sum()), places
+    raise ValueError(f"unknown sampling {sampling!r}")
+
+
+class Batches(torch.utils.data.Dataset):
+    """[step] -> (images uint8 (b,C,H,W), labels (b,) or (b,C), count) for one rank.
+
+    The rank's part is every `ranks`-th image of the global batch (with pairs: every `ranks`-th two
+    neighbours, which MixUp mixes, so that this too is the same on any number of ranks). count: labels that are not
+    NaN in the whole global batch (the denominator of its mean loss), known to each rank without
+    communication. Augmentation depends on (seed, draw, image) alone.
+    """
+
+    def __init__(
+        self,
+        dataset,
+        pipeline,
+        batch_size,
+        seed=0,
+        sampling="shuffle",
+        rank=0,
+        ranks=1,
+        pairs=False,
+    ):
+        self.dataset, self.pipeline, self.batch_size, self.seed = dataset, pipeline, batch_size, seed
+        self.sampling, self.rank, self.ranks, self.unit = sampling, rank, ranks, 1 + pairs
+
+    def __len__(self):
+        return math.ceil(len(self.dataset) / self.batch_size)
+
+    def __getitem__(self, step):
+        labels = self.dataset.labels
+        indices, draws = batch_indices(
+            step, len(self.dataset), self.batch_size, self.seed, self.sampling, labels
+        )
+        count = int(np.count_nonzero(~np.isnan(labels[indices])))
+        mine = np.arange(len(indices)) // self.unit % self.ranks == self.rank
+        indices, draws = indices[mine], draws[mine]
+        images = [self._image(int(i), int(draw)) for i, draw in zip(indices, draws)]
+        images = torch.stack(images) if images else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+        return images, torch.from_numpy(labels[indices]), count
+
+    def _image(self, i, draw):
+        image = self.pipeline.prepare(self.dataset.read(i))
+        if self.pipeline.augment is keep:
+            return image
+        rng = np.random.default_rng([self.seed, Stream.AUGMENT, draw, i])
+        return self.pipeline.augment(image, rng)
+
+
+def _worker_init(worker):
+    """A worker ends when its parent does; signals to the whole group are for the parent alone."""
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def loader(batches, start, stop, workers=0, pin_memory=False):
+    """Iterates over batches[start:stop]; `workers` processes read ahead (0: none)."""
+    return torch.utils.data.DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(start, stop),
+        num_workers=workers,
+        worker_init_fn=_worker_init,
+        pin_memory=pin_memory,
+    )

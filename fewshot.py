@@ -1,0 +1,61 @@
+"""Few-shot transfer: the grid of checkpoints x targets x shots x seeds, on a few images a class.
+
+    python fewshot.py                        # what runs/ holds, and scratch, to the synthetic targets
+    torchrun --nproc_per_node=8 fewshot.py --checkpoint runs/nih-R50x1 --target cifar10 --shots 1 10
+
+Each cell writes results/TARGET/SOURCE-MODEL/Nshot-seedS.json when it is finished; started again,
+the script does what is missing. The processes of torchrun share the cells out.
+"""
+
+import datetime
+import time
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+import engine
+import transfer
+
+
+def main():
+    parser = engine.Parser(__doc__)
+    transfer.add_options(parser)
+    parser.add_argument("--shots", type=engine.positive(int), nargs="+", default=[1, 10, 100],
+        help="training images of each class; the study: 1 5 10 100 500")  # fmt: skip
+    parser.add_argument("--seeds", type=engine.positive(int), default=5,
+        help="runs of each, on other images with another head")  # fmt: skip
+    args = parser.parse_args()
+    # One process may wait long for the others at the end: the cells are shared out beforehand.
+    env = engine.setup(args.precision, timeout=datetime.timedelta(days=30))
+    targets = transfer.open_targets(args, env.alone())
+    cells = transfer.make_grid(args, env.alone(), targets, sorted(set(args.shots)))
+    todo = transfer.unfinished(cells, "fewshot")
+    engine.say(env, f"{len(cells)} cells, {len(cells) - len(todo)} finished already")
+    run_cells(todo[env.rank :: env.ranks], targets, env)
+    if env.ranks > 1:
+        dist.barrier()
+    if env.main:
+        transfer.report(cells, "fewshot")
+
+
+def run_cells(cells, targets, env):
+    """This process's share of the grid, one cell after the other."""
+    signals = engine.StopSignal(env.alone())
+    with engine.progress_bar(env, len(cells), title="cells", unit="cell") as bar:
+        for number, cell in enumerate(cells):
+            began = time.monotonic()
+            record = transfer.run_cell(
+                cell, targets[cell.target], "fewshot", env.alone(), signals
+            )
+            line = (
+                f"[{number + 1}/{len(cells)}] {cell.target} from {cell.pretrained.name}, "
+                f"{cell.shots} shots, seed {cell.seed}: accuracy "
+                f"{record['metrics']['accuracy']:.3f}, {time.monotonic() - began:.1f} s"
+            )
+            if bar is not None:
+                bar.update()
+            tqdm.write(line)
+
+
+if __name__ == "__main__":
+    engine.run(main)

@@ -1,0 +1,253 @@
+"""ResNetV2 as BiT defines it: the network of every experiment, its sizes, and loading its weights.
+
+Kolesnikov et al. 2020, *Big Transfer (BiT)*, arXiv:1912.11370, section 3; weight standardisation
+from Qiao et al. 2019, arXiv:1903.10520; group normalisation from Wu & He 2018, arXiv:1803.08494.
+"""
+
+import difflib
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+# name: (blocks a stage, width factor). The small ones are ours, for tests and for laptops.
+MODELS = {
+    "R14x0.5": ((1, 1, 1, 1), 0.5),
+    "R26x0.5": ((2, 2, 2, 2), 0.5),
+    "R26x1": ((2, 2, 2, 2), 1),
+    "R50x1": ((3, 4, 6, 3), 1),
+    "R50x3": ((3, 4, 6, 3), 3),
+    "R101x1": ((3, 4, 23, 3), 1),
+    "R101x3": ((3, 4, 23, 3), 3),
+    "R152x2": ((3, 8, 36, 3), 2),
+    "R152x4": ((3, 8, 36, 3), 4),
+}
+
+
+# ------------------------------------------------------------------------------------------------
+# Layers
+# ------------------------------------------------------------------------------------------------
+
+
+def standardize(weight):
+    """Weight standardisation: each output filter minus its mean, over sqrt(variance + 1e-10).
+
+    weight: (O,I,kh,kw). A batch norm over the filters is the same arithmetic with the biased
+    variance, as one fused kernel forward and one (closed-form) backward. The filter is read in
+    channels_last order, so that for weights stored that way every reshape here is a view.
+    """
+    o, i, kh, kw = weight.shape
+    filters = weight.permute(0, 2, 3, 1).reshape(1, o, -1)
+    filters = F.batch_norm(filters, None, None, training=True, eps=1e-10)
+    return filters.view(o, kh, kw, i).permute(0, 3, 1, 2)
+
+
+class StdConv2d(nn.Conv2d):
+    """Convolution with standardised weights."""
+
+    def forward(self, x):
+        return self._conv_forward(x, standardize(self.weight), self.bias)
+
+
+class PreActBottleneck(nn.Module):
+    """GN-ReLU-1x1, GN-ReLU-3x3 (carries the stride), GN-ReLU-1x1, plus the shortcut.
+
+    The projection shortcut, where the shape changes, reads the first pre-activation.
+    """
+
+    def __init__(self, cin, cout, cmid, stride):
+        super().__init__()
+        self.gn1 = nn.GroupNorm(32, cin)
+        self.conv1 = StdConv2d(cin, cmid, 1, bias=False)
+        self.gn2 = nn.GroupNorm(32, cmid)
+        self.conv2 = StdConv2d(cmid, cmid, 3, stride, padding=1, bias=False)
+        self.gn3 = nn.GroupNorm(32, cmid)
+        self.conv3 = StdConv2d(cmid, cout, 1, bias=False)
+        if stride != 1 or cin != cout:
+            self.downsample = StdConv2d(cin, cout, 1, stride, bias=False)
+
+    def forward(self, x):
+        out = F.relu(self.gn1(x), inplace=True)
+        shortcut = self.downsample(out) if hasattr(self, "downsample") else x
+        out = self.conv1(out)
+        out = self.conv2(F.relu(self.gn2(out), inplace=True))
+        out = self.conv3(F.relu(self.gn3(out), inplace=True))
+        return out + shortcut
+
+
+# ------------------------------------------------------------------------------------------------
+# Network
+# ------------------------------------------------------------------------------------------------
+
+
+class ResNetV2(nn.Module):
+    """BiT's pre-activation ResNet. The state dict has the names of BiT's PyTorch code."""
+
+    def __init__(self, blocks, width, num_classes, checkpoint_activations=False):
+        super().__init__()
+        self.checkpoint_activations = checkpoint_activations
+        channels = int(64 * width)
+        self.root = nn.Sequential(
+            OrderedDict(
+                conv=StdConv2d(3, channels, 7, stride=2, padding=3, bias=False),
+                pad=nn.ConstantPad2d(1, 0),  # zeros, not max_pool's -inf: BiT's weights expect them
+                pool=nn.MaxPool2d(3, stride=2),
+            )
+        )
+        stages = OrderedDict()
+        cin = channels
+        for stage, count in enumerate(blocks):
+            cmid = channels * 2**stage
+            units = OrderedDict()
+            for unit in range(count):
+                stride = 2 if stage > 0 and unit == 0 else 1
+                units[f"unit{unit + 1:02d}"] = PreActBottleneck(cin, 4 * cmid, cmid, stride)
+                cin = 4 * cmid
+            stages[f"block{stage + 1}"] = nn.Sequential(units)
+        self.body = nn.Sequential(stages)
+        self.head = nn.Sequential(
+            OrderedDict(
+                gn=nn.GroupNorm(32, cin),
+                relu=nn.ReLU(inplace=True),
+                avg=nn.AdaptiveAvgPool2d(1),
+                conv=nn.Conv2d(cin, num_classes, 1),
+            )
+        )
+
+    @property
+    def num_classes(self):
+        return self.head.conv.out_channels
+
+    def _pooled(self, images):
+        x = self.root(images.contiguous(memory_format=torch.channels_last))
+        for stage in self.body:
+            for block in stage:
+                if self.checkpoint_activations and self.training:
+                    x = checkpoint(block, x, use_reentrant=False)
+                else:
+                    x = block(x)
+        return self.head.avg(self.head.relu(self.head.gn(x)))
+
+    def features(self, images):
+        """images: (N,3,H,W) float, normalised -> what the classifier reads, (N, 2048*width)."""
+        return self._pooled(images).flatten(1)
+
+    def forward(self, images):
+        """images: (N,3,H,W) float, normalised -> logits (N, num_classes)."""
+        return self.head.conv(self._pooled(images)).flatten(1)
+
+
+def create_model(name, num_classes, checkpoint_activations=False):
+    """A freshly initialised network in channels_last memory format.
+
+    name: a key of MODELS. num_classes: outputs of the head. checkpoint_activations: recompute each
+    block's activations in the backward pass, which trades about a third more arithmetic for memory.
+    Raises ValueError for an unknown name.
+    """
+    if name not in MODELS:
+        near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0)[0]
+        raise ValueError(f"unknown model {name!r}; did you mean {near!r}? known: {', '.join(MODELS)}")
+    blocks, width = MODELS[name]
+    model = ResNetV2(blocks, width, num_classes, checkpoint_activations)
+    return model.to(memory_format=torch.channels_last)
+
+
+# ------------------------------------------------------------------------------------------------
+# Weights
+# ------------------------------------------------------------------------------------------------
+
+# BiT's TensorFlow names -> ours, applied in this order to "resnet/...".
+BIT_NAMES = (
+    ("root_block/standardized_conv2d/kernel", "root.conv.weight"),
+    ("head/conv2d/kernel", "head.conv.weight"),
+    ("head/conv2d/bias", "head.conv.bias"),
+    ("a/proj/standardized_conv2d/kernel", "downsample.weight"),
+    ("a/standardized_conv2d/kernel", "conv1.weight"),
+    ("b/standardized_conv2d/kernel", "conv2.weight"),
+    ("c/standardized_conv2d/kernel", "conv3.weight"),
+    ("a/group_norm/", "gn1."),
+    ("b/group_norm/", "gn2."),
+    ("c/group_norm/", "gn3."),
+    ("group_norm/", "head.gn."),
+    ("gamma", "weight"),
+    ("beta", "bias"),
+    ("/", "."),
+)
+
+
+def _read_npz(path):
+    """BiT's .npz as our state dict: names translated, kernels HWIO -> OIHW, vectors flat."""
+    state = {}
+    with np.load(path, allow_pickle=False) as arrays:
+        for key in arrays.files:
+            if not key.startswith("resnet/"):
+                continue  # the optimiser's state and step counter of some releases
+            name = key.removeprefix("resnet/")
+            for theirs, ours in BIT_NAMES:
+                name = name.replace(theirs, ours)
+            name = name if name.startswith(("root.", "head.")) else f"body.{name}"
+            array = torch.from_numpy(arrays[key])
+            is_kernel = key.endswith("/kernel")
+            state[name] = array.permute(3, 2, 0, 1) if is_kernel else array.flatten()
+    return state
+
+
+def read_weights(path):
+    """Reads a weight file without running anything in it; returns the whole dict that it holds.
+
+    Raises FileNotFoundError, or ValueError when the file is damaged or holds code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}")
+    try:
+        if path.suffix == ".npz":
+            return {"model": _read_npz(path)}
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: refused, it is not plain weights: it holds code or is no checkpoint "
+            "(only tensors, numbers and strings are read, torch.load(weights_only=True))"
+        ) from error
+    except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, OSError) as error:
+        raise ValueError(f"{path}: damaged or not a weight file ({str(error)[:100]})") from error
+
+
+def load_weights(model, path):
+    """Fills the model in place from one of three formats, told apart by the file itself:
+
+    - our checkpoints, and the published model.pth.tar: a dict with the state dict under "model"
+    - BiT's .npz
+
+    A head for another number of classes is left as it is (fresh). Raises ValueError naming the
+    first keys when anything else differs, FileNotFoundError when there is no such file.
+    """
+    state = read_weights(path)
+    state = state.get("model", state) if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+        raise ValueError(f"{path}: holds no state dict under 'model'")
+    own = model.state_dict()
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    head = ("head.conv.weight", "head.conv.bias")
+    if all(key in state and len(state[key]) != model.num_classes for key in head):
+        state.update({key: own[key] for key in head})
+    differences = [f"{key} is missing" for key in own if key not in state]
+    differences += [f"{key} is unexpected" for key in state if key not in own]
+    differences += [
+        f"{key} is {tuple(state[key].shape)} for {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if differences:
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise ValueError(
+            f"{path}: weights of another network: {'; '.join(differences[:3])}{more}; "
+            "give the --model that these weights were trained as"
+        )
+    model.load_state_dict(state)

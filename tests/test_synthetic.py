@@ -1,0 +1,257 @@
+"""The procedural worlds: pure functions of their arguments, honest labels, and no short cuts."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import synthetic
+from synthetic import FINDINGS, SHAPES, TEXTURES, WORLDS, labels, render
+
+NAMES = tuple(WORLDS)
+MULTICLASS = tuple(name for name in NAMES if WORLDS[name].task == "multiclass")
+
+
+@cache
+def images(name, count=1200, size=16):
+    return np.stack([render(name, "train", i, size) for i in range(count)])
+
+
+# ------------------------------------------------------------------------------------------------
+# Pure functions
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", (16, 33, 64))
+def test_image_shape_and_range(name, size):
+    image = render(name, "test", 3, size)
+    assert image.shape == (WORLDS[name].channels, size, size)
+    assert image.dtype == np.uint8
+    assert image.std() > 10  # a picture, not a constant
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_argument_names_another_image(name):
+    arguments = [
+        (split, i, seed) for split in ("train", "test") for i in (0, 1, 2**33) for seed in (0, 1)
+    ]
+    drawn = [render(name, split, i, 24, seed).tobytes() for split, i, seed in arguments]
+    assert len(set(drawn)) == len(drawn)
+    # Again and backwards: neither earlier calls nor order may matter.
+    again = [render(name, split, i, 24, seed).tobytes() for split, i, seed in arguments[::-1]]
+    assert again[::-1] == drawn
+
+
+def digest():
+    pixels = [render(name, "train", i, 20).tobytes() for name in NAMES for i in range(4)]
+    return hashlib.sha256(b"".join(pixels + [labels(n, "test", 9).tobytes() for n in NAMES]))
+
+
+@pytest.mark.parametrize("hash_seed", ("1", "2"))
+def test_same_in_another_process(hash_seed):
+    here = Path(__file__).parent
+    path = os.pathsep.join((str(here), str(here.parent)))
+    answer = subprocess.run(
+        [sys.executable, "-c", "import test_synthetic as t; print(t.digest().hexdigest())"],
+        env=os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert answer.stdout.strip() == digest().hexdigest()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_scene_at_every_size(name):
+    def correlation(first, second):
+        small = render(name, "train", first, 32).astype(float)
+        large = render(name, "train", second, 96).astype(float)
+        pooled = large.reshape(len(large), 32, 3, 32, 3).mean((2, 4))
+        return np.corrcoef(small.ravel(), pooled.ravel())[0, 1]
+
+    same = [correlation(i, i) for i in range(20)]
+    other = [correlation(i, i + 1) for i in range(20)]
+    assert min(same) > 0.9
+    assert np.mean(same) > 0.95
+    assert np.mean(other) < 0.9  # two chests are alike too, though less than that
+
+
+@pytest.mark.parametrize("call", (lambda *a: labels(*a, 4), lambda *a: render(*a, 0, 16)))
+def test_unknown_names_are_refused_in_one_line(call):
+    with pytest.raises(ValueError, match="synthetic-nature.*synthetic-natural.*xray") as error:
+        call("synthetic-nature", "train")
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="'val'.*synthetic-xray.*train, test") as error:
+        call("synthetic-xray", "val")
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------
+# Labels
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_labels_of_fewer_images_are_a_prefix(name):
+    many = labels(name, "train", 500)
+    for count in (0, 1, 7, 499):
+        np.testing.assert_array_equal(labels(name, "train", count), many[:count])
+    assert not np.array_equal(many, labels(name, "test", 500))
+    assert not np.array_equal(many, labels(name, "train", 500, seed=1))
+
+
+@pytest.mark.parametrize("name", MULTICLASS)
+def test_classes_are_balanced(name):
+    world = WORLDS[name]
+    y = labels(name, "train", world.train)
+    assert y.dtype == np.int64 and y.shape == (world.train,)
+    share = np.bincount(y, minlength=len(world.classes)) / world.train * len(world.classes)
+    assert len(share) == len(world.classes)
+    assert 0.75 < share.min() and share.max() < 1.3
+
+
+def test_findings_are_independent_and_common():
+    y = labels("synthetic-xray", "train", 8000)
+    assert y.dtype == np.float32 and y.shape == (8000, 7) and set(np.unique(y)) == {0, 1}
+    assert np.all((y.mean(0) > 0.22) & (y.mean(0) < 0.28))
+    correlation = np.corrcoef(y.T) - np.eye(7)
+    assert np.abs(correlation).max() < 0.05
+
+
+def test_distractors_are_as_frequent_in_both_target_classes():
+    name = "synthetic-xray-target"
+    shown = synthetic.present(name, synthetic.label_draws(name, "train", 0, 0, 4000))
+    y = labels(name, "train", 4000)
+    np.testing.assert_array_equal(shown[:, -1], y == 1)
+    rates = shown[y == 0].mean(0), shown[y == 1].mean(0)
+    for finding, normal, sick in zip(FINDINGS, *rates):
+        if finding in synthetic.DISTRACTORS:
+            assert 0.2 < normal < 0.3 and abs(normal - sick) < 0.05
+        elif finding != "Tuberculosis":
+            assert normal == sick == 0
+
+
+def test_labels_tell_what_is_painted(monkeypatch):
+    painted = []
+    monkeypatch.setattr(
+        synthetic, "paint_object", lambda t, s, size, rng: painted.append(f"{t} {s}") or 0.0
+    )
+    monkeypatch.setattr(
+        synthetic, "paint_chest", lambda findings, size, rng: painted.append(findings) or 0.0
+    )
+    for name, world in WORLDS.items():
+        painted.clear()
+        for i in range(60):
+            render(name, "test", i, 16)
+        for row, shown in zip(labels(name, "test", 60), painted):
+            if world.domain == "natural":
+                assert world.classes[row] == shown
+            elif world.task == "multilabel":
+                assert [c for c, y in zip(world.classes, row) if y] == shown
+            else:
+                assert ("Tuberculosis" in shown) == bool(row)
+
+
+def test_targets_are_unseen_in_the_sources():
+    source, target = synthetic.SOURCE_OBJECTS, synthetic.TARGET_OBJECTS
+    assert len(set(source)) >= 32 and len(set(target)) == 10
+    assert not set(source) & set(target)
+    assert {t for t, _ in target} - {t for t, _ in source} == {"gridded"}
+    assert {s for _, s in target} - {s for _, s in source} == {"hourglass"}
+    assert {t for t, _ in source + target} == set(TEXTURES)
+    assert {s for _, s in source + target} == set(SHAPES)
+    assert "Tuberculosis" not in WORLDS["synthetic-xray"].classes
+
+
+# ------------------------------------------------------------------------------------------------
+# Pictures
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_have_one_area(shape):
+    x, y = synthetic.grid(200)
+    area = (SHAPES[shape](1.3 * x, 1.3 * y) < 0).mean() * 2.6**2
+    assert 1.8 < area < 2.4
+
+
+@pytest.mark.parametrize("texture", TEXTURES)
+def test_textures_balance_their_tones(texture):
+    x, y = synthetic.grid(200)
+    wave = TEXTURES[texture](30 * x, 30 * y)
+    assert 0.3 < (wave > 0).mean() < 0.7
+
+
+def mean_change(finding, count=200, size=32):
+    """What a finding adds to the average chest, (size, size), all else being equal."""
+
+    def average(findings):
+        chests = (
+            synthetic.paint_chest(findings, size, np.random.default_rng(i)) for i in range(count)
+        )
+        return sum(chests)[0] / count
+
+    return average([finding]) - average([])
+
+
+# Where the average change is largest: bounds of |x| and y (down) in unit coordinates, and its sign.
+REGIONS = {
+    "Atelectasis": ((0.1, 0.8), (-0.1, 0.5), 1),
+    "Cardiomegaly": ((0.2, 0.8), (-0.1, 0.6), 1),
+    "Consolidation": ((0.2, 0.7), (-0.5, 0.4), 1),
+    "Edema": ((0.1, 0.5), (-0.3, 0.2), 1),
+    "Effusion": ((0.3, 0.8), (0.0, 0.6), 1),
+    "Nodule": ((0.2, 0.65), (-0.6, 0.4), 1),
+    "Pneumothorax": ((0.3, 0.8), (-0.7, 0.3), -1),
+    "Tuberculosis": ((0.15, 0.6), (-0.7, -0.1), 1),
+}
+
+
+@pytest.mark.parametrize("finding", FINDINGS)
+def test_findings_change_the_region_that_they_affect(finding):
+    (left, right), (top, bottom), sign = REGIONS[finding]
+    change = sign * mean_change(finding)
+    x, y = synthetic.grid(32)
+    region = (np.abs(x) >= left) & (np.abs(x) <= right) & (y >= top) & (y <= bottom)
+    assert region.mean() < 0.35
+    assert region.flat[change.argmax()] and change.max() > 0.02
+    assert np.abs(change[region]).mean() > 4 * np.abs(change[~region]).mean()
+
+
+def colour_statistics(name):
+    pixels = images(name).reshape(1200, WORLDS[name].channels, -1).astype(float)
+    return np.concatenate([pixels.mean(2), pixels.std(2)], 1)
+
+
+@pytest.mark.parametrize("name", MULTICLASS)
+def test_colour_and_brightness_tell_no_class(name):
+    x, y = colour_statistics(name), labels(name, "train", 1200)
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(x[:800], y[:800])
+    accuracy = (model.predict(x[800:]) == y[800:]).mean()
+    # Chance, and room for the spread of 400 draws and, in an X-ray, for the tissue that shows.
+    assert accuracy < 1 / len(WORLDS[name].classes) + (0.05 if "natural" in name else 0.12)
+
+
+def test_order_tells_no_class():
+    for name in MULTICLASS:
+        y = labels(name, "train", 2000)
+        repeats = (y[1:] == y[:-1]).mean()
+        assert abs(repeats - 1 / len(WORLDS[name].classes)) < 0.04
+
+
+def test_pixels_do_tell_tuberculosis():
+    """The label is in the picture: with many images, even a linear model sees some of it."""
+    x, y = images("synthetic-xray-target"), labels("synthetic-xray-target", "train", 1200)
+    x = (x - x.mean((1, 2, 3), keepdims=True)).reshape(1200, -1) / 64.0
+    model = LogisticRegression(C=0.01, max_iter=300).fit(x[:800], y[:800])
+    assert roc_auc_score(y[800:], model.decision_function(x[800:])) > 0.65

@@ -1,0 +1,450 @@
+"""Full-shot transfer: fine-tunes pre-trained networks on a target with the BiT-HyperRule, over seeds.
+
+    python transfer.py                       # what runs/ holds, and scratch, to the synthetic targets
+    torchrun --nproc_per_node=8 transfer.py --checkpoint runs/nih-R50x1 scratch --target cifar10
+
+Each run of the grid checkpoints x targets x seeds writes results/TARGET/SOURCE-MODEL/full-seedS.json
+when it is finished; started again, the script does what is missing.
+"""
+
+import hashlib
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import data
+import engine
+import models
+
+# ------------------------------------------------------------------------------------------------
+# BiT-HyperRule (Kolesnikov et al. 2020, arXiv:1912.11370, section 3.3)
+# ------------------------------------------------------------------------------------------------
+
+
+class HyperRule(NamedTuple):
+    """resize, crop: pixels. mixup: alpha, 0 for none. warmup, decays, steps: in steps."""
+
+    resize: int
+    crop: int
+    mixup: float
+    warmup: int
+    decays: tuple[int, ...]
+    steps: int
+
+    def learning_rate(self, step, base_lr):
+        """Linear from 0 during warm-up; a tenth from the step after each boundary of `decays`."""
+        if step < self.warmup:
+            return base_lr * step / self.warmup
+        return base_lr * 0.1 ** sum(step > boundary for boundary in self.decays)
+
+    def with_steps(self, steps):
+        """The same schedule in another number of steps."""
+        warmup, *decays = (round(s * steps / self.steps) for s in (self.warmup, *self.decays))
+        return self._replace(warmup=warmup, decays=tuple(decays), steps=steps)
+
+    def with_crop(self, crop):
+        """The same ratio of resize to crop at another image size."""
+        return self._replace(resize=round(crop * self.resize / self.crop), crop=crop)
+
+
+def hyperrule(num_examples, image_size):
+    """The rule for a training set of that many images of that size (pixels: side, or (H,W))."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    resize, crop = (160, 128) if height * width < 96 * 96 else (512, 480)
+    if num_examples < 20_000:
+        return HyperRule(resize, crop, 0.0, 100, (200, 300, 400), 500)
+    if num_examples < 500_000:
+        return HyperRule(resize, crop, 0.1, 500, (3000, 6000, 9000), 10_000)
+    return HyperRule(resize, crop, 0.1, 500, (6000, 12_000, 18_000), 20_000)
+
+
+class Recipe(NamedTuple):
+    """clipping: of AGC, or None. zero_head: the classifier starts at 0, else PyTorch's default.
+    square: training images are resized to a square, else by their shorter side.
+    steps: in place of the rule's number, or None.
+    """
+
+    batch_size: int
+    lr: float
+    clipping: float | None
+    zero_head: bool = False
+    square: bool = False
+    steps: int | None = None
+
+
+RECIPES = {
+    "paper": Recipe(128, 0.001, 0.01),
+    "bit": Recipe(512, 0.003, None, zero_head=True, square=True),
+    "synthetic": Recipe(32, 0.02, 0.01, steps=80),
+}
+# Their full training sets are drawn with probability inverse to class frequency (study, appendix).
+BALANCED = ("covidx", "flowers102")
+
+
+def choose_rule(dataset, num_examples, recipe, image_size=None, steps=None):
+    """The HyperRule for a target, as the study ran it.
+
+    Synthetic images keep their own size; multi-label X-ray sets take the X-ray pipeline at 224.
+    The first training image tells the size of all.
+    """
+    rule = hyperrule(num_examples, tuple(dataset.read(0).shape[-2:]))
+    own_size = dataset.size or (224 if uses_xray_pipeline(dataset) else None)
+    if own_size:
+        rule = rule._replace(resize=own_size, crop=own_size)
+    if image_size:
+        rule = rule.with_crop(image_size)
+    steps = steps or recipe.steps
+    return rule.with_steps(steps) if steps else rule
+
+
+def uses_xray_pipeline(dataset):
+    return dataset.domain == "medical" and dataset.task == "multilabel" and not dataset.size
+
+
+def choose_pipeline(dataset, rule, recipe, train):
+    """The transforms of a target: the X-ray pipeline, or the HyperRule's."""
+    if uses_xray_pipeline(dataset):
+        return data.pretraining_pipeline("medical", rule.crop, train)
+    return data.hyperrule_pipeline(rule.resize, rule.crop, train, recipe.square)
+
+
+# ------------------------------------------------------------------------------------------------
+# What is transferred
+# ------------------------------------------------------------------------------------------------
+
+
+class Pretrained(NamedTuple):
+    """A network to transfer: path is None for scratch; digest: of the weights' file."""
+
+    path: str | None
+    source: str
+    domain: str | None
+    images: int | None
+    model: str
+    normalization: tuple | None
+    digest: str | None
+
+    @property
+    def name(self):
+        return f"{data.dataset_slug(self.source)}-{self.model}"
+
+
+def open_checkpoints(checkpoints, model=None, source=None):
+    """The networks that --checkpoint names: run folders, weight files, "scratch".
+
+    No checkpoints: every finished run below runs/, and scratch. model, source: what a foreign
+    weight file is; model alone: scratch's. Every file is read once, so that a wrong one is refused
+    before any training. Raises ValueError or FileNotFoundError.
+    """
+    found = sorted(str(path.parent) for path in Path("runs").glob("*/model.pt"))
+    if not checkpoints and not found:
+        raise FileNotFoundError(
+            "no pre-trained network in runs/; run pretrain.py first, or give --checkpoint"
+        )
+    checkpoints = checkpoints or [*found, "scratch"]
+    opened = [_open(path, model, source) for path in checkpoints if path != "scratch"]
+    if "scratch" in checkpoints:
+        names = [model] if model else sorted({p.model for p in opened}) or ["R14x0.5"]
+        for name in names:
+            models.create_model(name, 1)
+            opened.append(Pretrained(None, "scratch", None, 0, name, None, None))
+    return opened
+
+
+def _open(path, model, source):
+    path = Path(path)
+    file = path / "model.pt" if path.is_dir() else path
+    if path.is_dir() and not file.exists():
+        raise FileNotFoundError(f"{path}: holds no model.pt; pretrain.py has not finished there")
+    record = models.read_weights(file)
+    if "name" in record:
+        if model and model != record["name"]:
+            raise ValueError(f"{file} is of {record['name']}, not of --model {model}")
+        normalization = tuple(record["mean"]), tuple(record["std"])
+        facts = record["source"], record["domain"], record["images"], record["name"]
+    else:
+        if not model or not source:
+            raise ValueError(f"{file}: not written by pretrain.py; say --model and --source of it")
+        medical = set(source.split("+")) <= {"chexpert", "mimic", "nih", "padchest"}
+        domain = "medical" if medical else "natural"
+        # BiT's own .npz networks take pixels in [-1,1], whatever the source.
+        normalization = data.NORMALIZATION["medical" if file.suffix == ".npz" else domain]
+        facts = source, domain, None, model
+    models.load_weights(models.create_model(facts[3], 1), file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return Pretrained(str(file), *facts, normalization, digest)
+
+
+# ------------------------------------------------------------------------------------------------
+# The grid: checkpoints x targets x shots x seeds
+# ------------------------------------------------------------------------------------------------
+
+
+class Cell(NamedTuple):
+    """One run: what it transfers, to which target, on how many shots (None: all), where to."""
+
+    pretrained: Pretrained
+    target: str
+    shots: int | None
+    seed: int
+    path: Path
+    config: dict
+
+
+class Target(NamedTuple):
+    """A target's images, the test set in memory if it fits, and how they are trained on."""
+
+    train_set: data.ImageDataset
+    test_set: data.ImageDataset
+    test_pipeline: data.Pipeline
+    recipe_name: str
+
+
+def add_options(parser):
+    """The options that full-shot and few-shot transfer share."""
+    add = parser.add_argument
+    add("--checkpoint", nargs="+", metavar="PATH",
+        help="run folders, weight files or 'scratch' (default: all in runs/, and scratch)")  # fmt: skip
+    add("--target", nargs="+", default=["synthetic-natural-target", "synthetic-xray-target"],
+        metavar="NAME", help="datasets to transfer to")  # fmt: skip
+    add("--model", help="network of scratch, or of a weight file that pretrain.py did not write")
+    add("--source", help="what such a weight file was trained on")
+    add("--recipe", type=engine.one_of(*RECIPES), help="(default: synthetic for synthetic targets, else paper)")  # fmt: skip
+    add("--steps", type=engine.positive(int), help="training steps (default: the HyperRule's)")
+    add("--seed", type=int, default=0, help="the first seed")
+    engine.add_common_options(parser, out="results")
+
+
+def open_targets(args, env):
+    """{name: Target}; each test set is read once for the whole grid."""
+    targets = {}
+    for name in args.target:
+        train_set, test_set = engine.load_splits(name, args, env)
+        synthetic = name.startswith("synthetic")
+        recipe_name = args.recipe or ("synthetic" if synthetic else "paper")
+        recipe = RECIPES[recipe_name]
+        rule = choose_rule(train_set, len(train_set), recipe, args.image_size, args.steps)
+        pipeline = choose_pipeline(test_set, rule, recipe, train=False)
+        targets[name] = Target(train_set, *data.preload(test_set, pipeline), recipe_name)
+    return targets
+
+
+def make_grid(args, env, targets, all_shots):
+    """Every cell, also those that are finished. Raises ValueError for impossible shots."""
+    pretrained = open_checkpoints(args.checkpoint, args.model, args.source)
+    cells = []
+    for name, target in targets.items():
+        labels, classes = target.train_set.labels, target.train_set.classes
+        for shots in all_shots:
+            sizes = {seed: len(labels) for seed in range(args.seed, args.seed + args.seeds)}
+            if shots:
+                for seed in sizes:
+                    sizes[seed] = len(data.few_shot_indices(labels, shots, seed, classes))
+            for source in pretrained:
+                for seed, images in sizes.items():
+                    stem = f"{shots}shot" if shots else "full"
+                    folder = Path(args.out) / data.dataset_slug(name) / source.name
+                    path = folder / f"{stem}-seed{seed}.json"
+                    config = cell_config(args, env, name, target, source, shots, seed, images)
+                    cells.append(Cell(source, name, shots, seed, path, config))
+    return cells
+
+
+def cell_config(args, env, name, target, pretrained, shots, seed, images):
+    """Every setting of a run, as used."""
+    recipe = RECIPES[target.recipe_name]
+    rule = choose_rule(target.train_set, images, recipe, args.image_size, args.steps)
+    batch_size = args.batch_size or recipe.batch_size
+    if batch_size < 2 * env.ranks:
+        raise ValueError(f"--batch-size {batch_size} is less than 2 images a process")
+    sampling = "replacement" if images < batch_size else "shuffle"
+    if name in BALANCED and shots is None:
+        sampling = "balanced"
+    left_out = ("checkpoint", "target", "shots", "seeds", "image_size", "download")
+    return {key: value for key, value in vars(args).items() if key not in left_out} | {
+        "checkpoint": pretrained.path or "scratch",
+        "weights": pretrained.digest,
+        "source": pretrained.source,
+        "model": pretrained.model,
+        "target": name,
+        "shots": shots,
+        "seed": seed,
+        "images": images,
+        "recipe": target.recipe_name,
+        "batch_size": batch_size,
+        "lr": args.lr or recipe.lr,
+        "clipping": recipe.clipping,
+        "sampling": sampling,
+        "precision": env.precision,
+        **rule._asdict(),
+    }
+
+
+def unfinished(cells, kind):
+    """The cells without a result. Raises ValueError for a result of other settings."""
+    return [cell for cell in cells if not engine.read_result(cell.path, kind, cell.config)]
+
+
+def run_cell(cell, target, kind, env, signals, log=None):
+    """Trains one cell and writes its result."""
+    train_set = target.train_set
+    if cell.shots:
+        chosen = data.few_shot_indices(train_set.labels, cell.shots, cell.seed, train_set.classes)
+        train_set = train_set.subset(chosen)
+    metrics, train = fine_tune(cell, train_set, target, env, signals, log)
+    record = {
+        "schema": 1,
+        "kind": kind,
+        "source": cell.pretrained.source,
+        "source_domain": cell.pretrained.domain,
+        "source_images": cell.pretrained.images,
+        "model": cell.pretrained.model,
+        "target": cell.target,
+        "target_domain": train_set.domain,
+        "shots": cell.shots,
+        "seed": cell.seed,
+        "method": "finetune",
+        "recipe": target.recipe_name,
+        "metrics": metrics,
+        "train": train,
+        "config": cell.config,
+        "environment": engine.environment(env),
+    }
+    if env.main:
+        engine.write_json(cell.path, record)
+    return record
+
+
+# ------------------------------------------------------------------------------------------------
+# Fine-tuning
+# ------------------------------------------------------------------------------------------------
+
+
+def prepare_model(pretrained, num_classes, seed, zero_head, device):
+    """The network with its pre-trained body and a fresh head, which depends on the seed alone."""
+    torch.manual_seed(seed)
+    model = models.create_model(pretrained.model, num_classes)
+    if pretrained.path:
+        fresh = {key: value.clone() for key, value in model.head.conv.state_dict().items()}
+        models.load_weights(model, pretrained.path)
+        model.head.conv.load_state_dict(fresh)  # a source may have as many classes as the target
+    if zero_head:
+        torch.nn.init.zeros_(model.head.conv.weight)
+        torch.nn.init.zeros_(model.head.conv.bias)
+    return model.to(device)
+
+
+def fine_tune(cell, train_set, target, env, signals, log=None):
+    """Fine-tunes the whole network on train_set and evaluates its last step on the test set.
+
+    A full-shot run keeps a checkpoint beside its result and continues from it.
+    Returns (metrics, what the result file says of the training).
+    """
+    config, recipe = cell.config, RECIPES[target.recipe_name]
+    rule = HyperRule(**{key: config[key] for key in HyperRule._fields})
+    normalization = cell.pretrained.normalization or data.NORMALIZATION[train_set.domain]
+    model = prepare_model(
+        cell.pretrained, len(train_set.classes), cell.seed, recipe.zero_head, env.device
+    )
+    optimizer = engine.make_optimizer(model, config["lr"], clipping=config["clipping"])
+    checkpoint = cell.path.with_suffix(".checkpoint.pt") if cell.shots is None else None
+    state = engine.load_checkpoint(checkpoint, config) if checkpoint else None
+    start, before = 0, 0.0
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, before = state["step"], state["seconds"]
+    began = time.monotonic() - before
+
+    def save(step):
+        engine.save_checkpoint(checkpoint, {
+            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+            "seconds": time.monotonic() - began, "config": config,
+        })  # fmt: skip
+
+    train_set, pipeline = data.preload(
+        train_set, choose_pipeline(train_set, rule, recipe, train=True)
+    )
+    batches = data.Batches(
+        train_set, pipeline, config["batch_size"], cell.seed, config["sampling"],
+        env.rank, env.ranks, pairs=rule.mixup > 0,
+    )  # fmt: skip
+    engine.train(
+        engine.parallel(model, env, config["compile"]), optimizer, batches,
+        lambda step: rule.learning_rate(step, config["lr"]), start, rule.steps, env,
+        normalization, rule.mixup, config["workers"], signals, checkpoint and save, log=log,
+    )  # fmt: skip
+    seconds = time.monotonic() - began
+    metrics = engine.evaluate(
+        model, target.test_set, target.test_pipeline, env, normalization,
+        max(config["batch_size"], 2**22 // rule.crop**2), config["workers"],
+    )  # fmt: skip
+    if checkpoint and env.main:
+        checkpoint.unlink(missing_ok=True)
+    return metrics, {
+        "images": len(train_set),
+        "steps": rule.steps,
+        "seconds": seconds,
+        "images_per_second": rule.steps * config["batch_size"] / seconds,
+    }
+
+
+# ------------------------------------------------------------------------------------------------
+# Closing table
+# ------------------------------------------------------------------------------------------------
+
+
+def report(cells, kind):
+    """Mean and standard deviation over seeds, a row a target and network, a column a shot count."""
+    values, columns = {}, []
+    for cell in cells:
+        record = engine.read_result(cell.path, kind)
+        metric = "mean_auc" if record["target_domain"] == "medical" else "accuracy"
+        column = f"{cell.shots} shots" if cell.shots else "full"
+        if column not in columns:
+            columns.append(column)
+        row = cell.target, cell.pretrained.name, metric
+        values.setdefault(row, {}).setdefault(column, []).append(record["metrics"][metric])
+    rows = [
+        [*row, *(describe(by_column.get(column, [])) for column in columns)]
+        for row, by_column in values.items()
+    ]
+    engine.print_table(rows, ["target", "source-model", "metric", *columns])
+
+
+def describe(values):
+    """mean ± sd (n) of what is not None."""
+    values = [value for value in values if value is not None]
+    if len(values) < 2:
+        return f"{values[0]:.3f} (1)" if values else ""
+    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} ({len(values)})"
+
+
+def main():
+    parser = engine.Parser(__doc__)
+    add_options(parser)
+    parser.add_argument("--seeds", type=engine.positive(int), default=1, help="runs of each, study: 5")
+    args = parser.parse_args()
+    env = engine.setup(args.precision)
+    targets = open_targets(args, env)
+    cells = make_grid(args, env, targets, [None])
+    todo = unfinished(cells, "transfer")
+    engine.say(env, f"{len(cells)} runs, {len(cells) - len(todo)} finished already")
+    signals = engine.StopSignal(env)
+    for number, cell in enumerate(todo):
+        title = f"[{number + 1}/{len(todo)}] {cell.pretrained.name} to {cell.target}, seed {cell.seed}"
+        engine.say(env, title)
+        steps = cell.config["steps"]
+        with engine.progress_bar(env, steps, title=title) as bar:
+            log = engine.Log(env, None, steps, bar)
+            record = run_cell(cell, targets[cell.target], "transfer", env, signals, log)
+            log.evaluation(steps, record["metrics"])
+    if env.main:
+        report(cells, "transfer")
+
+
+if __name__ == "__main__":
+    engine.run(main)
