@@ -13,14 +13,13 @@ import functools
 import math
 import os
 import signal
-import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
@@ -47,13 +46,14 @@ def read_image(path, mode):
     by 257, so that 65535 becomes 255. Raises ValueError naming an unreadable or truncated file.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                pixels = _to_uint8(image, mode)
+        with Image.open(path) as image:
+            # Pillow only warns, and filters of warnings are not safe among preload's threads.
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, a decompression bomb?")
+            pixels = _to_uint8(image, mode)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such image") from error
-    except (OSError, SyntaxError, ValueError, Warning, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: unreadable image ({error}); mend or remove it") from error
     pixels = torch.from_numpy(pixels)
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
@@ -98,8 +98,8 @@ class ImageDataset(torch.utils.data.Dataset):
         return self.reader(i)
 
     def subset(self, indices):
-        """The same dataset with only these images, in this order."""
-        indices = np.asarray(indices)
+        """The same dataset with only these images: (M,) int, in this order, or an (N,) bool mask."""
+        indices = np.arange(len(self))[indices]
         reader = functools.partial(_read_subset, self.reader, indices)
         return self.replace(
             reader=reader,
@@ -120,6 +120,10 @@ def _read_array(images, i):
     return torch.from_numpy(images[i]).permute(2, 0, 1)
 
 
+def _read_flat(pixels, starts, shapes, i):
+    return pixels[starts[i] : starts[i] + shapes[i].prod()].view(*shapes[i].tolist())
+
+
 def _read_file(folder, names, mode, i):
     return read_image(os.path.join(folder, os.fsdecode(names[i])), mode)
 
@@ -134,7 +138,7 @@ def load_dataset(name, root="datasets", split="train", **options):
     name: a key of DATASETS or folder:PATH. root: directory that holds the real datasets.
     split: "train" or "test". options: download=True fetches what torchvision can fetch;
     seed=0 and size=None (pixels) for the synthetic worlds.
-    Raises ValueError for an unknown name, option, column or label, FileNotFoundError for a
+    Raises ValueError for an unknown name, split, column or label, FileNotFoundError for a
     missing directory or file; each names it and the mend.
     """
     if split not in ("train", "test"):
@@ -159,6 +163,8 @@ def dataset_slug(name):
 
 def _synthetic(name, root, split, seed=0, size=None, download=False):
     world = synthetic.WORLDS[name]
+    if seed < 0 or (size is not None and size < 1):
+        raise ValueError(f"{name}: seed {seed} or size {size} is too small")
     size = size or world.size
     labels = synthetic.labels(name, split, getattr(world, split), seed)
     reader = functools.partial(_read_synthetic, name, split, size, seed)
@@ -173,11 +179,10 @@ def _folder(name, path, split, download=False):
                 f"{name}: no directory {path / part}; images belong in PATH/train/CLASS/ and "
                 "PATH/test/CLASS/"
             )
-    classes = sorted(entry.name for entry in os.scandir(path / "train") if entry.is_dir())
+    classes, here = _class_names(path / "train"), _class_names(path / split)
     if not classes:
         raise ValueError(f"{path / 'train'}: holds no class directory")
-    here = sorted(entry.name for entry in os.scandir(path / split) if entry.is_dir())
-    for unknown in set(here) - set(classes):
+    for unknown in sorted(set(here) - set(classes)):
         raise ValueError(f"{path / split / unknown}: no class of that name in {path / 'train'}")
     names, labels = [], []
     for label, cls in enumerate(classes):
@@ -187,9 +192,18 @@ def _folder(name, path, split, download=False):
         names += [os.fsencode(f"{cls}/{file}") for file in files]
         labels += [label] * len(files)
     reader = functools.partial(_read_file, str(path / split), np.array(names), "RGB")
-    return ImageDataset(
-        name, reader, np.array(labels, np.int64), classes, "multiclass", "natural"
+    return ImageDataset(name, reader, np.array(labels, np.int64), classes, "multiclass", "natural")
+
+
+def _class_names(folder):
+    """Sorted directory names; hidden entries are passed over, a loose file is refused."""
+    entries = sorted(
+        (e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name
     )
+    for entry in entries:
+        if not entry.is_dir():
+            raise ValueError(f"{entry.path}: not a class directory; move it out of the dataset")
+    return [entry.name for entry in entries]
 
 
 def _image_names(folder):
@@ -204,56 +218,52 @@ def _image_names(folder):
     return names
 
 
-def _torchvision(build):
-    """Turns torchvision's 'not found' into a line that names the directory and the mend."""
-
-    @functools.wraps(build)
-    def wrapped(name, root, split, download=False):
-        try:
-            return build(name, root, split, download)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"{name}: torchvision needs {error.name}: pip install {error.name}")
-        except (RuntimeError, FileNotFoundError) as error:
-            raise FileNotFoundError(
-                f"{name}: not found or not whole below {root}; give --data-dir, or --download"
-            ) from error
-
-    return wrapped
+def _torchvision(dataset, name, root, download, **options):
+    """torchvision's dataset; its 'not found' becomes a line that names directory and mend."""
+    try:
+        return dataset(root, download=download, **options)
+    except ModuleNotFoundError as error:
+        message = f"{name}: torchvision needs {error.name}: pip install {error.name}"
+        raise ValueError(message) from error
+    except (RuntimeError, OSError, ValueError) as error:
+        message = f"{name}: not found or not whole below {root}; give --data-dir, or --download"
+        if download:
+            message = f"{name}: download to {root} failed ({error}); try again, or give --data-dir"
+        raise FileNotFoundError(message) from error
 
 
-@_torchvision
-def _cifar(name, root, split, download):
+def _cifar(name, root, split, download=False):
     build = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
-    source = build[name](root, train=split == "train", download=download)
+    source = _torchvision(build[name], name, root, download, train=split == "train")
     labels = np.array(source.targets, np.int64)
     reader = functools.partial(_read_array, source.data)
     return ImageDataset(name, reader, labels, source.classes, "multiclass", "natural")
 
 
-@_torchvision
-def _flowers(name, root, split, download):
+def _flowers(name, root, split, download=False):
     # The study trains on the official test list and tests on train + validation.
     parts = {"train": ("test",), "test": ("train", "val")}[split]
-    sources = [torchvision.datasets.Flowers102(root, p, download=download) for p in parts]
+    build = torchvision.datasets.Flowers102
+    sources = [_torchvision(build, name, root, download, split=part) for part in parts]
     paths = [path for source in sources for path in source._image_files]
     labels = [label for source in sources for label in source._labels]
-    classes = getattr(sources[0], "classes", [str(i) for i in range(102)])
+    classes = getattr(build, "classes", [str(i) for i in range(102)])
     return _path_dataset(name, paths, labels, classes)
 
 
-@_torchvision
-def _pets(name, root, split, download):
+def _pets(name, root, split, download=False):
     part = {"train": "trainval", "test": "test"}[split]
-    source = torchvision.datasets.OxfordIIITPet(root, part, download=download)
+    source = _torchvision(torchvision.datasets.OxfordIIITPet, name, root, download, split=part)
     return _path_dataset(name, source._images, source._labels, source.classes)
 
 
 def _path_dataset(name, paths, labels, classes):
+    for path in paths:
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"{name}: no {path}; remove its directory, then --download")
     names = np.array([os.fsencode(path) for path in paths])
     reader = functools.partial(_read_file, "", names, "RGB")
-    return ImageDataset(
-        name, reader, np.array(labels, np.int64), classes, "multiclass", "natural"
-    )
+    return ImageDataset(name, reader, np.array(labels, np.int64), classes, "multiclass", "natural")
 
 
 NIH_CLASSES = (
@@ -264,58 +274,85 @@ NIH_CLASSES = (
 
 def _nih(name, root, split, download=False):
     """NIH ChestX-ray14 (Wang et al. 2017, arXiv:1705.02315) in its official layout and split."""
-    if download:
-        raise ValueError(f"{name}: cannot be downloaded from here; its owner distributes it")
     folder = root / "NIH-ChestXRay-14"
     table = folder / "Data_Entry_2017_v2020.csv"
-    chosen_list = folder / {"train": "train_val_list.txt", "test": "test_list.txt"}[split]
-    for path in (table, chosen_list, folder / "images"):
+    lists = {"train": folder / "train_val_list.txt", "test": folder / "test_list.txt"}
+    for path in (table, *lists.values(), folder / "images"):
         if not path.exists():
-            raise FileNotFoundError(f"{name}: no {path}; give the directory above as --data-dir")
-    chosen = dict.fromkeys(chosen_list.read_text().split())
+            raise FileNotFoundError(
+                f"{name}: no {path}; give the directory above {folder.name} as --data-dir "
+                "(its owner distributes it, --download cannot)"
+            )
+    listed = {part: _read_list(path) for part, path in lists.items()}
+    _refuse_repeats(listed["train"] + listed["test"], " + ".join(map(str, lists.values())))
+    chosen, chosen_list = set(listed[split]), lists[split]
     names, labels, patients = [], [], []
     columns = ("Image Index", "Finding Labels", "Patient ID")
     for line, (image, findings, patient) in _read_csv(table, columns):
         if image in chosen:
-            names.append(image.encode())
+            if not patient.isdecimal():
+                raise ValueError(f"{table}, line {line}: Patient ID {patient!r} is not a number")
+            names.append(image)
             labels.append(_nih_labels(findings, f"{table}, line {line}"))
             patients.append(int(patient))
-    missing = chosen.keys() - {name.decode() for name in names}
+    _refuse_repeats(names, table)
+    missing = chosen - set(names)
     if missing:
         raise ValueError(f"{chosen_list}: {min(missing)} has no row in {table.name}")
-    missing = chosen.keys() - {entry.name for entry in os.scandir(folder / "images")}
+    missing = chosen - {entry.name for entry in os.scandir(folder / "images")}
     if missing:
         raise FileNotFoundError(
             f"{folder / 'images' / min(missing)}: listed in {chosen_list.name} but missing "
             f"({len(missing)} such)"
         )
-    reader = functools.partial(_read_file, str(folder / "images"), np.array(names), "L")
-    labels = np.array(labels, np.float32).reshape(-1, len(NIH_CLASSES))
-    groups = np.array(patients, np.int64)
+    names = np.array([os.fsencode(name) for name in names])
+    reader = functools.partial(_read_file, str(folder / "images"), names, "L")
+    labels, groups = np.array(labels, np.float32), np.array(patients, np.int64)
     return ImageDataset(name, reader, labels, NIH_CLASSES, "multilabel", "medical", groups)
 
 
 def _nih_labels(findings, where):
     present = set(findings.split("|")) - {"No Finding"}
-    for unknown in present - set(NIH_CLASSES):
+    for unknown in sorted(present - set(NIH_CLASSES)):
         raise ValueError(f"{where}: unknown finding {unknown!r}; known: {', '.join(NIH_CLASSES)}")
     return [cls in present for cls in NIH_CLASSES]
+
+
+def _read_list(path):
+    """The lines of a text file, blank ones aside."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from error
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise ValueError(f"{path}: lists no image")
+    return names
+
+
+def _refuse_repeats(names, where):
+    names, counts = np.unique(names, return_counts=True)
+    if counts.max(initial=0) > 1:
+        raise ValueError(f"{where}: {names[counts.argmax()]} occurs more than once; keep one")
 
 
 def _read_csv(path, columns):
     """Yields (line number, the values of these columns) for each row."""
     with open(path, newline="", encoding="utf-8-sig") as file:
         rows = csv.reader(file)
-        header = next(rows, [])
-        for column in columns:
-            if column not in header:
-                raise ValueError(f"{path}: no column {column!r}; it has: {', '.join(header)}")
-        places = [header.index(column) for column in columns]
-        for row in rows:
-            if row and len(row) <= max(places):
-                raise ValueError(f"{path}, line {rows.line_num}: {len(row)} columns only")
-            if row:
-                yield rows.line_num, [row[place] for place in places]
+        try:
+            header = next(rows, [])
+            for column in columns:
+                if column not in header:
+                    raise ValueError(f"{path}: no column {column!r}; it has: {', '.join(header)}")
+            places = [header.index(column) for column in columns]
+            for row in rows:
+                if row and len(row) <= max(places):
+                    raise ValueError(f"{path}, line {rows.line_num}: {len(row)} columns only")
+                if row:
+                    yield rows.line_num, [row[place] for place in places]
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}, line {rows.line_num + 1}: unreadable ({error})") from error
 
 
 DATASETS = {
@@ -341,6 +378,8 @@ def few_shot_indices(labels, shots, seed, classes=None):
     images are taken in random order while some class that they show has fewer than `shots`
     positives. classes: names for the message. Raises ValueError when a class has too few images.
     """
+    if shots < 1:
+        raise ValueError(f"--shots {shots}: must be 1 or more")
     labels = np.asarray(labels)
     multilabel = labels.ndim == 2
     positive = labels == 1 if multilabel else labels
@@ -349,7 +388,7 @@ def few_shot_indices(labels, shots, seed, classes=None):
         if count < shots:
             label = classes[cls] if classes else cls
             raise ValueError(f"--shots {shots}: class {label} has only {count} training images")
-    order = np.random.default_rng([seed, Stream.SHOTS]).permutation(len(labels))
+    order = generator(seed, Stream.SHOTS).permutation(len(labels))
     if not multilabel:
         by_class = order[np.argsort(labels[order], kind="stable")]
         starts = np.cumsum(counts) - counts
@@ -410,19 +449,22 @@ def area_resize(image, size):
         return image
     if side < size:
         return resize_square(image, size)
-    pixels = _area_mean(_area_mean(image.numpy(), size).swapaxes(1, 2), size).swapaxes(1, 2)
-    return torch.from_numpy(np.ascontiguousarray(np.rint(pixels).astype(np.uint8)))
+    sums = _area_sum(_area_sum(image.numpy(), size).swapaxes(1, 2), size).swapaxes(1, 2)
+    return torch.from_numpy(np.rint(sums / side**2).astype(np.uint8))
 
 
-def _area_mean(pixels, size):
-    """Means over `size` equal intervals of axis 1: the cumulative sum, read between its entries."""
-    total = np.cumsum(pixels, axis=1, dtype=np.int32 if pixels.dtype == np.uint8 else np.float64)
-    total = np.pad(total, ((0, 0), (1, 0), (0, 0)))
-    edges = np.linspace(0, pixels.shape[1], size + 1)
-    below = np.minimum(edges.astype(int), pixels.shape[1] - 1)
-    part = (edges - below)[:, None]
-    at_edges = total[:, below] * (1 - part) + total[:, below + 1] * part
-    return np.diff(at_edges, axis=1) * (size / pixels.shape[1])
+def _area_sum(pixels, size):
+    """Sums over `size` equal intervals of axis 1, in units of 1/size pixel: exact integers."""
+    side, outputs = pixels.shape[1], np.arange(size)
+    total = 0
+    for tap in range(-(-side // size) + 1):  # an interval touches no more pixels than these
+        rows = outputs * side // size + tap
+        overlap = np.minimum((rows + 1) * size, (outputs + 1) * side) - np.maximum(
+            rows * size, outputs * side
+        )
+        weights = np.maximum(overlap, 0).astype(np.int32 if pixels.dtype == np.uint8 else np.int64)
+        total = total + pixels[:, np.minimum(rows, side - 1)] * weights[:, None]
+    return total
 
 
 def random_flip(image, rng):
@@ -460,15 +502,13 @@ def _resized_crop_window(height, width, rng):
 
 
 def random_affine_flip(image, rng):
-    """The study's X-ray augmentation: shift up to 25 %, rotate up to 45 degrees, scale +-10 %, flip.
+    """The study's X-ray augmentation: shift to 25 %, rotate to 45 degrees, scale +-10 %, flip.
 
     Bilinear; what comes in from outside is black (torchvision's RandomAffine).
     """
     angle, scale = rng.uniform(-45, 45), rng.uniform(0.9, 1.1)
     shift = [round(rng.uniform(-0.25, 0.25) * side) for side in (image.shape[-1], image.shape[-2])]
-    image = TF.affine(
-        image, angle, shift, scale, [0.0, 0.0], TF.InterpolationMode.BILINEAR, fill=0
-    )
+    image = TF.affine(image, angle, shift, scale, [0.0, 0.0], TF.InterpolationMode.BILINEAR, fill=0)
     return random_flip(image, rng)
 
 
@@ -485,8 +525,11 @@ def pretraining_pipeline(domain, size, train):
 def hyperrule_pipeline(resize, crop, train, square=False):
     """BiT-HyperRule: shorter side (square=True: both sides) to `resize`, random crop, flip.
 
-    Test: both sides to `crop`. Kolesnikov et al. 2020, section 3.3.
+    Test: both sides to `crop`. Kolesnikov et al. 2020, section 3.3. Raises ValueError when the
+    crop does not fit.
     """
+    if crop > resize:
+        raise ValueError(f"a crop of {crop} pixels does not fit into images resized to {resize}")
     if not train:
         return Pipeline(functools.partial(resize_square, size=crop), keep)
     prepare = functools.partial(resize_square if square else resize_shorter, size=resize)
@@ -497,20 +540,28 @@ def preload(dataset, pipeline, limit=2**30):
     """Reads and prepares every image once, into memory, when that takes at most `limit` bytes.
 
     Returns (dataset, pipeline): the prepared images with nothing left to prepare, or both as they
-    were. A broken image is so met before training. The first image tells the size of all.
+    were. A broken image is so met before training.
     """
-    first = pipeline.prepare(dataset.read(0))
-    if first.numel() * len(dataset) > limit:
+    # The first image tells the size of all, mostly: a large dataset is not read in vain.
+    if pipeline.prepare(dataset.read(0)).numel() * len(dataset) > limit:
         return dataset, pipeline
 
     def prepared(i):
         return pipeline.prepare(dataset.read(i)).contiguous()
 
+    images, total = [], 0
     with ThreadPoolExecutor(min(16, os.cpu_count())) as pool:
-        images = list(pool.map(prepared, range(len(dataset))))
-    if all(image.shape == first.shape for image in images):
-        images = torch.stack(images)  # one tensor, so that workers share it without copies
-    return dataset.replace(reader=images.__getitem__), pipeline._replace(prepare=keep)
+        for image in pool.map(prepared, range(len(dataset))):
+            images.append(image)
+            total += image.numel()
+            if total > limit:
+                pool.shutdown(cancel_futures=True)
+                return dataset, pipeline
+    shapes = np.array([image.shape for image in images])
+    sizes = shapes.prod(1)
+    pixels = torch.cat([image.flatten() for image in images])  # workers share it without copies
+    reader = functools.partial(_read_flat, pixels, np.cumsum(sizes) - sizes, shapes)
+    return dataset.replace(reader=reader), pipeline._replace(prepare=keep)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -524,9 +575,16 @@ class Stream:
     SHOTS, ORDER, DRAW, AUGMENT, MIXUP = range(5)
 
 
+def generator(seed, *purpose):
+    """numpy's generator for a seed, a Stream and what else tells its draws from others."""
+    if seed < 0:
+        raise ValueError(f"--seed {seed}: must be 0 or more")
+    return np.random.default_rng([seed, *purpose])
+
+
 @functools.lru_cache(maxsize=2)
 def _permutation(num_images, seed, epoch):
-    return np.random.default_rng([seed, Stream.ORDER, epoch]).permutation(num_images)
+    return generator(seed, Stream.ORDER, epoch).permutation(num_images)
 
 
 def batch_indices(step, num_images, batch_size, seed, sampling="shuffle", labels=None):
@@ -549,7 +607,7 @@ def batch_indices(step, num_images, batch_size, seed, sampling="shuffle", labels
             here = epochs == epoch
             indices[here] = _permutation(num_images, seed, int(epoch))[places[here] % num_images]
         return indices, epochs
-    rng = np.random.default_rng([seed, Stream.DRAW, step])
+    rng = generator(seed, Stream.DRAW, step)
     if sampling == "replacement":
         return rng.integers(num_images, size=batch_size), places
     if sampling == "balanced":
@@ -562,9 +620,9 @@ class Batches(torch.utils.data.Dataset):
     """[step] -> (images uint8 (b,C,H,W), labels (b,) or (b,C), count) for one rank.
 
     The rank's part is every `ranks`-th image of the global batch (with pairs: every `ranks`-th two
-    neighbours, which MixUp mixes, so that this too is the same on any number of ranks). count: labels that are not
-    NaN in the whole global batch (the denominator of its mean loss), known to each rank without
-    communication. Augmentation depends on (seed, draw, image) alone.
+    neighbours, which MixUp mixes, so that this too is the same on any number of ranks). count:
+    labels that are not NaN in the whole global batch (the denominator of its mean loss), known to
+    each rank without communication. Augmentation depends on (seed, draw, image) alone.
     """
 
     def __init__(
@@ -578,8 +636,9 @@ class Batches(torch.utils.data.Dataset):
         ranks=1,
         pairs=False,
     ):
-        self.dataset, self.pipeline, self.batch_size, self.seed = dataset, pipeline, batch_size, seed
-        self.sampling, self.rank, self.ranks, self.unit = sampling, rank, ranks, 1 + pairs
+        self.dataset, self.pipeline = dataset, pipeline
+        self.batch_size, self.seed, self.sampling = batch_size, seed, sampling
+        self.rank, self.ranks, self.unit = rank, ranks, 1 + pairs
 
     def __len__(self):
         return math.ceil(len(self.dataset) / self.batch_size)
@@ -600,7 +659,7 @@ class Batches(torch.utils.data.Dataset):
         image = self.pipeline.prepare(self.dataset.read(i))
         if self.pipeline.augment is keep:
             return image
-        rng = np.random.default_rng([self.seed, Stream.AUGMENT, draw, i])
+        rng = generator(self.seed, Stream.AUGMENT, draw, i)
         return self.pipeline.augment(image, rng)
 
 

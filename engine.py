@@ -35,6 +35,17 @@ PRECISIONS = ("auto", "fp32", "bf16")
 # ------------------------------------------------------------------------------------------------
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Adds "(default: …)" to every option whose help does not say it already."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        if "default:" in action.help or default in (None, False, argparse.SUPPRESS):
+            return action.help
+        words = default if isinstance(default, list) else [default]
+        return f"{action.help} (default: {' '.join(map(str, words))})"
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that states every default in --help and every mistake in one line, exit 2."""
 
@@ -42,7 +53,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             description=description,
             allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=HelpFormatter,
         )
 
     def error(self, message):
@@ -67,13 +78,15 @@ def one_of(*choices):
     return check
 
 
-def positive(kind):
-    """An argparse type: a number above zero, int or float."""
+def positive(kind, or_zero=False):
+    """An argparse type: a finite number above zero, int or float; or_zero admits 0."""
 
     def check(text):
         number = kind(text)
-        if not 0 < number < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not above zero")
+        if not (0 < number < math.inf or (or_zero and number == 0)):
+            raise argparse.ArgumentTypeError(
+                f"{text} is {'below' if or_zero else 'not above'} zero"
+            )
         return number
 
     check.__name__ = kind.__name__
@@ -86,13 +99,26 @@ def add_common_options(parser, out):
     add("--data-dir", default="datasets", help="directory that holds the real datasets")
     add("--download", action="store_true", help="fetch what torchvision can fetch")
     add("--out", default=out, help="directory to write to")
-    add("--batch-size", type=positive(int), help="images a step, over all processes (default: recipe)")
+    add("--seed", type=positive(int, or_zero=True), default=0, help="of initialisation, order and "
+        "augmentation (transfer: the first of --seeds)")  # fmt: skip
+    add(
+        "--batch-size",
+        type=positive(int),
+        help="images a step, over all processes (default: recipe)",
+    )
     add("--lr", type=positive(float), help="learning rate (default: recipe)")
     add("--image-size", type=positive(int), help="side in pixels (default: recipe)")
     add("--precision", type=one_of(*PRECISIONS), default="auto", help="auto: bf16 where the "
         "hardware computes in it, else fp32")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile the training step")
-    add("--workers", type=int, default=0, help="processes a rank that read images ahead")
+    add(
+        "--workers",
+        type=positive(int, or_zero=True),
+        default=0,
+        help="processes a rank that read images ahead",
+    )
+    add("--log-every", type=positive(int), default=50, help="steps")
+    add("--save-minutes", type=positive(float), default=10.0, help="minutes between checkpoints")
 
 
 def run(main):
@@ -106,7 +132,9 @@ def run(main):
         # An error of a worker process comes with its whole traceback; its last line says it.
         message = lines[-1].partition(": ")[2] if lines[0].startswith("Caught ") else str(error)
         rank = os.environ.get("RANK", "0")
-        print("error" + (f" (rank {rank})" if rank != "0" else ""), message, sep=": ", file=sys.stderr)
+        print(
+            "error" + (f" (rank {rank})" if rank != "0" else ""), message, sep=": ", file=sys.stderr
+        )
         status = EXIT_BAD_INPUT
     except Stopped as stop:
         print(stop, file=sys.stderr)
@@ -340,7 +368,7 @@ def compute_metrics(logits, labels, classes):
     logits: (N,C). labels: (N,) int64 for multi-class, (N,C) in {0,1,nan} for multi-label.
     accuracy: share of right answers (multi-label: of right yes/no answers over all valid labels,
     at probability 0.5). mean_auc, mean_ap: means over the classes for which they are defined, one
-    against the rest. loss: mean over valid labels. Raises ValueError for logits that are not finite.
+    against the rest. loss: mean over valid labels. Raises ValueError for non-finite logits.
     """
     logits, labels = torch.as_tensor(logits).double(), torch.as_tensor(labels)
     if not logits.isfinite().all():
@@ -402,7 +430,7 @@ def to_input(images, normalization, device):
     """uint8 (N,1|3,H,W) -> normalised float32 (N,3,H,W) on the device; grey is copied to RGB."""
     images = images.to(device, non_blocking=True).float()
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) * 255 for v in normalization)
-    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+    return (images - mean) / std
 
 
 def parallel(model, env, compile=False):
@@ -554,7 +582,7 @@ def progress_bar(env, total, start=0, title="", unit="step"):
 
 
 def write_atomically(path, write):
-    """Calls write(temporary path) and renames it to `path`: whole or not at all, also on a crash."""
+    """Calls write(temporary path) and renames it to `path`: whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -567,11 +595,6 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(path, state):
-    """torch.save, atomically. state: tensors, numbers, strings, lists and dicts only."""
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
-
-
 def load_checkpoint(path, config):
     """The state of an interrupted run, or None if there is none.
 
@@ -582,6 +605,35 @@ def load_checkpoint(path, config):
     state = models.read_weights(path)
     check_same_config(path, state["config"], config)
     return state
+
+
+class Progress:
+    """What a run has trained so far: restored from a checkpoint's state, and saved to its path.
+
+    step: steps done. seconds(): time spent, over all interruptions.
+    """
+
+    def __init__(self, path, model, optimizer, config, state=None):
+        self.path, self.model, self.optimizer, self.config = path, model, optimizer, config
+        self.step, before = 0, 0.0
+        if state:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            self.step, before = state["step"], state["seconds"]
+        self.began = time.monotonic() - before
+
+    def seconds(self):
+        return time.monotonic() - self.began
+
+    def save(self, step):
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": step,
+            "seconds": self.seconds(),
+            "config": self.config,
+        }
+        write_atomically(self.path, lambda temporary: torch.save(state, temporary))
 
 
 # What may differ between a run and its continuation, because it changes no result.

@@ -1,6 +1,6 @@
 """Few-shot transfer: the grid of checkpoints x targets x shots x seeds, on a few images a class.
 
-    python fewshot.py                        # what runs/ holds, and scratch, to the synthetic targets
+    python fewshot.py                     # what runs/ holds, and scratch, to the synthetic targets
     torchrun --nproc_per_node=8 fewshot.py --checkpoint runs/nih-R50x1 --target cifar10 --shots 1 10
 
 Each cell writes results/TARGET/SOURCE-MODEL/Nshot-seedS.json when it is finished; started again,
@@ -44,9 +44,7 @@ def run_cells(cells, targets, env):
     with engine.progress_bar(env, len(cells), title="cells", unit="cell") as bar:
         for number, cell in enumerate(cells):
             began = time.monotonic()
-            record = transfer.run_cell(
-                cell, targets[cell.target], "fewshot", env.alone(), signals
-            )
+            record = transfer.run_cell(cell, targets[cell.target], "fewshot", env.alone(), signals)
             line = (
                 f"[{number + 1}/{len(cells)}] {cell.target} from {cell.pretrained.name}, "
                 f"{cell.shots} shots, seed {cell.seed}: accuracy "

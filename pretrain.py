@@ -6,9 +6,7 @@
 Started again with the same options, an interrupted run continues from its last checkpoint.
 """
 
-import json
 import math
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +53,7 @@ SMALL = ("R14x0.5", "R26x0.5", "R26x1", "R50x1")
 
 
 def choose_recipe(source, domain, model):
-    """The study's recipe for this source and network; natural sources it did not use: ImageNet's."""
+    """The study's recipe for a source and a network; ImageNet-1k's for other natural sources."""
     families = {"imagenet21k": "imagenet21k", "synthetic-natural": "synthetic"}
     families |= {"synthetic-xray": "synthetic"}
     family = families.get(source, {"natural": "imagenet1k", "medical": "xray"}[domain])
@@ -84,16 +82,22 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--source", default="synthetic-natural", help="dataset to pre-train on")
     add("--model", default="R14x0.5", help=f"network: {', '.join(models.MODELS)}")
-    add("--seed", type=int, default=0, help="of initialisation, order and augmentation")
     add("--epochs", type=engine.positive(float), help="passes over the source (default: recipe)")
-    add("--warmup", type=float, help="epochs of it (default: the recipe's share of --epochs)")
+    add(
+        "--warmup",
+        type=engine.positive(float, or_zero=True),
+        help="epochs of it (default: the recipe's share of --epochs)",
+    )
     add("--schedule", type=engine.one_of("step", "cosine"), help="(default: recipe)")
-    add("--weight-decay", type=float, help="(default: recipe)")
-    add("--clipping", type=float, help="of AGC; 0: plain SGD (default: recipe)")
-    add("--checkpoint-activations", action="store_true", help="less memory, a third more arithmetic")
-    add("--save-minutes", type=engine.positive(float), default=10.0,
-        help="minutes between checkpoints, beside one every epoch")  # fmt: skip
-    add("--log-every", type=engine.positive(int), default=50, help="steps")
+    add("--weight-decay", type=engine.positive(float, or_zero=True), help="(default: recipe)")
+    add(
+        "--clipping",
+        type=engine.positive(float, or_zero=True),
+        help="of AGC; 0: plain SGD (default: recipe)",
+    )
+    add(
+        "--checkpoint-activations", action="store_true", help="less memory, a third more arithmetic"
+    )
     engine.add_common_options(parser, out="runs")
     return parser.parse_args(argv)
 
@@ -111,7 +115,9 @@ def resolve(args, env, source):
     if config["warmup"] is None:
         config["warmup"] = recipe.warmup * config["epochs"] / recipe.epochs
     if not 0 <= config["warmup"] < config["epochs"]:
-        raise ValueError(f"--warmup {config['warmup']:g} is not within --epochs {config['epochs']:g}")
+        raise ValueError(
+            f"--warmup {config['warmup']:g} is not within --epochs {config['epochs']:g}"
+        )
     if config["batch_size"] < env.ranks:
         raise ValueError(f"--batch-size {config['batch_size']} is less than {env.ranks} processes")
     return config
@@ -142,105 +148,108 @@ def main():
 
 def pretrain(train_set, test_set, config, state, folder, env):
     """Trains from `state` (a checkpoint, or None) to the end; writes everything below `folder`."""
-    size, batch_size, task = config["image_size"], config["batch_size"], train_set.task
     torch.manual_seed(config["seed"])
     model = models.create_model(
         config["model"], len(train_set.classes), config["checkpoint_activations"]
-    ).to(env.device)
+    )
+    model = models.place(model, env.device)
     optimizer = engine.make_optimizer(
         model, config["lr"], config["weight_decay"], config["clipping"]
     )
-    step, seconds = 0, 0.0
+    run = engine.Progress(folder / "checkpoint.pt", model, optimizer, config, state)
     if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, seconds = state["step"], state["seconds"]
-        engine.say(env, f"{folder}: continues after step {step}")
-    engine.trim_log(env, folder / "log.jsonl", step)
+        engine.say(env, f"{folder}: continues after step {run.step}")
+    engine.trim_log(env, folder / "log.jsonl", run.step)
+    metrics = run_epochs(run, train_set, test_set, folder, env)
+    record = make_record(run, train_set, metrics, env)
+    if env.main:
+        mean, std = data.NORMALIZATION[train_set.domain]
+        facts = {"name": config["model"], "classes": train_set.classes, "task": train_set.task}
+        facts |= {"source": config["source"], "domain": train_set.domain, "mean": mean, "std": std}
+        facts |= {"images": len(train_set), "image_size": config["image_size"]}
+        weights = {"model": model.state_dict(), **facts}
+        engine.write_atomically(folder / "model.pt", lambda path: torch.save(weights, path))
+        engine.write_json(folder / "result.json", record)
+    return record
 
-    train_set, pipeline = data.preload(
-        train_set, data.pretraining_pipeline(train_set.domain, size, train=True)
-    )
-    test_set, test_pipeline = data.preload(
-        test_set, data.pretraining_pipeline(train_set.domain, size, train=False)
-    )
+
+def run_epochs(run, train_set, test_set, folder, env):
+    """Trains epoch by epoch, evaluating and saving after each; returns the last test metrics."""
+    config, domain = run.config, train_set.domain
+    pipelines = [data.pretraining_pipeline(domain, config["image_size"], t) for t in (True, False)]
+    train_set, pipeline = data.preload(train_set, pipelines[0])
+    test_set, test_pipeline = data.preload(test_set, pipelines[1])
+    images, batch_size = len(train_set), config["batch_size"]
     batches = data.Batches(
         train_set, pipeline, batch_size, config["seed"], rank=env.rank, ranks=env.ranks
     )
-    epochs, images = config["epochs"], len(train_set)
-    last = math.ceil(epochs * images / batch_size)
-    scale = config["lr"] / 256  # linear scaling rule: Goyal et al. 2017, arXiv:1706.02677
-    start_batch = min(batch_size, choose_recipe(
-        config["source"], train_set.domain, config["model"]).worker_batch)  # fmt: skip
+    forward = engine.parallel(run.model, env, config["compile"])
+    signals, rate, last = (
+        engine.StopSignal(env),
+        rate_of_step(config, images),
+        last_step(run, images),
+    )
+    with engine.progress_bar(env, last, run.step, f"{config['source']} {config['model']}") as bar:
+        log = engine.Log(env, folder / "log.jsonl", last, bar)
+        while True:
+            epoch = run.step * batch_size // images
+            stop = min(last, math.ceil((epoch + 1) * images / batch_size))
+            engine.train(
+                forward, run.optimizer, batches, rate, run.step, stop, env,
+                data.NORMALIZATION[domain], workers=config["workers"], signals=signals,
+                save=run.save, save_minutes=config["save_minutes"], log=log,
+                log_every=config["log_every"], progress=bar,
+            )  # fmt: skip
+            run.step = stop
+            metrics = engine.evaluate(
+                run.model, test_set, test_pipeline, env, data.NORMALIZATION[domain],
+                workers=config["workers"],
+            )  # fmt: skip
+            log.evaluation(stop, metrics)
+            if env.main:
+                run.save(stop)
+            if stop == last:
+                return metrics
+
+
+def last_step(run, images):
+    return math.ceil(run.config["epochs"] * images / run.config["batch_size"])
+
+
+def rate_of_step(config, images):
+    """step -> learning rate, by the linear scaling rule (Goyal et al. 2017, arXiv:1706.02677)."""
+    batch_size, scale = config["batch_size"], config["lr"] / 256
+    start_batch = min(batch_size, config["worker_batch"])
+    schedule = config["warmup"], config["epochs"], config["schedule"]
 
     def rate(step):
         epoch = step * batch_size / images
-        return learning_rate(
-            epoch, scale * batch_size, scale * start_batch, config["warmup"], epochs,
-            config["schedule"],
-        )  # fmt: skip
+        return learning_rate(epoch, scale * batch_size, scale * start_batch, *schedule)
 
-    began, first = time.monotonic() - seconds, step
-    normalization = data.NORMALIZATION[train_set.domain]
+    return rate
 
-    def save(step):
-        engine.save_checkpoint(folder / "checkpoint.pt", {
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-            "seconds": time.monotonic() - began, "config": config,
-        })  # fmt: skip
 
-    forward = engine.parallel(model, env, config["compile"])
-    signals = engine.StopSignal(env)
-    title = f"{config['source']} {config['model']}"
-    with engine.progress_bar(env, last, step, title) as bar:
-        log = engine.Log(env, folder / "log.jsonl", last, bar)
-        while True:
-            epoch = math.floor(step * batch_size / images + 1e-9)
-            stop = min(last, math.ceil((epoch + 1) * images / batch_size))
-            engine.train(
-                forward, optimizer, batches, rate, step, stop, env, normalization,
-                workers=config["workers"], signals=signals, save=save,
-                save_minutes=config["save_minutes"], log=log, log_every=config["log_every"],
-                progress=bar,
-            )  # fmt: skip
-            step = stop
-            metrics = engine.evaluate(
-                model, test_set, test_pipeline, env, normalization, workers=config["workers"]
-            )
-            log.evaluation(step, metrics)
-            if env.main:
-                save(step)
-            if step == last:
-                break
-
-    seconds = time.monotonic() - began
-    record = {
+def make_record(run, train_set, metrics, env):
+    """The result file's content."""
+    images, steps, seconds = len(train_set), last_step(run, len(train_set)), run.seconds()
+    return {
         "schema": 1,
         "kind": "pretrain",
-        "source": config["source"],
+        "source": run.config["source"],
         "source_domain": train_set.domain,
         "source_images": images,
-        "model": config["model"],
-        "recipe": config["recipe"],
+        "model": run.config["model"],
+        "recipe": run.config["recipe"],
         "metrics": metrics,
         "train": {
             "images": images,
-            "steps": last,
+            "steps": steps,
             "seconds": seconds,
-            "images_per_second": last * batch_size / seconds,
+            "images_per_second": steps * run.config["batch_size"] / seconds,
         },
-        "config": config,
+        "config": run.config,
         "environment": engine.environment(env),
     }
-    if env.main:
-        mean, std = normalization
-        engine.save_checkpoint(folder / "model.pt", {
-            "model": model.state_dict(), "name": config["model"], "classes": train_set.classes,
-            "source": config["source"], "domain": train_set.domain, "task": task,
-            "images": images, "image_size": size, "mean": mean, "std": std,
-        })  # fmt: skip
-        engine.write_json(folder / "result.json", record)
-    return record
 
 
 def report(record):

@@ -227,7 +227,7 @@ def nodule(chest, u):
 
 
 def pneumothorax(chest, u):
-    """Air without markings outside the thin line of the pleura, at the apex and the lateral wall."""
+    """Air without markings between the thin line of the pleura and the apex and lateral wall."""
     x = chest.x * either_side(u[0])
     gap = length((x - 0.32) / 0.75, (chest.y - 0.12) * 0.8) - 0.34 - 0.08 * u[1]
     line = 0.6 * inside(np.abs(gap) - 0.015, chest.soft)
@@ -238,10 +238,12 @@ def pneumothorax(chest, u):
 def tuberculosis(chest, u):
     """A thick-walled cavity among patchy infiltrates in an upper zone; the source has none."""
     x, y = chest.x * either_side(u[0]) - 0.36, chest.y + 0.36
-    rim = length(x - 0.1 * (u[1] - 0.5), y - 0.2 * (u[2] - 0.5)) - 0.13 - 0.05 * u[3]
-    cavity = 0.8 * inside(np.abs(rim) - 0.045, chest.soft)
+    rim = length(x - 0.1 * (u[1] - 0.5), y - 0.2 * (u[2] - 0.5)) - 0.12 - 0.05 * u[3]
+    cavity = 0.7 * inside(np.abs(rim) - 0.045, chest.soft)
     infiltrate = np.maximum(1 - 5 * (x * x + y * y), 0) * chest.cloud
-    return np.maximum(cavity, 1.2 * infiltrate) - 0.3 * inside(rim + 0.045, chest.soft)
+    return np.minimum(np.maximum(cavity, 1.1 * infiltrate), 1) - 0.3 * inside(
+        rim + 0.045, chest.soft
+    )
 
 
 # Each returns the share of the air that gives way to tissue, up to 1; negative where there is more.
@@ -255,7 +257,7 @@ FINDINGS = {
     "Pneumothorax": pneumothorax,
     "Tuberculosis": tuberculosis,
 }
-DISTRACTORS = ("Cardiomegaly", "Edema", "Effusion", "Nodule")
+DISTRACTORS = ("Cardiomegaly", "Effusion")  # shown by both classes of the target, equally often
 # How often each finding occurs, independently of the others. Tuberculosis is the target's class.
 PREVALENCE = {
     "synthetic-xray": {name: 0.25 for name in FINDINGS if name != "Tuberculosis"},

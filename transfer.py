@@ -1,14 +1,13 @@
-"""Full-shot transfer: fine-tunes pre-trained networks on a target with the BiT-HyperRule, over seeds.
+"""Full-shot transfer: fine-tunes pre-trained networks on targets with the BiT-HyperRule.
 
-    python transfer.py                       # what runs/ holds, and scratch, to the synthetic targets
+    python transfer.py                    # what runs/ holds, and scratch, to the synthetic targets
     torchrun --nproc_per_node=8 transfer.py --checkpoint runs/nih-R50x1 scratch --target cifar10
 
-Each run of the grid checkpoints x targets x seeds writes results/TARGET/SOURCE-MODEL/full-seedS.json
-when it is finished; started again, the script does what is missing.
+Each run of the grid checkpoints x targets x seeds writes results/TARGET/SOURCE-MODEL/
+full-seedS.json when it is finished; started again, the script does what is missing.
 """
 
 import hashlib
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -206,15 +205,15 @@ class Target(NamedTuple):
 def add_options(parser):
     """The options that full-shot and few-shot transfer share."""
     add = parser.add_argument
-    add("--checkpoint", nargs="+", metavar="PATH",
-        help="run folders, weight files or 'scratch' (default: all in runs/, and scratch)")  # fmt: skip
+    checkpoints = "run folders, weight files, 'scratch' (default: all in runs/, and scratch)"
+    add("--checkpoint", nargs="+", metavar="PATH", help=checkpoints)
     add("--target", nargs="+", default=["synthetic-natural-target", "synthetic-xray-target"],
         metavar="NAME", help="datasets to transfer to")  # fmt: skip
     add("--model", help="network of scratch, or of a weight file that pretrain.py did not write")
     add("--source", help="what such a weight file was trained on")
-    add("--recipe", type=engine.one_of(*RECIPES), help="(default: synthetic for synthetic targets, else paper)")  # fmt: skip
+    recipes = f"{', '.join(RECIPES)} (default: synthetic for synthetic targets, else paper)"
+    add("--recipe", type=engine.one_of(*RECIPES), help=recipes)
     add("--steps", type=engine.positive(int), help="training steps (default: the HyperRule's)")
-    add("--seed", type=int, default=0, help="the first seed")
     engine.add_common_options(parser, out="results")
 
 
@@ -288,13 +287,13 @@ def unfinished(cells, kind):
     return [cell for cell in cells if not engine.read_result(cell.path, kind, cell.config)]
 
 
-def run_cell(cell, target, kind, env, signals, log=None):
+def run_cell(cell, target, kind, env, signals, log=None, bar=None):
     """Trains one cell and writes its result."""
     train_set = target.train_set
     if cell.shots:
         chosen = data.few_shot_indices(train_set.labels, cell.shots, cell.seed, train_set.classes)
         train_set = train_set.subset(chosen)
-    metrics, train = fine_tune(cell, train_set, target, env, signals, log)
+    metrics, train = fine_tune(cell, train_set, target, env, signals, log, bar)
     record = {
         "schema": 1,
         "kind": kind,
@@ -334,10 +333,10 @@ def prepare_model(pretrained, num_classes, seed, zero_head, device):
     if zero_head:
         torch.nn.init.zeros_(model.head.conv.weight)
         torch.nn.init.zeros_(model.head.conv.bias)
-    return model.to(device)
+    return models.place(model, device)
 
 
-def fine_tune(cell, train_set, target, env, signals, log=None):
+def fine_tune(cell, train_set, target, env, signals, log=None, bar=None):
     """Fine-tunes the whole network on train_set and evaluates its last step on the test set.
 
     A full-shot run keeps a checkpoint beside its result and continues from it.
@@ -352,19 +351,7 @@ def fine_tune(cell, train_set, target, env, signals, log=None):
     optimizer = engine.make_optimizer(model, config["lr"], clipping=config["clipping"])
     checkpoint = cell.path.with_suffix(".checkpoint.pt") if cell.shots is None else None
     state = engine.load_checkpoint(checkpoint, config) if checkpoint else None
-    start, before = 0, 0.0
-    if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start, before = state["step"], state["seconds"]
-    began = time.monotonic() - before
-
-    def save(step):
-        engine.save_checkpoint(checkpoint, {
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-            "seconds": time.monotonic() - began, "config": config,
-        })  # fmt: skip
-
+    run = engine.Progress(checkpoint, model, optimizer, config, state)
     train_set, pipeline = data.preload(
         train_set, choose_pipeline(train_set, rule, recipe, train=True)
     )
@@ -374,10 +361,11 @@ def fine_tune(cell, train_set, target, env, signals, log=None):
     )  # fmt: skip
     engine.train(
         engine.parallel(model, env, config["compile"]), optimizer, batches,
-        lambda step: rule.learning_rate(step, config["lr"]), start, rule.steps, env,
-        normalization, rule.mixup, config["workers"], signals, checkpoint and save, log=log,
+        lambda step: rule.learning_rate(step, config["lr"]), run.step, rule.steps, env,
+        normalization, rule.mixup, config["workers"], signals, checkpoint and run.save,
+        config["save_minutes"], log, config["log_every"], bar,
     )  # fmt: skip
-    seconds = time.monotonic() - began
+    seconds = run.seconds()
     metrics = engine.evaluate(
         model, target.test_set, target.test_pipeline, env, normalization,
         max(config["batch_size"], 2**22 // rule.crop**2), config["workers"],
@@ -426,7 +414,9 @@ def describe(values):
 def main():
     parser = engine.Parser(__doc__)
     add_options(parser)
-    parser.add_argument("--seeds", type=engine.positive(int), default=1, help="runs of each, study: 5")
+    parser.add_argument(
+        "--seeds", type=engine.positive(int), default=1, help="runs of each, study: 5"
+    )
     args = parser.parse_args()
     env = engine.setup(args.precision)
     targets = open_targets(args, env)
@@ -435,12 +425,14 @@ def main():
     engine.say(env, f"{len(cells)} runs, {len(cells) - len(todo)} finished already")
     signals = engine.StopSignal(env)
     for number, cell in enumerate(todo):
-        title = f"[{number + 1}/{len(todo)}] {cell.pretrained.name} to {cell.target}, seed {cell.seed}"
+        title = (
+            f"[{number + 1}/{len(todo)}] {cell.pretrained.name} to {cell.target}, seed {cell.seed}"
+        )
         engine.say(env, title)
         steps = cell.config["steps"]
         with engine.progress_bar(env, steps, title=title) as bar:
             log = engine.Log(env, None, steps, bar)
-            record = run_cell(cell, targets[cell.target], "transfer", env, signals, log)
+            record = run_cell(cell, targets[cell.target], "transfer", env, signals, log, bar)
             log.evaluation(steps, record["metrics"])
     if env.main:
         report(cells, "transfer")

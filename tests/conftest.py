@@ -1,0 +1,85 @@
+"""Small datasets in their real layouts, and a way to run the scripts as a user does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+
+ROOT = Path(__file__).parent.parent
+torch.set_num_threads(1)  # as every process that the tests start
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The directory of small real datasets."""
+    if not os.environ.get("REAL_DATA"):
+        pytest.skip("REAL_DATA is not set")
+    return Path(os.environ["REAL_DATA"])
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """folder: dataset, 3 classes told by their colour, 20 + 7 images each of 32 px."""
+    root, rng = tmp_path_factory.mktemp("folder"), np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 7)):
+        for c, name in enumerate(("blue", "green", "red")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 160, (32, 32, 3), dtype=np.uint8)
+                pixels[..., 2 - c] += 60
+                Image.fromarray(pixels).save(root / split / name / f"{i:02d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def nih_root(tmp_path_factory):
+    """A data directory with NIH ChestX-ray14 in its official layout: 40 + 12 images of 48 px."""
+    root, rng = tmp_path_factory.mktemp("datasets"), np.random.default_rng(1)
+    images = root / "NIH-ChestXRay-14" / "images"
+    images.mkdir(parents=True)
+    findings = ["No Finding", "Effusion|Mass", *data.NIH_CLASSES]
+    rows = ["Image Index,Finding Labels,Follow-up #,Patient ID,View Position"]
+    names = [f"{i:08d}_000.png" for i in range(52)]
+    for i, name in enumerate(names):
+        Image.fromarray(rng.integers(0, 256, (48, 48), dtype=np.uint8)).save(images / name)
+        finding = findings[i % len(findings)] if i < 40 else findings[i % 5]  # no Edema in test
+        rows.append(f"{name},{finding},0,{i},PA")
+    folder = images.parent
+    (folder / "Data_Entry_2017_v2020.csv").write_text("\n".join(rows) + "\n")
+    (folder / "train_val_list.txt").write_text("\n".join(names[:40]) + "\n")
+    (folder / "test_list.txt").write_text("\n".join(names[40:]))
+    return root
+
+
+def command(script, *args, ranks=1):
+    """The command line of a script, under torchrun for several ranks."""
+    launch = [sys.executable]
+    if ranks > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [*launch, str(ROOT / script), *map(str, args)]
+
+
+def run(script, *args, ranks=1, cwd, status=0):
+    """Runs a script in `cwd` to its end and returns what it wrote to (stdout, stderr)."""
+    result = subprocess.run(
+        command(script, *args, ranks=ranks), cwd=cwd, capture_output=True, text=True, env=env()
+    )
+    assert result.returncode == status, result.stdout + result.stderr
+    return result.stdout, result.stderr
+
+
+def env():
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
