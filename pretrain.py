@@ -46,8 +46,8 @@ RECIPES = {
     ("imagenet21k", True): Recipe("paper", 0.01, 0.01, 2, 90, worker_batch=16),
     ("xray", False): Recipe("paper", 0.01, 0.01, 15, 90),
     ("xray", True): Recipe("paper", 0.01, 0.01, 15, 90, worker_batch=16),
-    ("synthetic", False): Recipe("synthetic", 0.2, None, 1, 8, "cosine", 64, image_size=None),
-    ("synthetic", True): Recipe("synthetic", 0.2, None, 1, 8, "cosine", 64, image_size=None),
+    ("synthetic", False): Recipe("synthetic", 0.12, None, 0.3, 6, "cosine", 64, image_size=None),
+    ("synthetic", True): Recipe("synthetic", 0.12, None, 0.3, 6, "cosine", 64, image_size=None),
 }
 SMALL = ("R14x0.5", "R26x0.5", "R26x1", "R50x1")
 

@@ -77,7 +77,7 @@ class Recipe(NamedTuple):
 RECIPES = {
     "paper": Recipe(128, 0.001, 0.01),
     "bit": Recipe(512, 0.003, None, zero_head=True, square=True),
-    "synthetic": Recipe(32, 0.02, 0.01, steps=80),
+    "synthetic": Recipe(32, 0.02, 0.01, steps=40),
 }
 # Their full training sets are drawn with probability inverse to class frequency (study, appendix).
 BALANCED = ("covidx", "flowers102")
