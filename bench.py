@@ -24,20 +24,20 @@ import models
 # ------------------------------------------------------------------------------------------------
 
 
-def best_speeds(arms, rounds, steps, images, device):
+def best_speeds(arms, rounds, steps, images, env):
     """{name: images a second} of each arm's fastest round.
 
     arms: {name: callable(steps)}. In each round every arm takes its turn of `steps` steps of
     `images` images. The best round counts: other work on a machine only ever slows one down.
     """
     seconds = dict.fromkeys(arms, math.inf)
-    with engine.progress_bar(MAIN, rounds * len(arms), title="turns", unit="turn") as bar:
+    with engine.progress_bar(env, rounds * len(arms), title="turns", unit="turn") as bar:
         for _ in range(rounds):
             for name, run in arms.items():
-                _synchronize(device)
+                _synchronize(env.device)
                 began = time.perf_counter()
                 run(steps)
-                _synchronize(device)
+                _synchronize(env.device)
                 seconds[name] = min(seconds[name], time.perf_counter() - began)
                 if bar is not None:
                     bar.update()
@@ -109,7 +109,7 @@ def train(args, env):
     for name, run in arms.items():
         engine.say(env, f"warming up: {name}")
         run(2)  # compiles, and lets cuDNN choose its kernels
-    return best_speeds(arms, args.rounds, args.steps, args.batch_size, env.device)
+    return best_speeds(arms, args.rounds, args.steps, args.batch_size, env)
 
 
 def _timm_network(args):
@@ -181,7 +181,6 @@ def _fastest(speeds, prefix):
 # Command line
 # ------------------------------------------------------------------------------------------------
 
-MAIN = engine.Env(0, 1, torch.device("cpu"), "fp32")  # for the progress bar: one process
 # name: (its options, what it measures: {arm: speed}, its report)
 BENCHMARKS = {"train": (train_options, train, train_report)}
 

@@ -7,10 +7,12 @@ rank's part of it) -> `loader` (the same, read ahead by worker processes).
 Images stay uint8 until they are on the device; engine.py normalises them there.
 """
 
+import atexit
 import csv
 import difflib
 import functools
 import math
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
@@ -94,11 +97,11 @@ class ImageDataset(torch.utils.data.Dataset):
         return self.read(i), torch.as_tensor(self.labels[i])
 
     def read(self, i):
-        """The image i as a uint8 tensor (C,H,W)."""
-        return self.reader(i)
+        """The image i as a uint8 tensor (C,H,W); a negative i counts from the end."""
+        return self.reader(range(len(self))[i])
 
     def subset(self, indices):
-        """The same dataset with only these images: (M,) int, in this order, or an (N,) bool mask."""
+        """The same dataset with only these images: (M,) int, in this order, or (N,) bool."""
         indices = np.arange(len(self))[indices]
         reader = functools.partial(_read_subset, self.reader, indices)
         return self.replace(
@@ -146,7 +149,7 @@ def load_dataset(name, root="datasets", split="train", **options):
     if name.startswith("folder:"):
         return _folder(name, Path(name.removeprefix("folder:")), split, **options)
     if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0)[0]
+        near = difflib.get_close_matches(name.lower(), DATASETS, n=1, cutoff=0)[0]
         raise ValueError(
             f"unknown dataset {name!r}; did you mean {near!r}? "
             f"known: {', '.join(DATASETS)}, folder:PATH"
@@ -163,8 +166,8 @@ def dataset_slug(name):
 
 def _synthetic(name, root, split, seed=0, size=None, download=False):
     world = synthetic.WORLDS[name]
-    if seed < 0 or (size is not None and size < 1):
-        raise ValueError(f"{name}: seed {seed} or size {size} is too small")
+    if not 0 <= seed < 2**63 or (size is not None and size < 1):
+        raise ValueError(f"{name}: seed {seed} or size {size} is out of range")
     size = size or world.size
     labels = synthetic.labels(name, split, getattr(world, split), seed)
     reader = functools.partial(_read_synthetic, name, split, size, seed)
@@ -352,7 +355,7 @@ def _read_csv(path, columns):
                 if row:
                     yield rows.line_num, [row[place] for place in places]
         except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}, line {rows.line_num + 1}: unreadable ({error})") from error
+            raise ValueError(f"{path}: unreadable near line {rows.line_num} ({error})") from error
 
 
 DATASETS = {
@@ -395,6 +398,8 @@ def few_shot_indices(labels, shots, seed, classes=None):
         return np.sort((by_class[starts[:, None] + np.arange(shots)]).ravel())
     found, chosen = np.zeros(labels.shape[1], int), []
     for i in order:
+        if (found >= shots).all():
+            break
         if (positive[i] & (found < shots)).any():
             found += positive[i]
             chosen.append(i)
@@ -512,9 +517,20 @@ def random_affine_flip(image, rng):
     return random_flip(image, rng)
 
 
-def pretraining_pipeline(domain, size, train):
-    """Pre-training at size x size pixels, for a "natural" or a "medical" source."""
+def random_shift_flip(image, rng):
+    """Shift by up to a sixteenth of the side, black coming in, and flip."""
+    size, edge = image.shape[-1], image.shape[-1] // 16
+    return random_crop_flip(F.pad(image, (edge,) * 4), rng, size)
+
+
+def pretraining_pipeline(domain, size, train, own_size=False):
+    """Pre-training at size x size pixels, for a "natural" or a "medical" source.
+
+    own_size: the images have that size already (the synthetic worlds), and are only shifted.
+    """
     at_size = functools.partial
+    if own_size:
+        return Pipeline(keep, random_shift_flip if train else keep)
     if domain == "medical":
         return Pipeline(at_size(xray_square, size=size), random_affine_flip if train else keep)
     if train:
@@ -667,6 +683,15 @@ def _worker_init(worker):
     """A worker ends when its parent does; signals to the whole group are for the parent alone."""
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers():
+    """Python's own exit sends SIGTERM to the workers that are left and waits; ours ignore it."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report a killed worker
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def loader(batches, start, stop, workers=0, pin_memory=False):

@@ -265,11 +265,25 @@ class SGD_AGC(torch.optim.SGD):
         eps=1e-3,
     ):
         settings = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
-        super().__init__(params, **settings, foreach=True)
+        super().__init__(params, **settings)
         self.defaults.update(clipping=clipping, eps=eps)
         for group in self.param_groups:
             group.setdefault("clipping", clipping)
             group.setdefault("eps", eps)
+        self._choose_kernels()
+
+    def _choose_kernels(self):
+        for group in self.param_groups:
+            on_cpu = all(p.device.type == "cpu" for p in group["params"])
+            group.update(fused=on_cpu, foreach=not on_cpu)
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        self._choose_kernels()
+        # The fused kernel reads memory in order: the momentum takes its parameter's memory format.
+        for p, state in self.state.items():
+            if state.get("momentum_buffer") is not None:
+                state["momentum_buffer"] = torch.empty_like(p).copy_(state["momentum_buffer"])
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -668,8 +682,8 @@ def say(env, text):
 class Log:
     """log.jsonl (if path is given), and for the eye: the bar on a terminal, else plain lines."""
 
-    def __init__(self, env, path, last, bar):
-        self.env, self.path, self.last, self.bar = env, path, last, bar
+    def __init__(self, env, path, last, bar, title):
+        self.env, self.path, self.last, self.bar, self.title = env, path, last, bar, title
         self.began, self.first = time.monotonic(), None
 
     def __call__(self, step, loss, lr, speed):
@@ -686,7 +700,7 @@ class Log:
             left = tqdm.format_interval(rate * (self.last - step))
         say(
             self.env,
-            f"step {step}/{self.last}  loss {loss:.4f}  lr {lr:.4g}  {speed:.0f} images/s  "
+            f"{self.title}  step {step}/{self.last}  loss {loss:.4f}  lr {lr:.4g}  {speed:.0f} images/s  "
             f"{left} left",
         )
 
@@ -694,7 +708,11 @@ class Log:
         """A line of test metrics."""
         shown = {k: v for k, v in metrics.items() if k != "per_class" and v is not None}
         self._append({"step": step, "test": shown})
-        say(self.env, f"step {step}  test " + "  ".join(f"{k} {v:.4f}" for k, v in shown.items()))
+        say(
+            self.env,
+            f"{self.title}  step {step}  test  "
+            + "  ".join(f"{k} {v:.4f}" for k, v in shown.items()),
+        )
 
     def _append(self, record):
         if self.env.main and self.path:

@@ -38,13 +38,14 @@ MODELS = {
 def standardize(weight):
     """Weight standardisation: each output filter minus its mean, over sqrt(variance + 1e-10).
 
-    weight: (O,I,kh,kw). A batch norm over the filters is the same arithmetic with the biased
-    variance, as one fused kernel forward and one (closed-form) backward. The filter is read in
-    the order it is stored in, so that no reshape copies, and keeps its memory format.
+    weight: (O,I,kh,kw). A layer norm over each filter is the same arithmetic with the biased
+    variance, as one fused kernel forward and one (closed-form) backward; on CPUs it takes half the
+    time of a batch norm. The filter is read in the order it is stored in, so that no reshape
+    copies, and keeps its memory format.
     """
     stored = weight if weight.is_contiguous() else weight.permute(0, 2, 3, 1)
-    filters = stored.reshape(1, len(weight), -1)
-    filters = F.batch_norm(filters, None, None, training=True, eps=1e-10).view(stored.shape)
+    filters = stored.reshape(len(weight), -1)
+    filters = F.layer_norm(filters, filters.shape[1:], eps=1e-10).view(stored.shape)
     return filters if weight.is_contiguous() else filters.permute(0, 3, 1, 2)
 
 
@@ -125,7 +126,9 @@ class ResNetV2(nn.Module):
         return self.head.conv.out_channels
 
     def _pooled(self, images):
-        x = self.root(images.contiguous(memory_format=memory_format(images.device)))
+        # The root's pooling is several times faster in channels_last, also on CPUs.
+        x = self.root(images.contiguous(memory_format=torch.channels_last))
+        x = x.contiguous(memory_format=memory_format(x.device))
         for stage in self.body:
             for block in stage:
                 if self.checkpoint_activations and self.training:

@@ -176,9 +176,12 @@ def pretrain(train_set, test_set, config, state, folder, env):
 def run_epochs(run, train_set, test_set, folder, env):
     """Trains epoch by epoch, evaluating and saving after each; returns the last test metrics."""
     config, domain = run.config, train_set.domain
-    pipelines = [data.pretraining_pipeline(domain, config["image_size"], t) for t in (True, False)]
-    train_set, pipeline = data.preload(train_set, pipelines[0])
-    test_set, test_pipeline = data.preload(test_set, pipelines[1])
+    how = domain, config["image_size"]
+    own_size = train_set.size is not None
+    train_set, pipeline = data.preload(train_set, data.pretraining_pipeline(*how, True, own_size))
+    test_set, test_pipeline = data.preload(
+        test_set, data.pretraining_pipeline(*how, False, own_size)
+    )
     images, batch_size = len(train_set), config["batch_size"]
     batches = data.Batches(
         train_set, pipeline, batch_size, config["seed"], rank=env.rank, ranks=env.ranks
@@ -189,8 +192,9 @@ def run_epochs(run, train_set, test_set, folder, env):
         rate_of_step(config, images),
         last_step(run, images),
     )
-    with engine.progress_bar(env, last, run.step, f"{config['source']} {config['model']}") as bar:
-        log = engine.Log(env, folder / "log.jsonl", last, bar)
+    title = f"{config['source']} {config['model']}"
+    with engine.progress_bar(env, last, run.step, title) as bar:
+        log = engine.Log(env, folder / "log.jsonl", last, bar, title)
         while True:
             epoch = run.step * batch_size // images
             stop = min(last, math.ceil((epoch + 1) * images / batch_size))

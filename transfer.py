@@ -428,10 +428,9 @@ def main():
         title = (
             f"[{number + 1}/{len(todo)}] {cell.pretrained.name} to {cell.target}, seed {cell.seed}"
         )
-        engine.say(env, title)
         steps = cell.config["steps"]
         with engine.progress_bar(env, steps, title=title) as bar:
-            log = engine.Log(env, None, steps, bar)
+            log = engine.Log(env, None, steps, bar, title)
             record = run_cell(cell, targets[cell.target], "transfer", env, signals, log, bar)
             log.evaluation(steps, record["metrics"])
     if env.main:

@@ -1,13 +1,14 @@
 """Labels, splits and pixels against independent readers; draws that any layout repeats."""
 
 import csv
-import io
 import math
 import multiprocessing
 import operator
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from functools import partial
@@ -43,6 +44,15 @@ from data import (
     random_flip,
     read_image,
 )
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def real():
+    if "REAL_DATA" not in os.environ:
+        pytest.skip("REAL_DATA does not name the directory of the real files")
+    return Path(os.environ["REAL_DATA"])
 
 
 @pytest.fixture
@@ -230,7 +240,6 @@ def chests(tmp_path, rng):
 
 
 def test_nih_classes():
-    # Pixel-exact spelling of the published labels.
     assert NIH_CLASSES == [
         *("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema"),
         *("Fibrosis", "Hernia", "Infiltration", "Mass", "Nodule", "Pleural_Thickening"),
@@ -356,13 +365,6 @@ def test_nih_real(tmp_path, real, size, train, test):
             np.testing.assert_array_equal(dataset.read(i), expected)
 
 
-@pytest.fixture
-def real():
-    if "REAL_DATA" not in os.environ:
-        pytest.skip("REAL_DATA does not name the directory of the real files")
-    return Path(os.environ["REAL_DATA"])
-
-
 # ------------------------------------------------------------------------------------------------
 # A folder of one's own
 # ------------------------------------------------------------------------------------------------
@@ -421,12 +423,11 @@ def test_folder_names_that_are_not_utf8(pets_at_home, rng):
         pytest.skip("the file system takes UTF-8 alone")
     os.rename(path, odd)
     dataset = folder(pets_at_home)
-    assert dataset.classes == ("Dog", "c\udcff\udcfet", "cat") or len(dataset.classes) == 3
-    place = dataset.classes.index("c\udcff\udcfet")
-    where = dataset.labels.tolist().index(place)
-    np.testing.assert_array_equal(dataset.read(where), pixels_of(odd))
+    assert dataset.classes == ("Dog", "cat", "c\udcff\udcfet")
+    assert dataset.labels.tolist() == [0, 0, 0, 1, 2]
+    np.testing.assert_array_equal(dataset.read(4), pixels_of(odd))
     os.truncate(odd, 30)
-    refuses(ValueError, lambda: dataset.read(where), "c\udcff\udcfet")
+    refuses(ValueError, lambda: dataset.read(4), "c\udcff\udcfet")
 
 
 def test_folder_refusals(pets_at_home):
@@ -473,6 +474,13 @@ def test_folder_real_equals_torchvision(real, split, count):
     assert dataset.labels.tolist() == reference.targets
     for i in range(0, count, 7):
         np.testing.assert_array_equal(dataset.read(i), pixels_of(reference.samples[i][0]))
+
+
+def test_subset_keeps_labels_and_groups_together(chests):
+    part = chests.load().subset([2, 0])
+    assert part.groups.tolist() == [3, 1]
+    assert [np.flatnonzero(row).tolist() for row in part.labels] == [[0, 11, 13], [1, 4]]
+    np.testing.assert_array_equal(part.read(1)[0], chests.pixels["00000001_000.png"])
 
 
 def test_subset(pets_at_home):
@@ -607,15 +615,17 @@ def test_failed_download_says_so(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name, near", [("cifar11", "cifar10"), ("NIH", "nih"), ("pet", "pets")])
 def test_unknown_dataset(name, near):
-    if name == "NIH":  # no letter in common, but still one name is offered
-        refuses(ValueError, lambda: load_dataset(name), "'NIH'", "did you mean", near)
-    else:
-        refuses(ValueError, lambda: load_dataset(name), f"{name!r}", f"did you mean {near!r}")
+    words = f"{name!r}; did you mean {near!r}", "folder:PATH", *data.DATASETS
+    refuses(ValueError, lambda: load_dataset(name), *words)
+
+
+def test_nameless_dataset():
+    refuses(ValueError, lambda: load_dataset(""), "unknown dataset ''")
 
 
 def test_unknown_split_and_bad_options():
     refuses(ValueError, lambda: load_dataset("nih", split="val"), "'val'", "train, test")
-    for options in ({"seed": -1}, {"size": 0}, {"size": -8}):
+    for options in ({"seed": -1}, {"seed": 2**70}, {"size": 0}, {"size": -8}):
         refuses(ValueError, partial(load_dataset, "synthetic-xray", **options), "synthetic-xray")
 
 
@@ -630,6 +640,9 @@ def test_synthetic_equals_its_renderer():
         labels = data.synthetic.labels(name, "test", world.test, seed)
         np.testing.assert_array_equal(dataset.labels, labels)
         assert dataset.size == (size or world.size) == dataset.read(0).shape[-1]
+        assert torch.equal(dataset[-1][0], dataset.read(world.test - 1))
+        with pytest.raises(IndexError):  # a renderer has no end of its own
+            dataset.read(world.test)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -718,30 +731,26 @@ def test_resize_equals_pillow(rng):
 
 
 def exact_area(pixels, size):
-    """Every pixel repeated until the intervals fall on whole pixels; integer sums."""
+    """Every pixel repeated until the areas hold whole pixels; then their means."""
+    channels, side, _ = pixels.shape
+    repeats = size // math.gcd(side, size)
     for axis in (1, 2):
-        wide = np.repeat(pixels.astype(np.int64), size, axis=axis)
-        pixels = np.moveaxis(np.moveaxis(wide, axis, -1).reshape(*_others(wide, axis, size)), 0, 0)
-        pixels = np.moveaxis(pixels.sum(-1), -1, axis)
-    return pixels
-
-
-def _others(wide, axis, size):
-    shape = [side for i, side in enumerate(wide.shape) if i != axis]
-    return (*shape, size, wide.shape[axis] // size)
+        wide = np.repeat(pixels, repeats, axis)
+        shape = (channels, size, -1, side) if axis == 1 else (channels, size, size, -1)
+        pixels = wide.reshape(shape).sum(axis + 1, dtype=np.int64)
+    return pixels / (repeats * side // size) ** 2
 
 
 @pytest.mark.parametrize(
     "side, size",
-    [(7, 3), (10, 4), (9, 9), (5, 1), (256, 224), (225, 224), (1000, 224), (1024, 224)],
+    [(7, 3), (10, 4), (9, 9), (5, 1), (256, 224), (225, 224), (300, 224), (1024, 224)],
 )
 def test_area_resize_is_exact(rng, side, size):
     image = random_image(rng, 2 if side < 500 else 1, side, side)
     before = image.clone()
     small = area_resize(image, size)
     assert small.dtype == torch.uint8 and small.shape == (len(image), size, size)
-    expected = np.rint(exact_area(image.numpy(), size) / side**2)
-    np.testing.assert_array_equal(small, expected)
+    np.testing.assert_array_equal(small, np.rint(exact_area(image.numpy(), size)))
     assert torch.equal(image, before)
 
 
@@ -775,8 +784,6 @@ def windows(height, width, count, rng):
 def test_resized_crop_is_torchvisions(rng, height, width):
     torch.manual_seed(0)
     image = torch.empty(1, height, width)
-    draw = v2.RandomResizedCrop(224).make_params if False else None
-    assert draw is None
     draw = torchvision.transforms.RandomResizedCrop.get_params
     theirs = np.array([draw(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(6000)])
     ours = windows(height, width, 6000, rng)
@@ -828,6 +835,16 @@ def test_crop_and_flip_windows_are_equally_likely(rng):
     assert 430 < flips < 570
 
 
+def test_shift_flip_windows(rng):
+    image = random_image(rng, 1, 16, 16)
+    framed = torch.zeros(1, 18, 18, dtype=torch.uint8)
+    framed[:, 1:17, 1:17] = image
+    views = [framed[:, t : t + 16, l : l + 16] for t in range(3) for l in range(3)]
+    views = {v.numpy().tobytes() for view in views for v in (view, view.flip(-1))}
+    drawn = {data.random_shift_flip(image, rng).numpy().tobytes() for _ in range(400)}
+    assert drawn == views  # a sixteenth of the side, here one pixel, each way
+
+
 def test_affine_draws_and_pixels(rng, monkeypatch):
     drawn, affine = [], TF.affine
 
@@ -876,6 +893,10 @@ def test_pretraining_pipelines(rng):
     assert torch.equal(augment(natural, generator(1)), crop)
     prepare, augment = pretraining_pipeline("natural", 24, train=False)
     assert torch.equal(prepare(natural), data.resize_center_crop(natural, 24)) and augment is keep
+    for domain in ("natural", "medical"):
+        assert pretraining_pipeline(domain, 24, False, own_size=True) == (keep, keep)
+        own = pretraining_pipeline(domain, 24, True, own_size=True)
+        assert own == (keep, data.random_shift_flip)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -1080,6 +1101,25 @@ def test_worker_names_a_broken_image(pets_at_home):
             list(loader(batches, 0, 1, workers))
 
 
+FAILING = """
+import data
+if __name__ == "__main__":
+    dataset = data.load_dataset("synthetic-natural")
+    batches = data.Batches(dataset, data.Pipeline(data.keep, data.keep), 8)
+    ahead = iter(data.loader(batches, 0, 9, workers=1))
+    next(ahead)
+    raise RuntimeError("out of memory")
+"""
+
+
+def test_an_error_ends_the_process_and_its_workers():
+    """Workers ignore SIGTERM: Python's exit must not wait for them for ever."""
+    command = [sys.executable, "-c", FAILING]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 1
+    assert run.stderr.rstrip().endswith("RuntimeError: out of memory")
+
+
 def test_datasets_travel_to_spawned_processes(chests, pets_at_home, rng, monkeypatch):
     """macOS spawns its loader workers: everything in a Batches must pickle."""
     uneven = folder(pets_at_home)
@@ -1142,7 +1182,6 @@ def test_preload_over_the_limit(rng):
 
 def test_preload_names_a_broken_image(pets_at_home):
     path = pets_at_home / "train" / "cat" / "1.png"
-    content = io.BytesIO(path.read_bytes())
-    path.write_bytes(content.read(50))
+    os.truncate(path, 50)
     dataset = folder(pets_at_home)
     refuses(ValueError, lambda: preload(dataset, hyperrule_pipeline(9, 7, True)), path)

@@ -91,7 +91,7 @@ def interrupt(args, out, number, after, ranks=1, script="pretrain.py"):
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     for line in process.stdout:
-        if line.startswith(f"step {after}/"):
+        if f"  step {after}/" in line:
             process.send_signal(number)
             break
     output = process.communicate(timeout=120)[0]
