@@ -1,13 +1,15 @@
 PYTHON ?= python3
-# Two processes: the demo is made for two cores. Each computes with one thread.
-TORCHRUN = .venv/bin/torchrun --standalone --nproc_per_node=2
-RUN = OMP_NUM_THREADS=1 $(TORCHRUN)
+NETWORKS = runs/synthetic-natural-R14x0.5 runs/synthetic-xray-R14x0.5
 
+# The demo is made for two cores: two processes of one thread each.
+demo: export OMP_NUM_THREADS = 1
 demo: .venv/installed
-	$(RUN) pretrain.py --source synthetic-natural
-	$(RUN) pretrain.py --source synthetic-xray
-	$(RUN) fewshot.py --checkpoint runs/synthetic-natural-R14x0.5 runs/synthetic-xray-R14x0.5 scratch
+	$(MAKE) --no-print-directory --jobs 2 $(NETWORKS)
+	.venv/bin/torchrun --standalone --nproc_per_node 2 fewshot.py --checkpoint $(NETWORKS) scratch
 	.venv/bin/python plot.py
+
+$(NETWORKS): runs/%-R14x0.5:
+	TQDM_DISABLE=1 .venv/bin/python pretrain.py --source $*
 
 test: .venv/tests-installed
 	.venv/bin/python -m pytest
@@ -25,4 +27,4 @@ format: .venv/tests-installed
 	.venv/bin/python -m pip install -q -r tests/requirements.txt
 	touch $@
 
-.PHONY: demo test format
+.PHONY: demo test format $(NETWORKS)

@@ -582,8 +582,8 @@ def load_splits(name, args, env, **options):
 
 @contextlib.contextmanager
 def progress_bar(env, total, start=0, title="", unit="step"):
-    """A tqdm bar on a terminal; None elsewhere and on the other ranks."""
-    if not (env.main and sys.stderr.isatty()):
+    """A tqdm bar on a terminal; None elsewhere, on the other ranks, and with TQDM_DISABLE set."""
+    if not (env.main and sys.stderr.isatty()) or os.environ.get("TQDM_DISABLE"):
         yield None
         return
     with tqdm(total=total, initial=start, desc=title, unit=unit, dynamic_ncols=True) as bar:
@@ -682,9 +682,9 @@ def say(env, text):
 class Log:
     """log.jsonl (if path is given), and for the eye: the bar on a terminal, else plain lines."""
 
-    def __init__(self, env, path, last, bar, title):
-        self.env, self.path, self.last, self.bar, self.title = env, path, last, bar, title
-        self.began, self.first = time.monotonic(), None
+    def __init__(self, env, path, start, last, bar, title):
+        self.env, self.path, self.bar, self.title = env, path, bar, title
+        self.start, self.last, self.began = start, last, time.monotonic()
 
     def __call__(self, step, loss, lr, speed):
         """What `train` calls: mean loss, learning rate, images a second over all ranks."""
@@ -692,17 +692,10 @@ class Log:
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.4g}, {speed:.0f} images/s")
             return
-        if self.first is None:
-            self.first, self.began = step, time.monotonic()
-        left = "?"
-        if step > self.first:
-            rate = (time.monotonic() - self.began) / (step - self.first)
-            left = tqdm.format_interval(rate * (self.last - step))
-        say(
-            self.env,
-            f"{self.title}  step {step}/{self.last}  loss {loss:.4f}  lr {lr:.4g}  {speed:.0f} images/s  "
-            f"{left} left",
-        )
+        pace = (time.monotonic() - self.began) / max(step - self.start, 1)
+        left = tqdm.format_interval(pace * (self.last - step))
+        text = f"loss {loss:.4f}  lr {lr:.4g}  {speed:.0f} images/s  {left} left"
+        say(self.env, f"{self.title}  step {step}/{self.last}  {text}")
 
     def evaluation(self, step, metrics):
         """A line of test metrics."""

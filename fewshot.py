@@ -31,7 +31,7 @@ def main():
     cells = transfer.make_grid(args, env.alone(), targets, sorted(set(args.shots)))
     todo = transfer.unfinished(cells, "fewshot")
     engine.say(env, f"{len(cells)} cells, {len(cells) - len(todo)} finished already")
-    run_cells(todo[env.rank :: env.ranks], targets, env)
+    run_cells(todo, targets, env)
     if env.ranks > 1:
         dist.barrier()
     if env.main:
@@ -40,19 +40,19 @@ def main():
 
 def run_cells(cells, targets, env):
     """This process's share of the grid, one cell after the other."""
-    signals = engine.StopSignal(env.alone())
-    with engine.progress_bar(env, len(cells), title="cells", unit="cell") as bar:
-        for number, cell in enumerate(cells):
-            began = time.monotonic()
+    signals, share = engine.StopSignal(env.alone()), range(env.rank, len(cells), env.ranks)
+    with engine.progress_bar(env, len(share), title="cells", unit="cell") as bar:
+        for number in share:
+            cell, began = cells[number], time.monotonic()
             record = transfer.run_cell(cell, targets[cell.target], "fewshot", env.alone(), signals)
-            line = (
+            accuracy = record["metrics"]["accuracy"]
+            tqdm.write(
                 f"[{number + 1}/{len(cells)}] {cell.target} from {cell.pretrained.name}, "
-                f"{cell.shots} shots, seed {cell.seed}: accuracy "
-                f"{record['metrics']['accuracy']:.3f}, {time.monotonic() - began:.1f} s"
+                f"{cell.shots} shots, seed {cell.seed}: accuracy {accuracy:.3f}, "
+                f"{time.monotonic() - began:.1f} s"
             )
             if bar is not None:
                 bar.update()
-            tqdm.write(line)
 
 
 if __name__ == "__main__":

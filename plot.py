@@ -1,6 +1,6 @@
-"""Figures and tables from result files: what a source of pre-training gives at each number of shots.
+"""Figures and tables from result files: what pre-training gives at each number of shots.
 
-    python plot.py                                          # reads results/, writes figures/fewshot.*
+    python plot.py                                          # results/ to figures/fewshot.*
     python plot.py results other/results --target nih pets  # two folders, two targets
     python plot.py --metric mean_ap --out paper             # another metric, another place
 
@@ -26,7 +26,9 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure  # without pyplot: writes files, needs no display
 from matplotlib.lines import Line2D
 
-# ------------------------------------------------------------------------------------- settings
+# ------------------------------------------------------------------------------------------------
+# Settings
+# ------------------------------------------------------------------------------------------------
 
 # Domain -> heading in the legend, hue from the smallest to the largest source, marker filling.
 # Orange and blue stay apart for colour-blind readers; the filling parts the domains in grey.
@@ -66,7 +68,10 @@ LINE = ("source", "source_domain", "model", "method", "recipe")  # one line, one
 CELL = (*TARGET, *LINE, "shots")  # one point: its runs differ in the seed alone
 COLUMNS = (*CELL, "metric", "mean", "sd", "ci95", "n")  # of the CSV
 
-# -------------------------------------------------------------------------------------- reading
+
+# ------------------------------------------------------------------------------------------------
+# Reading
+# ------------------------------------------------------------------------------------------------
 
 
 def read_result(path):
@@ -129,7 +134,9 @@ def tell(notices, closing):
         print(line, file=sys.stderr)
 
 
-# -------------------------------------------------------------------------------------- numbers
+# ------------------------------------------------------------------------------------------------
+# Numbers
+# ------------------------------------------------------------------------------------------------
 
 
 def group(items, keys):
@@ -143,8 +150,9 @@ def group(items, keys):
 def t_quantile(degrees):
     """97.5 % quantile of Student's t with `degrees` (a whole number from 1) degrees of freedom.
 
-    With t = sqrt(degrees) tan(angle), P(|T| < t) is a finite sum of powers of cos(angle) (Abramowitz
-    & Stegun 1964, 26.7.3 and 26.7.4); it rises with the angle, so bisection finds P = 0.95.
+    With t = sqrt(degrees) tan(angle), P(|T| < t) is a finite sum of powers of cos(angle)
+    (Abramowitz & Stegun 1964, 26.7.3 and 26.7.4); it rises with the angle, so bisection finds
+    P = 0.95.
     """
     low, high = 0.0, math.pi / 2
     for _ in range(60):  # down to the spacing of floats
@@ -209,7 +217,9 @@ def differing(cells):
     return [key for key in ("method", "recipe") if len(group(cells, (key,))) > 1]
 
 
-# --------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------------
+# Tables
+# ------------------------------------------------------------------------------------------------
 
 RULE = """\
 Cells: mean ± standard deviation over seeds (number of seeds). Bold: the best mean of a column and \
@@ -254,7 +264,7 @@ def markdown(panels):
 
 
 def write_csv(path, panels):
-    """{target: cells} -> CSV, a row a cell; fractions, ci95 is the half-width, undefined is empty."""
+    """{target: cells} -> CSV, a row a cell: fractions, ci95 the half-width, undefined empty."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
@@ -264,7 +274,9 @@ def write_csv(path, panels):
             writer.writerow({**cell, **full, **dict.fromkeys(undefined)})
 
 
-# -------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------------
+# Figures
+# ------------------------------------------------------------------------------------------------
 
 
 def line_styles(cells):
@@ -434,7 +446,10 @@ def draw_curves(panels, title):
 
 FIGURES = {"fewshot": draw_curves}  # stem of the files -> ({target: cells}, title) -> Figure
 
-# ----------------------------------------------------------------------------------------- main
+
+# ------------------------------------------------------------------------------------------------
+# Main
+# ------------------------------------------------------------------------------------------------
 
 
 def save(folder, stem, fig, panels):
@@ -468,10 +483,17 @@ def known(name, choices, option):
     raise ValueError(f"{option} {name} is unknown: {mend}")
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are ordinary errors, for `main` to say in one line."""
+
+    def error(self, message):
+        raise ValueError(message)
+
+
 def parse(argv):
     """Command line -> Namespace; folders unites the positional ones and --results."""
     help_format = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=help_format)
+    parser = Parser(description=__doc__, formatter_class=help_format, allow_abbrev=False)
     add = parser.add_argument
     add("folders", nargs="*", type=Path, help="folders of result files (default: results)")
     add("--results", nargs="+", type=Path, default=[], help="the same, as an option")

@@ -194,7 +194,7 @@ def run_epochs(run, train_set, test_set, folder, env):
     )
     title = f"{config['source']} {config['model']}"
     with engine.progress_bar(env, last, run.step, title) as bar:
-        log = engine.Log(env, folder / "log.jsonl", last, bar, title)
+        log = engine.Log(env, folder / "log.jsonl", run.step, last, bar, title)
         while True:
             epoch = run.step * batch_size // images
             stop = min(last, math.ceil((epoch + 1) * images / batch_size))

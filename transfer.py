@@ -430,7 +430,7 @@ def main():
         )
         steps = cell.config["steps"]
         with engine.progress_bar(env, steps, title=title) as bar:
-            log = engine.Log(env, None, steps, bar, title)
+            log = engine.Log(env, None, 0, steps, bar, title)
             record = run_cell(cell, targets[cell.target], "transfer", env, signals, log, bar)
             log.evaluation(steps, record["metrics"])
     if env.main:

@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from scipy import stats
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 import plot
 
 FILES = ["fewshot.csv", "fewshot.md", "fewshot.png", "fewshot.svg"]
