@@ -187,7 +187,8 @@ BENCHMARKS = {"train": (train_options, train, train_report)}
 
 def main():
     parser = engine.Parser(f"{__doc__}\nbench.py BENCHMARK --help states the options of each.")
-    parser.add_argument("benchmark", type=engine.one_of(*BENCHMARKS), help=", ".join(BENCHMARKS))
+    parser.add_argument("benchmark", nargs="?", type=engine.one_of(*BENCHMARKS), default="train",
+        help=", ".join(BENCHMARKS))  # fmt: skip
     name = parser.parse_args(sys.argv[1:2]).benchmark
     add_options, measure, report = BENCHMARKS[name]
     parser = engine.Parser(measure.__doc__)

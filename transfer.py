@@ -8,6 +8,7 @@ full-seedS.json when it is finished; started again, the script does what is miss
 """
 
 import hashlib
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -232,24 +233,26 @@ def open_targets(args, env):
 
 
 def make_grid(args, env, targets, all_shots):
-    """Every cell, also those that are finished. Raises ValueError for impossible shots."""
-    pretrained = open_checkpoints(args.checkpoint, args.model, args.source)
-    cells = []
-    for name, target in targets.items():
+    """Every cell, also those that are finished.
+
+    Raises ValueError for more shots than a class has, and for two cells of one path.
+    """
+    pretrained, cells = open_checkpoints(args.checkpoint, args.model, args.source), {}
+    seeds = range(args.seed, args.seed + args.seeds)
+    for (name, target), shots, seed in itertools.product(targets.items(), all_shots, seeds):
         labels, classes = target.train_set.labels, target.train_set.classes
-        for shots in all_shots:
-            sizes = {seed: len(labels) for seed in range(args.seed, args.seed + args.seeds)}
-            if shots:
-                for seed in sizes:
-                    sizes[seed] = len(data.few_shot_indices(labels, shots, seed, classes))
-            for source in pretrained:
-                for seed, images in sizes.items():
-                    stem = f"{shots}shot" if shots else "full"
-                    folder = Path(args.out) / data.dataset_slug(name) / source.name
-                    path = folder / f"{stem}-seed{seed}.json"
-                    config = cell_config(args, env, name, target, source, shots, seed, images)
-                    cells.append(Cell(source, name, shots, seed, path, config))
-    return cells
+        images = len(data.few_shot_indices(labels, shots, seed, classes) if shots else labels)
+        file = f"{shots}shot-seed{seed}.json" if shots else f"full-seed{seed}.json"
+        for source in pretrained:
+            path = Path(args.out) / data.dataset_slug(name) / source.name / file
+            if path in cells:
+                raise ValueError(
+                    f"two checkpoints or targets would write {path}; run them apart, one with "
+                    "another --out"
+                )
+            config = cell_config(args, env, name, target, source, shots, seed, images)
+            cells[path] = Cell(source, name, shots, seed, path, config)
+    return list(cells.values())
 
 
 def cell_config(args, env, name, target, pretrained, shots, seed, images):

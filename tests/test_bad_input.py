@@ -60,7 +60,7 @@ def refuse(tmp_path, monkeypatch, capfd):
         ("fewshot.py", "", "run pretrain.py first"),
         ("fewshot.py", "--checkpoint runs/none", "no weights at runs/none"),
         ("fewshot.py", "--checkpoint scratch --shots 0", "not above zero"),
-        ("fewshot.py", "--checkpoint scratch --shots 7 9999", "Normal has only"),
+        ("fewshot.py", "--checkpoint scratch --shots 7 9999", "--shots 9999: class"),
         ("fewshot.py", "--checkpoint scratch --batch-size 1", "--batch-size 1"),
     ],
 )
@@ -124,6 +124,11 @@ def test_truncated_image(refuse, tmp_path, split, workers):
     assert str(broken) in refuse("pretrain.py", *args)
     args = ("--checkpoint", "scratch", "--target", f"folder:{root}", "--shots", "3")
     assert str(broken) in refuse("fewshot.py", *args)
+
+
+def test_two_checkpoints_of_one_name(refuse, folder):
+    args = ("--checkpoint", "scratch", "--target", f"folder:{folder}", f"folder:{folder}/.")
+    assert "would write results/folder-" in refuse("fewshot.py", *args, "--shots", "1")
 
 
 def test_empty_class(refuse, tmp_path):
