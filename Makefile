@@ -2,6 +2,7 @@ PYTHON ?= python3
 NETWORKS = runs/synthetic-natural-R14x0.5 runs/synthetic-xray-R14x0.5
 
 # The demo is made for two cores: two processes of one thread each.
+demo: export CUDA_VISIBLE_DEVICES =
 demo: export OMP_NUM_THREADS = 1
 demo: .venv/installed
 	$(MAKE) --no-print-directory --jobs 2 $(NETWORKS)

@@ -146,10 +146,11 @@ def _our_loop(args, env):
     lr = LR * args.batch_size
     optimizer = engine.make_optimizer(model, lr, WEIGHT_DECAY, CLIPPING)
     forward = engine.parallel(model, env)
+    training = engine.Run(None, model, optimizer, {})
 
     def run(steps):
         engine.train(
-            forward, optimizer, batches, lambda step: lr, 0, steps, env,
+            training, forward, batches, lambda step: lr, training.step + steps, env,
             data.NORMALIZATION["natural"],
         )  # fmt: skip
 

@@ -6,6 +6,7 @@ Under torchrun each process runs the same script; without it, one process does a
 import argparse
 import contextlib
 import difflib
+import functools
 import json
 import math
 import os
@@ -40,7 +41,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
     def _get_help_string(self, action):
         default = action.default
-        if "default:" in action.help or default in (None, False, argparse.SUPPRESS):
+        if "default:" in action.help or default is None or isinstance(default, bool):
             return action.help
         words = default if isinstance(default, list) else [default]
         return f"{action.help} (default: {' '.join(map(str, words))})"
@@ -106,7 +107,8 @@ def add_common_options(parser, out):
         type=positive(int),
         help="images a step, over all processes (default: recipe)",
     )
-    add("--lr", type=positive(float), help="learning rate (default: recipe)")
+    add("--lr", type=positive(float), help="learning rate (pretrain.py: at a batch "
+        "of 256, scaled linearly) (default: recipe)")  # fmt: skip
     add("--image-size", type=positive(int), help="side in pixels (default: recipe)")
     add("--precision", type=one_of(*PRECISIONS), default="auto", help="auto: bf16 where the "
         "hardware computes in it, else fp32")  # fmt: skip
@@ -123,14 +125,15 @@ def add_common_options(parser, out):
 
 def run(main):
     """Calls main() and exits with its status; bad input becomes one line and status 2."""
+    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line when it is said
     try:
         status = main()
     except (ValueError, OSError) as error:
         if os.environ.get("TRACEBACK"):
             raise
-        lines = [line for line in str(error).splitlines() if line.strip()]
+        lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
         # An error of a worker process comes with its whole traceback; its last line says it.
-        message = lines[-1].partition(": ")[2] if lines[0].startswith("Caught ") else str(error)
+        message = lines[-1].partition(": ")[2] if "Caught " in lines[0] else " ".join(lines)
         rank = os.environ.get("RANK", "0")
         print(
             "error" + (f" (rank {rank})" if rank != "0" else ""), message, sep=": ", file=sys.stderr
@@ -177,7 +180,13 @@ def setup(precision="auto", timeout=None):
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        local, devices = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= devices:
+            raise ValueError(
+                f"--nproc_per_node is more than the {devices} GPUs here; lower it, or set "
+                "CUDA_VISIBLE_DEVICES= to use the CPU"
+            )
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if ranks > 1 and not dist.is_initialized():
@@ -197,7 +206,10 @@ def _computes_bf16(device):
 def environment(env):
     """What a result says of where it was made."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on this machine
+        commit = None
     cuda = env.device.type == "cuda"
     return {
         "torch": torch.__version__,
@@ -320,12 +332,12 @@ def _unit_norms(tensors):
     return torch.cat(norms)
 
 
-def make_optimizer(model, lr, weight_decay=0.0, clipping=None):
-    """SGD, Nesterov momentum 0.9, with AGC if clipping is a number; the head is never clipped."""
+def make_optimizer(model, lr, weight_decay=0.0, clipping=None, nesterov=True):
+    """SGD, momentum 0.9, with AGC if clipping is a number; the head is never clipped."""
     head = list(model.head.conv.parameters())
     body = [p for p in model.parameters() if all(p is not q for q in head)]
     groups = [{"params": body}, {"params": head, "clipping": None}]
-    return SGD_AGC(groups, lr, weight_decay=weight_decay, clipping=clipping)
+    return SGD_AGC(groups, lr, weight_decay=weight_decay, nesterov=nesterov, clipping=clipping)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -442,9 +454,15 @@ def _mean(values):
 
 def to_input(images, normalization, device):
     """uint8 (N,1|3,H,W) -> normalised float32 (N,3,H,W) on the device; grey is copied to RGB."""
-    images = images.to(device, non_blocking=True).float()
-    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) * 255 for v in normalization)
-    return (images - mean) / std
+    mean, std = _statistics(normalization, device)
+    return (images.to(device, non_blocking=True).float() - mean) / std
+
+
+@functools.lru_cache
+def _statistics(normalization, device):
+    # Kept on the device: a copy in every step would make the host wait for it.
+    with torch.inference_mode(False):
+        return [torch.tensor(v, device=device).view(1, 3, 1, 1) * 255 for v in normalization]
 
 
 def parallel(model, env, compile=False):
@@ -459,71 +477,108 @@ def parallel(model, env, compile=False):
 
 def mixup_lambda(alpha, seed, step):
     """MixUp's one coefficient a step, Beta(alpha, alpha) (Zhang et al. 2018, arXiv:1710.09412)."""
-    rng = np.random.default_rng([seed, data.Stream.MIXUP, step])
-    return float(rng.beta(alpha, alpha))
+    return float(data.generator(seed, data.Stream.MIXUP, step).beta(alpha, alpha))
+
+
+class Run:
+    """A training under way: restored from the state in a checkpoint, and saved to it.
+
+    path: of the checkpoint, None to keep none. step: steps done. seconds: spent in `train`.
+    """
+
+    def __init__(self, path, model, optimizer, config, state=None):
+        self.path, self.model, self.optimizer, self.config = path, model, optimizer, config
+        self.step, self.seconds = 0, 0.0
+        if state:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            self.step, self.seconds = state["step"], state["seconds"]
+
+    def save(self, env):
+        """Writes the checkpoint, on the main rank."""
+        if self.path and env.main:
+            state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+            state |= {"step": self.step, "seconds": self.seconds, "config": self.config}
+            save_tensors(self.path, state)
 
 
 def train(
+    run,
     forward,
-    optimizer,
     batches,
     learning_rate,
-    start,
     stop,
     env,
     normalization,
+    *,
     mixup=0.0,
     workers=0,
     signals=None,
-    save=None,
     save_minutes=10.0,
     log=None,
     log_every=50,
     progress=None,
 ):
-    """Trains from step `start` to before step `stop`.
+    """Trains from run.step to before step `stop`.
 
     forward: what `parallel` returned. batches: data.Batches of this rank. learning_rate: step ->
-    float. save(step): called on the main rank every save_minutes and before Stopped is raised.
-    log(step, loss, lr, images_per_second): called on every rank every log_every steps, with the
-    mean loss since the last call. Raises ValueError when the loss is no longer finite.
+    float. log(step, loss, lr, images_per_second): called on every rank every log_every steps, with
+    the mean loss since the last call. The run is saved every save_minutes, and before Stopped is
+    raised. Raises ValueError when the loss is no longer finite.
     """
     forward.train()
-    task, device = batches.dataset.task, env.device
-    meter, saved = Meter(env, batches.batch_size), time.monotonic()
-    loader = data.loader(batches, start, stop, workers, pin_memory=device.type == "cuda")
-    for step, (images, labels, count) in zip(range(start, stop), loader):
+    meter, saved, clock = Meter(env, batches.batch_size), time.monotonic(), time.monotonic()
+    loader = data.loader(batches, run.step, stop, workers, env.device.type == "cuda")
+    for step, (images, labels, count) in zip(range(run.step, stop), loader):
         lr = learning_rate(step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        images = to_input(images, normalization, device)
-        labels = labels.to(device, non_blocking=True)
-        share = mixup_lambda(mixup, batches.seed, step) if mixup else 1.0
-        if mixup:
-            partner = torch.arange(len(images), device=device).bitwise_xor(1)
-            partner = partner.clamp(max=len(images) - 1)
-            images = share * images + (1 - share) * images[partner]
-        with env.autocast():
-            logits = forward(images)
-        total = share * loss_sum(logits, labels, task)
-        if mixup:
-            total = total + (1 - share) * loss_sum(logits, labels[partner], task)
-        optimizer.zero_grad(set_to_none=True)
-        # DDP averages over ranks; the mean over the global batch is a sum over ranks.
-        (total * (env.ranks / max(count, 1))).backward()
-        optimizer.step()
-        meter.add(total.detach(), count)
+        share = mixup_lambda(mixup, batches.seed, step) if mixup else None
+        images = to_input(images, normalization, env.device)
+        labels = labels.to(env.device, non_blocking=True)
+        loss = train_step(
+            forward, run.optimizer, images, labels, count, lr, batches.dataset.task, env, share
+        )
+        meter.add(loss, count)
+        now = time.monotonic()
+        run.step, run.seconds, clock = step + 1, run.seconds + now - clock, now
         if progress is not None:
             progress.update()
-        if log and ((step + 1) % log_every == 0 or step + 1 == stop):
-            log(step + 1, *meter.read(step, lr))
+        if log and (run.step % log_every == 0 or run.step == stop):
+            log(run.step, *meter.read(step, lr))
         if signals and signals.agreed():
-            if save and env.main:
-                save(step + 1)
-            raise Stopped(f"stopped by {signals.name or 'another rank'} after step {step + 1}")
-        if save and env.main and time.monotonic() - saved > 60 * save_minutes:
-            save(step + 1)
+            run.save(env)
+            if env.ranks > 1:
+                dist.barrier()  # torchrun kills the others soon after the first one leaves
+            raise Stopped(f"stopped by {signals.name or 'another rank'} after step {run.step}")
+        if now - saved > 60 * save_minutes and math.isfinite(loss):
+            run.save(env)
             saved = time.monotonic()
+    if not log:
+        meter.read(stop - 1, lr=learning_rate(stop - 1))  # refuses a loss that is not finite
+
+
+def train_step(forward, optimizer, images, labels, count, lr, task, env, share=None):
+    """One step; returns this rank's sum of the losses. count: valid labels of the global batch.
+
+    share: MixUp's coefficient; neighbours in the batch are mixed.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if share is None:
+        with env.autocast():
+            logits = forward(images)
+        loss = loss_sum(logits, labels, task)
+    else:
+        partner = torch.arange(len(images), device=env.device).bitwise_xor(1)
+        partner = partner.clamp(max=len(images) - 1)
+        with env.autocast():
+            logits = forward(share * images + (1 - share) * images[partner])
+        loss = share * loss_sum(logits, labels, task)
+        loss = loss + (1 - share) * loss_sum(logits, labels[partner], task)
+    optimizer.zero_grad(set_to_none=True)
+    # DDP averages over ranks; the mean over the global batch is a sum over ranks.
+    (loss * (env.ranks / max(count, 1))).backward()
+    optimizer.step()
+    return loss.detach()
 
 
 class Meter:
@@ -562,8 +617,8 @@ def evaluate(model, dataset, pipeline, env, normalization, batch_size=256, worke
         if len(images):
             with env.autocast():
                 outputs = model(to_input(images, normalization, env.device))
-            places = range(step * batch_size, min((step + 1) * batch_size, len(dataset)))
-            logits[list(places)[env.rank :: env.ranks]] = outputs.float().cpu()
+            batch = slice(step * batch_size + env.rank, (step + 1) * batch_size, env.ranks)
+            logits[batch] = outputs.float().cpu()
     if env.ranks > 1:
         dist.all_reduce(logits)  # every row is zero but on one rank
     return compute_metrics(logits, dataset.labels, dataset.classes)
@@ -599,7 +654,7 @@ def write_atomically(path, write):
     """Calls write(temporary path) and renames it to `path`: whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # one that a killed run left is overwritten
     try:
         write(temporary)
         with open(temporary, "rb") as file:
@@ -609,50 +664,41 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
+def save_tensors(path, state):
+    """torch.save, atomically. Equal states give equal files: none names its temporary path."""
+
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+
+    write_atomically(path, write)
+
+
 def load_checkpoint(path, config):
     """The state of an interrupted run, or None if there is none.
 
     Raises ValueError when it was made with another config.
     """
-    if not Path(path).exists():
+    if path is None or not Path(path).exists():
         return None
     state = models.read_weights(path)
     check_same_config(path, state["config"], config)
     return state
 
 
-class Progress:
-    """What a run has trained so far: restored from a checkpoint's state, and saved to its path.
-
-    step: steps done. seconds(): time spent, over all interruptions.
-    """
-
-    def __init__(self, path, model, optimizer, config, state=None):
-        self.path, self.model, self.optimizer, self.config = path, model, optimizer, config
-        self.step, before = 0, 0.0
-        if state:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            self.step, before = state["step"], state["seconds"]
-        self.began = time.monotonic() - before
-
-    def seconds(self):
-        return time.monotonic() - self.began
-
-    def save(self, step):
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": step,
-            "seconds": self.seconds(),
-            "config": self.config,
-        }
-        write_atomically(self.path, lambda temporary: torch.save(state, temporary))
+def same_step(step, env):
+    """Raises ValueError on all ranks unless they all continue after the same step."""
+    if env.ranks > 1:
+        steps = [None] * env.ranks
+        dist.all_gather_object(steps, step)
+        if len(set(steps)) > 1:
+            raise ValueError(f"the ranks would continue after steps {steps}: share --out")
 
 
 # What may differ between a run and its continuation, because it changes no result.
 LAYOUT_OPTIONS = {
     "checkpoint",
+    "checkpoint_activations",
     "data_dir",
     "download",
     "log_every",
@@ -718,7 +764,9 @@ def trim_log(env, path, step):
     """Drops the lines after `step`, which a continued run will write again."""
     if env.main and path.exists():
         lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        # The last epoch's evaluation is made again.
+        records = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+        kept = [line for line, r in records if r["step"] < step + ("loss" in r)]
         write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
 
 

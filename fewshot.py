@@ -27,9 +27,11 @@ def main():
     args = parser.parse_args()
     # One process may wait long for the others at the end: the cells are shared out beforehand.
     env = engine.setup(args.precision, timeout=datetime.timedelta(days=30))
-    targets = transfer.open_targets(args, env.alone())
+    targets = transfer.open_targets(args, env)
     cells = transfer.make_grid(args, env.alone(), targets, sorted(set(args.shots)))
     todo = transfer.unfinished(cells, "fewshot")
+    if env.ranks > 1:
+        dist.barrier()  # every process has its list before the first result is written
     engine.say(env, f"{len(cells)} cells, {len(cells) - len(todo)} finished already")
     run_cells(todo, targets, env)
     if env.ranks > 1:

@@ -46,18 +46,17 @@ RECIPES = {
     ("imagenet21k", True): Recipe("paper", 0.01, 0.01, 2, 90, worker_batch=16),
     ("xray", False): Recipe("paper", 0.01, 0.01, 15, 90),
     ("xray", True): Recipe("paper", 0.01, 0.01, 15, 90, worker_batch=16),
-    ("synthetic", False): Recipe("synthetic", 0.12, None, 0.3, 6, "cosine", 64, image_size=None),
-    ("synthetic", True): Recipe("synthetic", 0.12, None, 0.3, 6, "cosine", 64, image_size=None),
 }
+SYNTHETIC = Recipe("synthetic", 0.12, None, 0.3, 6, "cosine", 64, image_size=None)
 SMALL = ("R14x0.5", "R26x0.5", "R26x1", "R50x1")
 
 
 def choose_recipe(source, domain, model):
     """The study's recipe for a source and a network; ImageNet-1k's for other natural sources."""
-    families = {"imagenet21k": "imagenet21k", "synthetic-natural": "synthetic"}
-    families |= {"synthetic-xray": "synthetic"}
-    family = families.get(source, {"natural": "imagenet1k", "medical": "xray"}[domain])
-    return RECIPES[family, model not in SMALL]
+    if source in ("synthetic-natural", "synthetic-xray"):
+        return SYNTHETIC
+    family = {"natural": "imagenet1k", "medical": "xray"}[domain]
+    return RECIPES["imagenet21k" if source == "imagenet21k" else family, model not in SMALL]
 
 
 def learning_rate(epoch, lr, start_lr, warmup, epochs, schedule):
@@ -112,6 +111,7 @@ def resolve(args, env, source):
     config["recipe"] = config.pop("name")
     config["image_size"] = config["image_size"] or source.size
     config["clipping"] = config["clipping"] or None
+    config["images"], config["num_classes"] = len(source), len(source.classes)
     if config["warmup"] is None:
         config["warmup"] = recipe.warmup * config["epochs"] / recipe.epochs
     if not 0 <= config["warmup"] < config["epochs"]:
@@ -136,7 +136,7 @@ def main():
     finished = engine.read_result(folder / "result.json", "pretrain", config)
     if finished:
         if env.main:
-            print(f"{folder}: finished already; remove it to train anew")
+            print(f"{folder}: finished already; remove that folder to train anew")
             report(finished)
         return
     state = engine.load_checkpoint(folder / "checkpoint.pt", config)
@@ -156,7 +156,8 @@ def pretrain(train_set, test_set, config, state, folder, env):
     optimizer = engine.make_optimizer(
         model, config["lr"], config["weight_decay"], config["clipping"]
     )
-    run = engine.Progress(folder / "checkpoint.pt", model, optimizer, config, state)
+    run = engine.Run(folder / "checkpoint.pt", model, optimizer, config, state)
+    engine.same_step(run.step, env)
     if state:
         engine.say(env, f"{folder}: continues after step {run.step}")
     engine.trim_log(env, folder / "log.jsonl", run.step)
@@ -167,8 +168,7 @@ def pretrain(train_set, test_set, config, state, folder, env):
         facts = {"name": config["model"], "classes": train_set.classes, "task": train_set.task}
         facts |= {"source": config["source"], "domain": train_set.domain, "mean": mean, "std": std}
         facts |= {"images": len(train_set), "image_size": config["image_size"]}
-        weights = {"model": model.state_dict(), **facts}
-        engine.write_atomically(folder / "model.pt", lambda path: torch.save(weights, path))
+        engine.save_tensors(folder / "model.pt", {"model": model.state_dict(), **facts})
         engine.write_json(folder / "result.json", record)
     return record
 
@@ -195,25 +195,23 @@ def run_epochs(run, train_set, test_set, folder, env):
     title = f"{config['source']} {config['model']}"
     with engine.progress_bar(env, last, run.step, title) as bar:
         log = engine.Log(env, folder / "log.jsonl", run.step, last, bar, title)
+        epoch = max(run.step - 1, 0) * batch_size // images  # at an epoch's end: evaluate it again
         while True:
-            epoch = run.step * batch_size // images
             stop = min(last, math.ceil((epoch + 1) * images / batch_size))
             engine.train(
-                forward, run.optimizer, batches, rate, run.step, stop, env,
-                data.NORMALIZATION[domain], workers=config["workers"], signals=signals,
-                save=run.save, save_minutes=config["save_minutes"], log=log,
-                log_every=config["log_every"], progress=bar,
+                run, forward, batches, rate, stop, env, data.NORMALIZATION[domain],
+                workers=config["workers"], signals=signals, save_minutes=config["save_minutes"],
+                log=log, log_every=config["log_every"], progress=bar,
             )  # fmt: skip
-            run.step = stop
+            run.save(env)
             metrics = engine.evaluate(
                 run.model, test_set, test_pipeline, env, data.NORMALIZATION[domain],
                 workers=config["workers"],
             )  # fmt: skip
             log.evaluation(stop, metrics)
-            if env.main:
-                run.save(stop)
             if stop == last:
                 return metrics
+            epoch = stop * batch_size // images
 
 
 def last_step(run, images):
@@ -235,7 +233,7 @@ def rate_of_step(config, images):
 
 def make_record(run, train_set, metrics, env):
     """The result file's content."""
-    images, steps, seconds = len(train_set), last_step(run, len(train_set)), run.seconds()
+    images = len(train_set)
     return {
         "schema": 1,
         "kind": "pretrain",
@@ -247,9 +245,9 @@ def make_record(run, train_set, metrics, env):
         "metrics": metrics,
         "train": {
             "images": images,
-            "steps": steps,
-            "seconds": seconds,
-            "images_per_second": steps * run.config["batch_size"] / seconds,
+            "steps": run.step,
+            "seconds": run.seconds,
+            "images_per_second": run.step * run.config["batch_size"] / run.seconds,
         },
         "config": run.config,
         "environment": engine.environment(env),

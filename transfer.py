@@ -7,6 +7,7 @@ Each run of the grid checkpoints x targets x seeds writes results/TARGET/SOURCE-
 full-seedS.json when it is finished; started again, the script does what is missing.
 """
 
+import functools
 import hashlib
 import itertools
 from pathlib import Path
@@ -62,14 +63,16 @@ def hyperrule(num_examples, image_size):
 
 
 class Recipe(NamedTuple):
-    """clipping: of AGC, or None. zero_head: the classifier starts at 0, else PyTorch's default.
-    square: training images are resized to a square, else by their shorter side.
-    steps: in place of the rule's number, or None.
+    """clipping: of AGC, or None. nesterov: of the momentum 0.9.
+
+    zero_head: the classifier starts at 0, else at PyTorch's default. square: training images are
+    resized to a square, else by their shorter side. steps: in place of the rule's number, or None.
     """
 
     batch_size: int
     lr: float
     clipping: float | None
+    nesterov: bool = True
     zero_head: bool = False
     square: bool = False
     steps: int | None = None
@@ -77,7 +80,7 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     "paper": Recipe(128, 0.001, 0.01),
-    "bit": Recipe(512, 0.003, None, zero_head=True, square=True),
+    "bit": Recipe(512, 0.003, None, nesterov=False, zero_head=True, square=True),
     "synthetic": Recipe(32, 0.02, 0.01, steps=40),
 }
 # Their full training sets are drawn with probability inverse to class frequency (study, appendix).
@@ -90,7 +93,7 @@ def choose_rule(dataset, num_examples, recipe, image_size=None, steps=None):
     Synthetic images keep their own size; multi-label X-ray sets take the X-ray pipeline at 224.
     The first training image tells the size of all.
     """
-    rule = hyperrule(num_examples, tuple(dataset.read(0).shape[-2:]))
+    rule = hyperrule(num_examples, first_size(dataset))
     own_size = dataset.size or (224 if uses_xray_pipeline(dataset) else None)
     if own_size:
         rule = rule._replace(resize=own_size, crop=own_size)
@@ -98,6 +101,12 @@ def choose_rule(dataset, num_examples, recipe, image_size=None, steps=None):
         rule = rule.with_crop(image_size)
     steps = steps or recipe.steps
     return rule.with_steps(steps) if steps else rule
+
+
+@functools.lru_cache
+def first_size(dataset):
+    """(H,W) of the first image."""
+    return tuple(dataset.read(0).shape[-2:])
 
 
 def uses_xray_pipeline(dataset):
@@ -160,7 +169,7 @@ def _open(path, model, source):
     if path.is_dir() and not file.exists():
         raise FileNotFoundError(f"{path}: holds no model.pt; pretrain.py has not finished there")
     record = models.read_weights(file)
-    if "name" in record:
+    if isinstance(record, dict) and "name" in record:
         if model and model != record["name"]:
             raise ValueError(f"{file} is of {record['name']}, not of --model {model}")
         normalization = tuple(record["mean"]), tuple(record["std"])
@@ -168,14 +177,18 @@ def _open(path, model, source):
     else:
         if not model or not source:
             raise ValueError(f"{file}: not written by pretrain.py; say --model and --source of it")
-        medical = set(source.split("+")) <= {"chexpert", "mimic", "nih", "padchest"}
+        parts = {part.partition("@")[0] for part in source.split("+")}
+        medical = parts <= {"chexpert", "mimic", "nih", "padchest", "synthetic-xray"}
         domain = "medical" if medical else "natural"
         # BiT's own .npz networks take pixels in [-1,1], whatever the source.
         normalization = data.NORMALIZATION["medical" if file.suffix == ".npz" else domain]
         facts = source, domain, None, model
     models.load_weights(models.create_model(facts[3], 1), file)
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    return Pretrained(str(file), *facts, normalization, digest)
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return Pretrained(str(file), *facts, normalization, digest.hexdigest()[:16])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -195,9 +208,11 @@ class Cell(NamedTuple):
 
 
 class Target(NamedTuple):
-    """A target's images, the test set in memory if it fits, and how they are trained on."""
+    """A target's images, as they are and prepared: both sets in memory where they fit."""
 
+    original: data.ImageDataset
     train_set: data.ImageDataset
+    train_pipeline: data.Pipeline
     test_set: data.ImageDataset
     test_pipeline: data.Pipeline
     recipe_name: str
@@ -219,7 +234,7 @@ def add_options(parser):
 
 
 def open_targets(args, env):
-    """{name: Target}; each test set is read once for the whole grid."""
+    """{name: Target}; each image is read once for the whole grid, as far as memory allows."""
     targets = {}
     for name in args.target:
         train_set, test_set = engine.load_splits(name, args, env)
@@ -227,8 +242,11 @@ def open_targets(args, env):
         recipe_name = args.recipe or ("synthetic" if synthetic else "paper")
         recipe = RECIPES[recipe_name]
         rule = choose_rule(train_set, len(train_set), recipe, args.image_size, args.steps)
-        pipeline = choose_pipeline(test_set, rule, recipe, train=False)
-        targets[name] = Target(train_set, *data.preload(test_set, pipeline), recipe_name)
+        prepared = (
+            data.preload(dataset, choose_pipeline(dataset, rule, recipe, train))
+            for dataset, train in ((train_set, True), (test_set, False))
+        )
+        targets[name] = Target(train_set, *itertools.chain(*prepared), recipe_name)
     return targets
 
 
@@ -258,7 +276,7 @@ def make_grid(args, env, targets, all_shots):
 def cell_config(args, env, name, target, pretrained, shots, seed, images):
     """Every setting of a run, as used."""
     recipe = RECIPES[target.recipe_name]
-    rule = choose_rule(target.train_set, images, recipe, args.image_size, args.steps)
+    rule = choose_rule(target.original, images, recipe, args.image_size, args.steps)
     batch_size = args.batch_size or recipe.batch_size
     if batch_size < 2 * env.ranks:
         raise ValueError(f"--batch-size {batch_size} is less than 2 images a process")
@@ -275,6 +293,8 @@ def cell_config(args, env, name, target, pretrained, shots, seed, images):
         "shots": shots,
         "seed": seed,
         "images": images,
+        "train_images": len(target.train_set),
+        "test_images": len(target.test_set),
         "recipe": target.recipe_name,
         "batch_size": batch_size,
         "lr": args.lr or recipe.lr,
@@ -286,8 +306,16 @@ def cell_config(args, env, name, target, pretrained, shots, seed, images):
 
 
 def unfinished(cells, kind):
-    """The cells without a result. Raises ValueError for a result of other settings."""
-    return [cell for cell in cells if not engine.read_result(cell.path, kind, cell.config)]
+    """The cells without a result. Raises ValueError for a file made with other settings."""
+    todo = [cell for cell in cells if not engine.read_result(cell.path, kind, cell.config)]
+    for cell in todo:
+        engine.load_checkpoint(checkpoint_path(cell), cell.config)
+    return todo
+
+
+def checkpoint_path(cell):
+    """Where an unfinished full-shot run is kept; few-shot runs are short and start anew."""
+    return cell.path.with_suffix(".checkpoint.pt") if cell.shots is None else None
 
 
 def run_cell(cell, target, kind, env, signals, log=None, bar=None):
@@ -317,6 +345,8 @@ def run_cell(cell, target, kind, env, signals, log=None, bar=None):
     }
     if env.main:
         engine.write_json(cell.path, record)
+        if checkpoint_path(cell):
+            checkpoint_path(cell).unlink(missing_ok=True)
     return record
 
 
@@ -351,35 +381,34 @@ def fine_tune(cell, train_set, target, env, signals, log=None, bar=None):
     model = prepare_model(
         cell.pretrained, len(train_set.classes), cell.seed, recipe.zero_head, env.device
     )
-    optimizer = engine.make_optimizer(model, config["lr"], clipping=config["clipping"])
-    checkpoint = cell.path.with_suffix(".checkpoint.pt") if cell.shots is None else None
-    state = engine.load_checkpoint(checkpoint, config) if checkpoint else None
-    run = engine.Progress(checkpoint, model, optimizer, config, state)
-    train_set, pipeline = data.preload(
-        train_set, choose_pipeline(train_set, rule, recipe, train=True)
+    optimizer = engine.make_optimizer(
+        model, config["lr"], clipping=config["clipping"], nesterov=recipe.nesterov
     )
+    path = checkpoint_path(cell)
+    run = engine.Run(path, model, optimizer, config, engine.load_checkpoint(path, config))
+    engine.same_step(run.step, env)
+    # A pool too large for memory is read here, as far as this run uses it.
+    train_set, pipeline = data.preload(train_set, target.train_pipeline)
     batches = data.Batches(
         train_set, pipeline, config["batch_size"], cell.seed, config["sampling"],
         env.rank, env.ranks, pairs=rule.mixup > 0,
     )  # fmt: skip
     engine.train(
-        engine.parallel(model, env, config["compile"]), optimizer, batches,
-        lambda step: rule.learning_rate(step, config["lr"]), run.step, rule.steps, env,
-        normalization, rule.mixup, config["workers"], signals, checkpoint and run.save,
-        config["save_minutes"], log, config["log_every"], bar,
+        run, engine.parallel(model, env, config["compile"]), batches,
+        lambda step: rule.learning_rate(step, config["lr"]), rule.steps, env, normalization,
+        mixup=rule.mixup, workers=config["workers"], signals=signals,
+        save_minutes=config["save_minutes"], log=log, log_every=config["log_every"], progress=bar,
     )  # fmt: skip
-    seconds = run.seconds()
+    run.save(env)
     metrics = engine.evaluate(
         model, target.test_set, target.test_pipeline, env, normalization,
         max(config["batch_size"], 2**22 // rule.crop**2), config["workers"],
     )  # fmt: skip
-    if checkpoint and env.main:
-        checkpoint.unlink(missing_ok=True)
     return metrics, {
         "images": len(train_set),
-        "steps": rule.steps,
-        "seconds": seconds,
-        "images_per_second": rule.steps * config["batch_size"] / seconds,
+        "steps": run.step,
+        "seconds": run.seconds,
+        "images_per_second": run.step * config["batch_size"] / run.seconds,
     }
 
 
