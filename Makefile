@@ -6,7 +6,7 @@ demo: export CUDA_VISIBLE_DEVICES =
 demo: export OMP_NUM_THREADS = 1
 demo: .venv/installed
 	$(MAKE) --no-print-directory --jobs 2 $(NETWORKS)
-	.venv/bin/torchrun --standalone --nproc_per_node 2 fewshot.py --checkpoint $(NETWORKS) scratch
+	.venv/bin/torchrun --standalone --nproc_per_node 2 fewshot.py --seeds 5 --checkpoint $(NETWORKS) scratch
 	.venv/bin/python plot.py
 
 $(NETWORKS): runs/%-R14x0.5:
