@@ -1,6 +1,7 @@
 """The scripts as a user runs them: any layout, any interruption, the files they leave."""
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -122,14 +123,20 @@ def test_killed_runs_continue_bitwise(undisturbed, folder, tmp_path):
     assert losses(tmp_path / "out") == losses(undisturbed / "folder")
 
 
-def test_two_ranks_stop_together_and_one_continues(undisturbed, folder, tmp_path):
+def test_two_ranks_stop_together_and_continue(undisturbed, folder, tmp_path):
+    """On two ranks bitwise as two undisturbed ones; on one rank with the same losses."""
     args = folder_args(folder, tmp_path / "out")
-    status, output = interrupt(args, tmp_path / "out", signal.SIGTERM, 6, ranks=2)
+    status, _ = interrupt(args, tmp_path / "out", signal.SIGTERM, 6, ranks=2)
     assert status != 0
     (checkpoint,) = (tmp_path / "out").glob("*/checkpoint.pt")
     assert 6 <= torch.load(checkpoint, weights_only=True)["step"] < 19
-    run("pretrain.py", *args, cwd=tmp_path)
-    assert losses(tmp_path / "out") == pytest.approx(losses(undisturbed / "folder"), rel=1e-4)
+    shutil.copytree(tmp_path / "out", tmp_path / "one")
+    run("pretrain.py", *args, ranks=2, cwd=tmp_path)
+    run("pretrain.py", *folder_args(folder, tmp_path / "whole"), ranks=2, cwd=tmp_path)
+    assert_same_weights(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+    run("pretrain.py", *folder_args(folder, tmp_path / "one"), cwd=tmp_path)
+    assert losses(tmp_path / "one") == pytest.approx(losses(undisturbed / "folder"), rel=1e-4)
 
 
 def test_a_finished_run_is_not_repeated(undisturbed, folder):
