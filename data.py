@@ -558,8 +558,6 @@ def preload(dataset, pipeline, limit=2**30):
     Returns (dataset, pipeline): the prepared images with nothing left to prepare, or both as they
     were. A broken image is so met before training.
     """
-    if isinstance(dataset.reader, functools.partial) and dataset.reader.func is _read_flat:
-        return dataset, pipeline
     # The first image tells the size of all, mostly: a large dataset is not read in vain.
     if pipeline.prepare(dataset.read(0)).numel() * len(dataset) > limit:
         return dataset, pipeline

@@ -203,6 +203,7 @@ def _computes_bf16(device):
     return torch.cpu._is_avx512_bf16_supported()
 
 
+@functools.lru_cache
 def environment(env):
     """What a result says of where it was made."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -493,6 +494,16 @@ class Run:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             self.step, self.seconds = state["step"], state["seconds"]
+
+    def summary(self, images):
+        """What a result file says of a training on so many images."""
+        speed = self.step * self.config["batch_size"] / self.seconds
+        return {
+            "images": images,
+            "steps": self.step,
+            "seconds": self.seconds,
+            "images_per_second": speed,
+        }
 
     def save(self, env):
         """Writes the checkpoint, on the main rank."""

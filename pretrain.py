@@ -76,7 +76,7 @@ def learning_rate(epoch, lr, start_lr, warmup, epochs, schedule):
 # ------------------------------------------------------------------------------------------------
 
 
-def parse_args(argv=None):
+def parse_args():
     parser = engine.Parser(__doc__)
     add = parser.add_argument
     add("--source", default="synthetic-natural", help="dataset to pre-train on")
@@ -98,7 +98,7 @@ def parse_args(argv=None):
         "--checkpoint-activations", action="store_true", help="less memory, a third more arithmetic"
     )
     engine.add_common_options(parser, out="runs")
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
 def resolve(args, env, source):
@@ -187,11 +187,9 @@ def run_epochs(run, train_set, test_set, folder, env):
         train_set, pipeline, batch_size, config["seed"], rank=env.rank, ranks=env.ranks
     )
     forward = engine.parallel(run.model, env, config["compile"])
-    signals, rate, last = (
-        engine.StopSignal(env),
-        rate_of_step(config, images),
-        last_step(run, images),
-    )
+    signals = engine.StopSignal(env)
+    rate = rate_of_step(config, images)
+    last = math.ceil(config["epochs"] * images / batch_size)
     title = f"{config['source']} {config['model']}"
     with engine.progress_bar(env, last, run.step, title) as bar:
         log = engine.Log(env, folder / "log.jsonl", run.step, last, bar, title)
@@ -214,10 +212,6 @@ def run_epochs(run, train_set, test_set, folder, env):
             epoch = stop * batch_size // images
 
 
-def last_step(run, images):
-    return math.ceil(run.config["epochs"] * images / run.config["batch_size"])
-
-
 def rate_of_step(config, images):
     """step -> learning rate, by the linear scaling rule (Goyal et al. 2017, arXiv:1706.02677)."""
     batch_size, scale = config["batch_size"], config["lr"] / 256
@@ -233,22 +227,16 @@ def rate_of_step(config, images):
 
 def make_record(run, train_set, metrics, env):
     """The result file's content."""
-    images = len(train_set)
     return {
         "schema": 1,
         "kind": "pretrain",
         "source": run.config["source"],
         "source_domain": train_set.domain,
-        "source_images": images,
+        "source_images": len(train_set),
         "model": run.config["model"],
         "recipe": run.config["recipe"],
         "metrics": metrics,
-        "train": {
-            "images": images,
-            "steps": run.step,
-            "seconds": run.seconds,
-            "images_per_second": run.step * run.config["batch_size"] / run.seconds,
-        },
+        "train": run.summary(len(train_set)),
         "config": run.config,
         "environment": engine.environment(env),
     }

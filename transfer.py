@@ -320,11 +320,12 @@ def checkpoint_path(cell):
 
 def run_cell(cell, target, kind, env, signals, log=None, bar=None):
     """Trains one cell and writes its result."""
-    train_set = target.train_set
+    train_set, pipeline = target.train_set, target.train_pipeline
     if cell.shots:
         chosen = data.few_shot_indices(train_set.labels, cell.shots, cell.seed, train_set.classes)
-        train_set = train_set.subset(chosen)
-    metrics, train = fine_tune(cell, train_set, target, env, signals, log, bar)
+        # Of a pool too large for memory, the few images of this cell are read here.
+        train_set, pipeline = data.preload(train_set.subset(chosen), pipeline)
+    metrics, train = fine_tune(cell, train_set, pipeline, target, env, signals, log, bar)
     record = {
         "schema": 1,
         "kind": kind,
@@ -369,7 +370,7 @@ def prepare_model(pretrained, num_classes, seed, zero_head, device):
     return models.place(model, device)
 
 
-def fine_tune(cell, train_set, target, env, signals, log=None, bar=None):
+def fine_tune(cell, train_set, pipeline, target, env, signals, log=None, bar=None):
     """Fine-tunes the whole network on train_set and evaluates its last step on the test set.
 
     A full-shot run keeps a checkpoint beside its result and continues from it.
@@ -387,8 +388,6 @@ def fine_tune(cell, train_set, target, env, signals, log=None, bar=None):
     path = checkpoint_path(cell)
     run = engine.Run(path, model, optimizer, config, engine.load_checkpoint(path, config))
     engine.same_step(run.step, env)
-    # A pool too large for memory is read here, as far as this run uses it.
-    train_set, pipeline = data.preload(train_set, target.train_pipeline)
     batches = data.Batches(
         train_set, pipeline, config["batch_size"], cell.seed, config["sampling"],
         env.rank, env.ranks, pairs=rule.mixup > 0,
@@ -404,12 +403,7 @@ def fine_tune(cell, train_set, target, env, signals, log=None, bar=None):
         model, target.test_set, target.test_pipeline, env, normalization,
         max(config["batch_size"], 2**22 // rule.crop**2), config["workers"],
     )  # fmt: skip
-    return metrics, {
-        "images": len(train_set),
-        "steps": run.step,
-        "seconds": run.seconds,
-        "images_per_second": run.step * config["batch_size"] / run.seconds,
-    }
+    return metrics, run.summary(len(train_set))
 
 
 # ------------------------------------------------------------------------------------------------
