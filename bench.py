@@ -135,10 +135,10 @@ def _our_loop(args, env):
     """engine.train as the scripts call it with no option, on random images held in memory."""
     rng = np.random.default_rng(0)
     count = 16 * args.batch_size
-    pixels = rng.integers(0, 256, (count, 3, args.image_size, args.image_size), np.uint8)
+    pixels = rng.integers(0, 256, (count, args.image_size, args.image_size, 3), np.uint8)
     labels = rng.integers(NUM_CLASSES, size=count)
     classes = [str(c) for c in range(NUM_CLASSES)]
-    reader = torch.from_numpy(pixels).__getitem__
+    reader = data.Array("memory", pixels)
     dataset = data.ImageDataset("memory", reader, labels, classes, "multiclass", "natural")
     pipeline = data.pretraining_pipeline("natural", args.image_size, train=True)
     batches = data.Batches(dataset, pipeline, args.batch_size)

@@ -42,22 +42,28 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif
 # ------------------------------------------------------------------------------------------------
 
 
-def read_image(path, mode):
+def read_image(file, mode, size=None, name=None):
     """Decodes one file to uint8 (C,H,W). mode: "RGB" (natural) or "L" (X-ray, C = 1).
 
-    Grey is copied to RGB; colour becomes luma for "L"; alpha is dropped; 16-bit grey is divided
-    by 257, so that 65535 becomes 255. Raises ValueError naming an unreadable or truncated file.
+    file: a path, or a binary stream called `name` in messages. Grey is copied to RGB; colour
+    becomes luma for "L"; alpha is dropped; 16-bit grey is divided by 257, so that 65535 becomes
+    255. size: the shorter side that will be needed, in pixels: a JPEG is then decoded at 1/2, 1/4
+    or 1/8 where that leaves twice as much. Raises ValueError naming an unreadable or truncated
+    file.
     """
+    name = name or file
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             # Pillow only warns, and filters of warnings are not safe among preload's threads.
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, a decompression bomb?")
+            if size:
+                image.draft(None, (2 * size, 2 * size))  # of all formats only JPEG has scales
             pixels = _to_uint8(image, mode)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such image") from error
+        raise FileNotFoundError(f"{name}: no such image") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: unreadable image ({error}); mend or remove it") from error
+        raise ValueError(f"{name}: unreadable image ({error}); mend or remove it") from error
     pixels = torch.from_numpy(pixels)
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
@@ -80,15 +86,29 @@ def _to_uint8(image, mode):
 class ImageDataset(torch.utils.data.Dataset):
     """Images with labels; [i] -> (uint8 (C,H,W), label).
 
-    name: as given to load_dataset. reader: i -> uint8 (C,H,W). labels: (N,) int64 for
+    name: as given to load_dataset. reader: one of the readers below. labels: (N,) int64 for
     task "multiclass", (N,C) float32 in {0,1,nan} for "multilabel". classes: tuple of str.
     domain: "natural" or "medical". groups: (N,) patient ids, or None. size: the images' side in
-    pixels where the set is made at a side of its own (the synthetic ones), else None.
+    pixels where the set is made at a side of its own (the synthetic ones), else None. options:
+    what shaped it, as used. dropped: {reason: number of images} that the options left out.
     """
 
-    def __init__(self, name, reader, labels, classes, task, domain, groups=None, size=None):
+    def __init__(
+        self,
+        name,
+        reader,
+        labels,
+        classes,
+        task,
+        domain,
+        groups=None,
+        size=None,
+        options=None,
+        dropped=None,
+    ):
         self.name, self.reader, self.labels, self.classes = name, reader, labels, tuple(classes)
         self.task, self.domain, self.groups, self.size = task, domain, groups, size
+        self.options, self.dropped = options or {}, dropped or {}
 
     def __len__(self):
         return len(self.labels)
@@ -96,16 +116,22 @@ class ImageDataset(torch.utils.data.Dataset):
     def __getitem__(self, i):
         return self.read(i), torch.as_tensor(self.labels[i])
 
-    def read(self, i):
-        """The image i as a uint8 tensor (C,H,W); a negative i counts from the end."""
-        return self.reader(range(len(self))[i])
+    def read(self, i, size=None):
+        """The image i as a uint8 tensor (C,H,W); a negative i counts from the end.
+
+        size: the shorter side that will be needed, in pixels; None: all that the file has.
+        """
+        return self.reader(range(len(self))[i], size)
+
+    def where(self, i):
+        """The file of image i, or what else to call it in a message."""
+        return self.reader.where(range(len(self))[i])
 
     def subset(self, indices):
         """The same dataset with only these images: (M,) int, in this order, or (N,) bool."""
         indices = np.arange(len(self))[indices]
-        reader = functools.partial(_read_subset, self.reader, indices)
         return self.replace(
-            reader=reader,
+            reader=Subset(self.reader, indices),
             labels=self.labels[indices],
             groups=None if self.groups is None else self.groups[indices],
         )
@@ -115,24 +141,80 @@ class ImageDataset(torch.utils.data.Dataset):
         return ImageDataset(**(vars(self) | changes))
 
 
-def _read_subset(reader, indices, i):
-    return reader(indices[i])
+# Readers: (i, size) -> uint8 (C,H,W), and .where(i) -> str. They hold arrays, no object an image.
 
 
-def _read_array(images, i):
-    return torch.from_numpy(images[i]).permute(2, 0, 1)
+class Files(NamedTuple):
+    """Image files: names (N,) bytes below a folder; mode: of read_image."""
+
+    folder: str
+    names: np.ndarray
+    mode: str
+
+    def __call__(self, i, size=None):
+        return read_image(self.where(i), self.mode, size)
+
+    def where(self, i):
+        return os.path.join(self.folder, os.fsdecode(self.names[i]))
 
 
-def _read_flat(pixels, starts, shapes, i):
-    return pixels[starts[i] : starts[i] + shapes[i].prod()].view(*shapes[i].tolist())
+class Array(NamedTuple):
+    """Images in memory: (N,H,W,C) uint8."""
+
+    name: str
+    images: np.ndarray
+
+    def __call__(self, i, size=None):
+        return torch.from_numpy(self.images[i]).permute(2, 0, 1)
+
+    def where(self, i):
+        return f"{self.name} image {i}"
 
 
-def _read_file(folder, names, mode, i):
-    return read_image(os.path.join(folder, os.fsdecode(names[i])), mode)
+class Rendered(NamedTuple):
+    """Images of a synthetic world, made when read."""
+
+    name: str
+    split: str
+    side: int
+    seed: int
+
+    def __call__(self, i, size=None):
+        return torch.from_numpy(
+            synthetic.render(self.name, self.split, int(i), self.side, self.seed)
+        )
+
+    def where(self, i):
+        return f"{self.name} {self.split} image {i}"
 
 
-def _read_synthetic(name, split, size, seed, i):
-    return torch.from_numpy(synthetic.render(name, split, int(i), size, seed))
+class Subset(NamedTuple):
+    """Some images of another reader: indices (M,)."""
+
+    reader: Callable
+    indices: np.ndarray
+
+    def __call__(self, i, size=None):
+        return self.reader(self.indices[i], size)
+
+    def where(self, i):
+        return self.reader.where(self.indices[i])
+
+
+class Decoded(NamedTuple):
+    """Prepared images in memory, one after the other in pixels: starts (N,), shapes (N,3)."""
+
+    pixels: torch.Tensor
+    starts: np.ndarray
+    shapes: np.ndarray
+    original: Callable
+
+    def __call__(self, i, size=None):
+        shape = self.shapes[i]
+        return self.pixels[self.starts[i] : self.starts[i] + shape.prod()].view(*shape.tolist())
+
+    def where(self, i):
+        return self.original.where(i)
 
 
 def load_dataset(name, root="datasets", split="train", **options):
@@ -170,7 +252,7 @@ def _synthetic(name, root, split, seed=0, size=None, download=False):
         raise ValueError(f"{name}: seed {seed} or size {size} is out of range")
     size = size or world.size
     labels = synthetic.labels(name, split, getattr(world, split), seed)
-    reader = functools.partial(_read_synthetic, name, split, size, seed)
+    reader = Rendered(name, split, size, seed)
     return ImageDataset(name, reader, labels, world.classes, world.task, world.domain, size=size)
 
 
@@ -194,7 +276,7 @@ def _folder(name, path, split, download=False):
             raise ValueError(f"{path / split / cls}: the class has no image; add some or drop it")
         names += [os.fsencode(f"{cls}/{file}") for file in files]
         labels += [label] * len(files)
-    reader = functools.partial(_read_file, str(path / split), np.array(names), "RGB")
+    reader = Files(str(path / split), np.array(names), "RGB")
     return ImageDataset(name, reader, np.array(labels, np.int64), classes, "multiclass", "natural")
 
 
@@ -239,7 +321,7 @@ def _cifar(name, root, split, download=False):
     build = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
     source = _torchvision(build[name], name, root, download, train=split == "train")
     labels = np.array(source.targets, np.int64)
-    reader = functools.partial(_read_array, source.data)
+    reader = Array(f"{name} {split}", source.data)
     return ImageDataset(name, reader, labels, source.classes, "multiclass", "natural")
 
 
@@ -265,7 +347,7 @@ def _path_dataset(name, paths, labels, classes):
         if not os.path.exists(path):
             raise FileNotFoundError(f"{name}: no {path}; remove its directory, then --download")
     names = np.array([os.fsencode(path) for path in paths])
-    reader = functools.partial(_read_file, "", names, "RGB")
+    reader = Files("", names, "RGB")
     return ImageDataset(name, reader, np.array(labels, np.int64), classes, "multiclass", "natural")
 
 
@@ -309,7 +391,7 @@ def _nih(name, root, split, download=False):
             f"({len(missing)} such)"
         )
     names = np.array([os.fsencode(name) for name in names])
-    reader = functools.partial(_read_file, str(folder / "images"), names, "L")
+    reader = Files(str(folder / "images"), names, "L")
     labels, groups = np.array(labels, np.float32), np.array(patients, np.int64)
     return ImageDataset(name, reader, labels, NIH_CLASSES, "multilabel", "medical", groups)
 
@@ -412,10 +494,18 @@ def few_shot_indices(labels, shots, seed, classes=None):
 
 
 class Pipeline(NamedTuple):
-    """prepare: done to an image once, deterministic. augment: (image, rng) -> image, each time."""
+    """prepare: done to an image once, deterministic. augment: (image, rng) -> image, each time.
+
+    size: the shorter side that `prepare` makes of an image, in pixels; None: it keeps its own.
+    """
 
     prepare: Callable
     augment: Callable
+    size: int | None = None
+
+    def read(self, dataset, i):
+        """The image i of the dataset, prepared."""
+        return self.prepare(dataset.read(i, self.size))
 
 
 def keep(image, rng=None):
@@ -532,10 +622,11 @@ def pretraining_pipeline(domain, size, train, own_size=False):
     if own_size:
         return Pipeline(keep, random_shift_flip if train else keep)
     if domain == "medical":
-        return Pipeline(at_size(xray_square, size=size), random_affine_flip if train else keep)
+        augment = random_affine_flip if train else keep
+        return Pipeline(at_size(xray_square, size=size), augment, size)
     if train:
         return Pipeline(keep, at_size(random_resized_crop_flip, size=size))
-    return Pipeline(at_size(resize_center_crop, size=size), keep)
+    return Pipeline(at_size(resize_center_crop, size=size), keep, round(size * 256 / 224))
 
 
 def hyperrule_pipeline(resize, crop, train, square=False):
@@ -547,9 +638,9 @@ def hyperrule_pipeline(resize, crop, train, square=False):
     if crop > resize:
         raise ValueError(f"a crop of {crop} pixels does not fit into images resized to {resize}")
     if not train:
-        return Pipeline(functools.partial(resize_square, size=crop), keep)
+        return Pipeline(functools.partial(resize_square, size=crop), keep, crop)
     prepare = functools.partial(resize_square if square else resize_shorter, size=resize)
-    return Pipeline(prepare, functools.partial(random_crop_flip, size=crop))
+    return Pipeline(prepare, functools.partial(random_crop_flip, size=crop), resize)
 
 
 def preload(dataset, pipeline, limit=2**30):
@@ -559,11 +650,11 @@ def preload(dataset, pipeline, limit=2**30):
     were. A broken image is so met before training.
     """
     # The first image tells the size of all, mostly: a large dataset is not read in vain.
-    if pipeline.prepare(dataset.read(0)).numel() * len(dataset) > limit:
+    if pipeline.read(dataset, 0).numel() * len(dataset) > limit:
         return dataset, pipeline
 
     def prepared(i):
-        return pipeline.prepare(dataset.read(i)).contiguous()
+        return pipeline.read(dataset, i).contiguous()
 
     images, total = [], 0
     with ThreadPoolExecutor(min(16, os.cpu_count())) as pool:
@@ -576,7 +667,7 @@ def preload(dataset, pipeline, limit=2**30):
     shapes = np.array([image.shape for image in images])
     sizes = shapes.prod(1)
     pixels = torch.cat([image.flatten() for image in images])  # workers share it without copies
-    reader = functools.partial(_read_flat, pixels, np.cumsum(sizes) - sizes, shapes)
+    reader = Decoded(pixels, np.cumsum(sizes) - sizes, shapes, dataset.reader)
     return dataset.replace(reader=reader), pipeline._replace(prepare=keep)
 
 
@@ -672,7 +763,7 @@ class Batches(torch.utils.data.Dataset):
         return images, torch.from_numpy(labels[indices]), count
 
     def _image(self, i, draw):
-        image = self.pipeline.prepare(self.dataset.read(i))
+        image = self.pipeline.read(self.dataset, i)
         if self.pipeline.augment is keep:
             return image
         rng = generator(self.seed, Stream.AUGMENT, draw, i)

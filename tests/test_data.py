@@ -881,34 +881,34 @@ def test_affine_draws_and_pixels(rng, monkeypatch):
 def test_pretraining_pipelines(rng):
     natural, xray = random_image(rng, 3, 50, 70), random_image(rng, 1, 50, 70)
     generator = np.random.default_rng
-    prepare, augment = pretraining_pipeline("medical", 24, train=True)
+    prepare, augment, _ = pretraining_pipeline("medical", 24, train=True)
     assert torch.equal(prepare(xray), area_resize(xray[..., 10:60], 24))
     square = prepare(xray)
     assert torch.equal(augment(square, generator(1)), random_affine_flip(square, generator(1)))
-    prepare, augment = pretraining_pipeline("medical", 24, train=False)
+    prepare, augment, _ = pretraining_pipeline("medical", 24, train=False)
     assert torch.equal(prepare(xray), square) and augment is keep
-    prepare, augment = pretraining_pipeline("natural", 24, train=True)
+    prepare, augment, _ = pretraining_pipeline("natural", 24, train=True)
     assert prepare(natural) is natural
     crop = data.random_resized_crop_flip(natural, generator(1), 24)
     assert torch.equal(augment(natural, generator(1)), crop)
-    prepare, augment = pretraining_pipeline("natural", 24, train=False)
+    prepare, augment, _ = pretraining_pipeline("natural", 24, train=False)
     assert torch.equal(prepare(natural), data.resize_center_crop(natural, 24)) and augment is keep
     for domain in ("natural", "medical"):
-        assert pretraining_pipeline(domain, 24, False, own_size=True) == (keep, keep)
+        assert pretraining_pipeline(domain, 24, False, own_size=True) == (keep, keep, None)
         own = pretraining_pipeline(domain, 24, True, own_size=True)
-        assert own == (keep, data.random_shift_flip)
+        assert own == (keep, data.random_shift_flip, None)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_hyperrule_pipeline(rng, shape):
     image = random_image(rng, *shape)
-    prepare, augment = hyperrule_pipeline(20, 16, train=True)
+    prepare, augment, _ = hyperrule_pipeline(20, 16, train=True)
     assert min(prepare(image).shape[1:]) == 20
     assert augment(prepare(image), rng).shape == (shape[0], 16, 16)
-    prepare, augment = hyperrule_pipeline(20, 16, train=True, square=True)
+    prepare, augment, _ = hyperrule_pipeline(20, 16, train=True, square=True)
     assert prepare(image).shape == (shape[0], 20, 20)
     assert augment(prepare(image), rng).shape == (shape[0], 16, 16)
-    prepare, augment = hyperrule_pipeline(20, 16, train=False)
+    prepare, augment, _ = hyperrule_pipeline(20, 16, train=False)
     assert torch.equal(prepare(image), data.resize_square(image, 16)) and augment is keep
 
 
@@ -982,7 +982,7 @@ def test_odd_seeds():
 # ------------------------------------------------------------------------------------------------
 
 
-def read_from(images, i):
+def read_from(images, i, size=None):
     return images[i]
 
 
@@ -1162,7 +1162,7 @@ def test_preload_changes_no_batch(chests, pets_at_home):
 def test_preload_reads_each_image_once(rng):
     reads = []
     images = random_image(rng, 9, 3, 6, 6)
-    dataset = array_dataset(rng, 9).replace(reader=lambda i: reads.append(i) or images[i])
+    dataset = array_dataset(rng, 9).replace(reader=lambda i, size: reads.append(i) or images[i])
     held, _ = preload(dataset, Pipeline(keep, keep))
     assert sorted(reads)[1:] == list(range(9))  # and the first once more, to tell the size
     assert torch.equal(held.read(-1), images[8]) and len(reads) == 10
@@ -1176,7 +1176,7 @@ def test_preload_over_the_limit(rng):
     assert held is dataset and same_pipeline is pipeline
     # A first image that is smaller than the others must not hide their size.
     images = [random_image(rng, 3, 1, 1), *(random_image(rng, 3, 30, 30) for _ in range(22))]
-    uneven = dataset.replace(reader=images.__getitem__)
+    uneven = dataset.replace(reader=lambda i, size: images[i])
     assert preload(uneven, pipeline, exact)[0] is uneven
 
 

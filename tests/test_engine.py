@@ -287,7 +287,9 @@ class Pooled(torch.nn.Module):
 
 def in_memory(labels, classes, task):
     images = torch.randint(0, 256, (len(labels), 1, 8, 8), dtype=torch.uint8)
-    return images, data.ImageDataset("memory", images.__getitem__, labels, classes, task, "medical")
+    return images, data.ImageDataset(
+        "memory", lambda i, size: images[i], labels, classes, task, "medical"
+    )
 
 
 @pytest.mark.parametrize("task", ("multiclass", "multilabel"))
