@@ -11,10 +11,20 @@ import atexit
 import csv
 import difflib
 import functools
+import gzip
+import hashlib
+import inspect
+import io
+import itertools
 import math
 import multiprocessing
+import operator
 import os
+import re
+import shutil
 import signal
+import tarfile
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +36,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
 
 import synthetic
 
@@ -188,6 +199,55 @@ class Rendered(NamedTuple):
         return f"{self.name} {self.split} image {i}"
 
 
+class Members(NamedTuple):
+    """Members of one tar archive a class, read in place: names (N,) bytes, labels (N,).
+
+    starts, sizes (N,) int64: bytes in the archive folder/CLASS.tar; start -1: a file of its own.
+    """
+
+    folder: str
+    classes: list
+    names: np.ndarray
+    labels: np.ndarray
+    starts: np.ndarray
+    sizes: np.ndarray
+
+    def __call__(self, i, size=None):
+        if self.starts[i] < 0:
+            return read_image(self.where(i), "RGB", size)
+        with open(self._archive(i), "rb") as file:
+            file.seek(self.starts[i])
+            return read_image(io.BytesIO(file.read(self.sizes[i])), "RGB", size, self.where(i))
+
+    def _archive(self, i):
+        return os.path.join(self.folder, f"{self.classes[self.labels[i]]}.tar")
+
+    def where(self, i):
+        name = os.fsdecode(self.names[i])
+        return (
+            os.path.join(self.folder, name) if self.starts[i] < 0 else f"{self._archive(i)}: {name}"
+        )
+
+
+class Joined(NamedTuple):
+    """The images of several readers, one after the other: ends (R,), of each its last index + 1."""
+
+    readers: list
+    ends: np.ndarray
+
+    def _find(self, i):
+        r = int(np.searchsorted(self.ends, i, side="right"))
+        return self.readers[r], i - (self.ends[r - 1] if r else 0)
+
+    def __call__(self, i, size=None):
+        reader, i = self._find(i)
+        return reader(i, size)
+
+    def where(self, i):
+        reader, i = self._find(i)
+        return reader.where(i)
+
+
 class Subset(NamedTuple):
     """Some images of another reader: indices (M,)."""
 
@@ -217,26 +277,94 @@ class Decoded(NamedTuple):
         return self.original.where(i)
 
 
-def load_dataset(name, root="datasets", split="train", **options):
+class Known(NamedTuple):
+    """A dataset known by name. build: (name, root, split, **its options) -> ImageDataset.
+
+    folder: below the root, None where it needs none. listed: a table or list names its files.
+    """
+
+    build: Callable
+    folder: str | None
+    listed: bool = False
+
+
+def load_dataset(
+    name,
+    root="datasets",
+    split="train",
+    *,
+    verify=True,
+    single_label=False,
+    fraction=1.0,
+    fraction_seed=0,
+    **options,
+):
     """The dataset of that name.
 
-    name: a key of DATASETS or folder:PATH. root: directory that holds the real datasets.
-    split: "train" or "test". options: download=True fetches what torchvision can fetch;
-    seed=0 and size=None (pixels) for the synthetic worlds.
-    Raises ValueError for an unknown name, split, column or label, FileNotFoundError for a
+    name: a key of DATASETS, folder:PATH, NAME@SIZE (a pack), or several joined by "+" (a union).
+    root: directory that holds the real datasets. split: "train" or "test". verify: refuse a
+    dataset of which a listed file is missing. single_label: of a multi-label dataset keep the
+    images with exactly one positive label, as a multi-class one. fraction: of the training
+    images, in (0,1]; a smaller one lies inside a larger one of the same fraction_seed. options:
+    those of the dataset (`dataset_options`), e.g. views, split_by, labels, cache_dir, download,
+    and for the synthetic worlds seed and size (pixels).
+    Raises ValueError for an unknown name, split, option, column or label, FileNotFoundError for a
     missing directory or file; each names it and the mend.
     """
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}; known: train, test")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"--fraction {fraction}: must be above 0 and at most 1")
+    takes = dataset_options(name)
+    for option in options:
+        if option not in takes:
+            raise ValueError(
+                f"{name} takes no option {option}; it takes: {', '.join(takes) or 'none'}"
+            )
+    parts = _parts(name)
+    if len(parts) > 1:
+        dataset = _union(parts, Path(root), split, verify, **options)
+    else:
+        dataset = _builder(name)(name, Path(root), split, **options)
+        if verify and getattr(DATASETS.get(name), "listed", False):
+            _refuse_missing(dataset)
+    if single_label:
+        dataset = _single_label(dataset)
+    if fraction < 1 and split == "train":
+        chosen = generator(fraction_seed, Stream.FRACTION).permutation(len(dataset))
+        dataset = dataset.subset(np.sort(chosen[: max(1, round(fraction * len(dataset)))]))
+    if fraction < 1:
+        changed = dataset.options | {"fraction": fraction, "fraction_seed": fraction_seed}
+        dataset = dataset.replace(name=f"{name}-{fraction:g}", options=changed)
+    return dataset
+
+
+def _parts(name):
+    """The names that a union joins; a path may hold a "+" too."""
+    return [name] if name.startswith("folder:") else name.split("+")
+
+
+def _builder(name):
+    """The function that makes the dataset of this name: (name, root, split, **its options)."""
     if name.startswith("folder:"):
-        return _folder(name, Path(name.removeprefix("folder:")), split, **options)
+        return _folder
     if name not in DATASETS:
         near = difflib.get_close_matches(name.lower(), DATASETS, n=1, cutoff=0)[0]
         raise ValueError(
             f"unknown dataset {name!r}; did you mean {near!r}? "
-            f"known: {', '.join(DATASETS)}, folder:PATH"
+            f"known: {', '.join(DATASETS)}, folder:PATH, NAME@SIZE (a pack), NAME+NAME (a union)"
         )
-    return DATASETS[name](name, Path(root), split, **options)
+    return DATASETS[name].build
+
+
+def dataset_options(name):
+    """The options that load_dataset takes for this name, beside those that all take."""
+    parts = _parts(name)
+    takes = ["labels"] if len(parts) > 1 else []
+    for part in parts:
+        own = list(inspect.signature(_builder(part)).parameters)[3:]
+        takes += [option for option in own if option not in takes]
+    return tuple(takes)
 
 
 def dataset_slug(name):
@@ -246,7 +374,228 @@ def dataset_slug(name):
     return name
 
 
-def _synthetic(name, root, split, seed=0, size=None, download=False):
+def _single_label(dataset):
+    """PadChest-Cl of the study: one positive label exactly (what is not annotated is none)."""
+    if dataset.task != "multilabel":
+        raise ValueError(f"{dataset.name}: --single-label is for multi-label datasets")
+    positive = dataset.labels == 1
+    kept = positive.sum(1) == 1
+    if not kept.any():
+        raise ValueError(f"{dataset.name}: no image has exactly one positive label")
+    dropped = dataset.dropped | {"not exactly one positive label": int((~kept).sum())}
+    return dataset.subset(kept).replace(
+        labels=positive[kept].argmax(1),
+        task="multiclass",
+        options=dataset.options | {"single_label": True},
+        dropped=dropped,
+    )
+
+
+def _union(parts, root, split, verify, labels="intersection", **options):
+    """Multi-label datasets one after the other, their labels aligned by name.
+
+    labels: "intersection" keeps the names that all have (the study); "union" keeps every name,
+    NaN where a dataset does not annotate it. Both in alphabetical order.
+    """
+    name = "+".join(parts)
+    if labels not in ("intersection", "union"):
+        raise ValueError(f"--labels {labels}: must be intersection or union")
+    if len(set(parts)) < len(parts):
+        raise ValueError(f"{name}: a dataset occurs twice in the union")
+    members = []
+    for part in parts:
+        own = {key: value for key, value in options.items() if key in dataset_options(part)}
+        members.append(load_dataset(part, root, split, verify=verify, **own))
+        if members[-1].task != "multilabel":
+            raise ValueError(f"{name}: {part} is not multi-label; a union joins labels by name")
+    names = [set(member.classes) for member in members]
+    classes = sorted(set.union(*names) if labels == "union" else set.intersection(*names))
+    if not classes:
+        have = "; ".join(f"{m.name}: {', '.join(m.classes)}" for m in members)
+        raise ValueError(f"{name}: no label is common to all; --labels union keeps all ({have})")
+    reader = Joined([m.reader for m in members], np.cumsum([len(m) for m in members]))
+    used = {"labels": labels} | {m.name: m.options for m in members if m.options}
+    dropped = {f"{m.name}: {why}": count for m in members for why, count in m.dropped.items()}
+    table = np.concatenate([_columns(member, classes) for member in members])
+    groups = np.concatenate([_own_groups(member) for member in members])
+    return ImageDataset(
+        name, reader, table, classes, "multilabel", members[0].domain, groups, None, used, dropped
+    )
+
+
+def _columns(dataset, classes):
+    """The labels (N,len(classes)) of these names, NaN where the dataset has no such label."""
+    table = np.full((len(dataset), len(classes)), np.nan, np.float32)
+    for column, cls in enumerate(classes):
+        if cls in dataset.classes:
+            table[:, column] = dataset.labels[:, dataset.classes.index(cls)]
+    return table
+
+
+def _own_groups(dataset):
+    """Patients that are told from those of another dataset: (N,) bytes like b"nih:61"."""
+    source = dataset.name.partition("@")[0].encode() + b":"
+    groups = np.arange(len(dataset)) if dataset.groups is None else dataset.groups
+    return np.char.add(source, groups.astype("S"))
+
+
+def missing_files(dataset):
+    """Indices of the images whose files do not exist; a directory is listed once, not each file."""
+    reader = dataset.reader
+
+    @functools.lru_cache(maxsize=256)
+    def listing(folder):
+        path = os.path.join(reader.folder, os.fsdecode(folder))
+        return frozenset(map(os.fsencode, os.listdir(path))) if os.path.isdir(path) else frozenset()
+
+    places = (name.rpartition(b"/") for name in reader.names)
+    return [i for i, (folder, _, file) in enumerate(places) if file not in listing(folder)]
+
+
+def _refuse_missing(dataset):
+    missing = missing_files(dataset)
+    if missing:
+        raise FileNotFoundError(
+            f"{dataset.where(missing[0])}: listed for {dataset.name} but missing "
+            f"({len(missing)} such); fetch it, or remove it from the list"
+        )
+
+
+# ------------------------------------------------------------------------------------------------
+# Tables and lists
+# ------------------------------------------------------------------------------------------------
+
+
+def _texts(values):
+    return np.array([value.encode() for value in values], "S")
+
+
+def _integers(values):
+    if not all(map(str.isdecimal, values)):
+        raise ValueError("is not a whole number")
+    return np.array(list(map(int, values)), np.int64)
+
+
+def _table_rows(path):
+    """Yields (line number, row) of a CSV file, gzipped where its name says so; no blank rows."""
+    reader, read = None, gzip.open if path.suffix == ".gz" else open
+    try:
+        with read(path, "rt", newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            for row in filter(None, reader):
+                yield reader.line_num, row
+    except (csv.Error, UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        line = reader.line_num if reader else 0
+        raise ValueError(f"{path}: unreadable after line {line} ({error}); mend it") from error
+
+
+def read_table(path, columns, optional=()):
+    """The named columns of a CSV file (RFC 4180, UTF-8, gzipped or not) as a list of arrays.
+
+    columns: {name: function of a list of texts to an array, raising ValueError}. optional: names
+    whose column may be missing (its array is then None). Raises ValueError naming file and line.
+    """
+    rows = _table_rows(path)
+    _, header = next(rows, (1, []))
+    present = {name: kind for name, kind in columns.items() if name in header}
+    for name in columns:
+        if name not in present and name not in optional:
+            hint = "; is it separated by commas?" if len(header) < 2 else ""
+            raise ValueError(f"{path}: no column {name!r}; it has: {', '.join(header)}{hint}")
+        if header.count(name) > 1:
+            raise ValueError(f"{path}: {header.count(name)} columns are called {name!r}; keep one")
+    pick = operator.itemgetter(*map(header.index, present), 0)  # two at least: always a tuple
+    chunks = []
+    while chunk := list(itertools.islice(rows, 2**14)):
+        lines, chunk = zip(*chunk)
+        if set(map(len, chunk)) != {len(header)}:
+            k = next(k for k, row in enumerate(chunk) if len(row) != len(header))
+            raise ValueError(
+                f"{path}, line {lines[k]}: {len(chunk[k])} columns, the header has {len(header)}"
+            )
+        texts = zip(*map(pick, chunk))
+        place = path, lines
+        chunks.append([_convert(*column, place) for column in zip(present.items(), texts)])
+    if not chunks:
+        raise ValueError(f"{path}: has no row below its header")
+    arrays = dict(zip(present, map(np.concatenate, zip(*chunks))))
+    return [arrays.get(name) for name in columns]
+
+
+def _convert(column, texts, place):
+    """The texts of a column as an array; on failure the first bad one is named by its line."""
+    (name, kind), (path, lines) = column, place
+    try:
+        return kind(texts)
+    except ValueError:
+        for line, text in zip(lines, texts):
+            try:
+                kind([text])
+            except ValueError as error:
+                raise ValueError(f"{path}, line {line}: {name} {text!r} {error}") from error
+        raise
+
+
+def _read_list(path):
+    """[(line number, text)] of a text file, blank lines aside."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from error
+    lines = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if not lines:
+        raise ValueError(f"{path}: lists no image")
+    return lines
+
+
+def _refuse_repeats(values, where):
+    values, counts = np.unique(values, return_counts=True)
+    if counts.max(initial=0) > 1:
+        value = values[counts.argmax()]
+        value = os.fsdecode(value) if isinstance(value, bytes) else value
+        raise ValueError(f"{where}: {value} occurs more than once; keep one")
+
+
+def _positions(keys, table, where):
+    """Where each key stands in `table`, an array without repeats: (N,) int64, -1 where nowhere."""
+    if np.array_equal(keys, table):
+        _refuse_repeats(table, where)
+        return np.arange(len(keys))
+    _refuse_repeats(table, where)
+    order = np.argsort(table)
+    places = order[np.minimum(np.searchsorted(table, keys, sorter=order), len(table) - 1)]
+    return np.where(table[places] == keys, places, -1)
+
+
+def _need(name, *paths):
+    """Raises FileNotFoundError unless all of these files and directories of a dataset exist."""
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{name}: no {path}; give the directory that holds the dataset's own as --data-dir "
+                "(its owner distributes it, --download cannot)"
+            )
+
+
+def _of_views(table, found, views, default):
+    """(which rows show one of these views: (N,) bool, why the others are left out)."""
+    shows = {view: found == view.encode() for view in views}
+    for view, rows in shows.items():
+        if view not in default and not rows.any():
+            known = ", ".join(sorted({*default, *map(os.fsdecode, np.unique(found))} - {""}))
+            raise ValueError(f"{table}: no image of --views {view!r}; known: {known}")
+    kept = np.logical_or.reduce(list(shows.values()))
+    if not kept.any():
+        raise ValueError(f"{table}: no image of the views {', '.join(views)}; give others: --views")
+    return kept, f"views other than {', '.join(views)}"
+
+
+# ------------------------------------------------------------------------------------------------
+# Natural and synthetic images
+# ------------------------------------------------------------------------------------------------
+
+
+def _synthetic(name, root, split, seed=0, size=None):
     world = synthetic.WORLDS[name]
     if not 0 <= seed < 2**63 or (size is not None and size < 1):
         raise ValueError(f"{name}: seed {seed} or size {size} is out of range")
@@ -254,53 +603,6 @@ def _synthetic(name, root, split, seed=0, size=None, download=False):
     labels = synthetic.labels(name, split, getattr(world, split), seed)
     reader = Rendered(name, split, size, seed)
     return ImageDataset(name, reader, labels, world.classes, world.task, world.domain, size=size)
-
-
-def _folder(name, path, split, download=False):
-    """PATH/train/CLASS/*, PATH/test/CLASS/*; classes are the sorted names below train/."""
-    for part in ("train", "test"):
-        if not (path / part).is_dir():
-            raise FileNotFoundError(
-                f"{name}: no directory {path / part}; images belong in PATH/train/CLASS/ and "
-                "PATH/test/CLASS/"
-            )
-    classes, here = _class_names(path / "train"), _class_names(path / split)
-    if not classes:
-        raise ValueError(f"{path / 'train'}: holds no class directory")
-    for unknown in sorted(set(here) - set(classes)):
-        raise ValueError(f"{path / split / unknown}: no class of that name in {path / 'train'}")
-    names, labels = [], []
-    for label, cls in enumerate(classes):
-        files = _image_names(path / split / cls) if cls in here else []
-        if not files:
-            raise ValueError(f"{path / split / cls}: the class has no image; add some or drop it")
-        names += [os.fsencode(f"{cls}/{file}") for file in files]
-        labels += [label] * len(files)
-    reader = Files(str(path / split), np.array(names), "RGB")
-    return ImageDataset(name, reader, np.array(labels, np.int64), classes, "multiclass", "natural")
-
-
-def _class_names(folder):
-    """Sorted directory names; hidden entries are passed over, a loose file is refused."""
-    entries = sorted(
-        (e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name
-    )
-    for entry in entries:
-        if not entry.is_dir():
-            raise ValueError(f"{entry.path}: not a class directory; move it out of the dataset")
-    return [entry.name for entry in entries]
-
-
-def _image_names(folder):
-    """Sorted file names; hidden files are passed over, any other file must be an image."""
-    names = sorted(e.name for e in os.scandir(folder) if not e.name.startswith("."))
-    for name in names:
-        if not name.lower().endswith(IMAGE_ENDINGS):
-            raise ValueError(
-                f"{folder / name}: not an image by its ending ({' '.join(IMAGE_ENDINGS)}); "
-                "move it out of the dataset"
-            )
-    return names
 
 
 def _torchvision(dataset, name, root, download, **options):
@@ -351,102 +653,570 @@ def _path_dataset(name, paths, labels, classes):
     return ImageDataset(name, reader, np.array(labels, np.int64), classes, "multiclass", "natural")
 
 
+CACHE_FROM = 50_000  # images: the index of a larger set is kept on disk
+
+
+def _imagenet1k(name, root, split, cache_dir=None):
+    """ILSVRC 2012 (Russakovsky et al. 2015, arXiv:1409.0575); test is its validation set."""
+    folder = root / "imagenet-1K"
+    _need(name, folder / "train", folder / "val")
+    return _class_dataset(name, folder, {"train": "train", "test": "val"}[split], cache_dir)
+
+
+def _imagenet21k(name, root, split, cache_dir=None):
+    """ImageNet-21k; one file in a hundred, by the hash of its name, is held out for the test."""
+    folder = root / "imagenet-21K"
+    _need(name, folder)
+    index = class_index(folder, cache_dir, held_out)
+    part = slice(
+        *{"train": (0, int(index["held_from"])), "test": (int(index["held_from"]), None)}[split]
+    )
+    return _indexed(name, folder, index, part)
+
+
+def held_out(file):
+    """Whether an image belongs to the test split of imagenet21k: by its file name alone."""
+    return zlib.crc32(os.path.basename(file)) % 100 == 0
+
+
+def _folder(name, root, split, cache_dir=None):
+    """PATH/train/CLASS/*, PATH/test/CLASS/*; classes are the sorted names below train/."""
+    path = Path(name.removeprefix("folder:"))
+    for part in ("train", "test"):
+        if not (path / part).is_dir():
+            raise FileNotFoundError(
+                f"{name}: no directory {path / part}; images belong in PATH/train/CLASS/ and "
+                "PATH/test/CLASS/"
+            )
+    return _class_dataset(name, path, split, cache_dir)
+
+
+def _class_dataset(name, folder, part, cache_dir):
+    """FOLDER/PART/CLASS/* or FOLDER/PART/CLASS.tar; the classes are those below train/."""
+    classes, found = ({cls for cls, _ in _class_entries(folder / p)} for p in ("train", part))
+    for unknown in sorted(found - classes):
+        raise ValueError(f"{folder / part / unknown}: no class of that name in {folder / 'train'}")
+    for absent in sorted(classes - found):
+        raise ValueError(f"{folder / part / absent}: the class has no image; add some or drop it")
+    return _indexed(name, folder / part, class_index(folder / part, cache_dir), slice(None))
+
+
+def _indexed(name, folder, index, part):
+    classes = list(map(os.fsdecode, index["classes"]))
+    names, labels = index["names"][part], index["labels"][part]
+    if not len(names):
+        raise ValueError(f"{name}: {folder} holds no image for this split")
+    reader = Files(str(folder), names, "RGB")
+    if "starts" in index:
+        reader = Members(
+            str(folder), classes, names, labels, index["starts"][part], index["sizes"][part]
+        )
+    return ImageDataset(name, reader, labels, classes, "multiclass", "natural")
+
+
+def _class_entries(folder):
+    """[(class, its directory entry)], sorted: directories, or archives CLASS.tar."""
+    entries = {}
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        if not entry.is_dir() and not entry.name.endswith(".tar"):
+            raise ValueError(
+                f"{entry.path}: neither a class directory nor CLASS.tar; move it out of the dataset"
+            )
+        cls = entry.name if entry.is_dir() else entry.name.removesuffix(".tar")
+        if cls in entries:
+            raise ValueError(f"{entry.path}: {cls} and {cls}.tar are both there; remove one")
+        entries[cls] = entry
+    if not entries:
+        raise ValueError(f"{folder}: holds no class directory")
+    return sorted(entries.items())
+
+
+def class_index(folder, cache_dir=None, held_out=None):
+    """The images of a folder of classes as arrays, class by class and sorted by name.
+
+    Returns {"classes": (C,) bytes, "names": (N,) bytes, "labels": (N,) int64} and, when classes
+    are archives, "starts" and "sizes" (N,) int64: the bytes of the archive that an image takes.
+    held_out: function of a name; such images come last, from "held_from" on. From CACHE_FROM
+    images on, the arrays are kept in a directory beside the data, or below cache_dir, and mapped
+    into memory; they are made anew when a class directory or archive has changed.
+    """
+    entries = _class_entries(folder)
+    key = hashlib.sha256(f"1 {held_out and held_out.__name__} {bool(cache_dir)}\n".encode())
+    for _, entry in entries:
+        stat = entry.stat()
+        size = None if entry.is_dir() else stat.st_size
+        key.update(os.fsencode(f"{entry.name} {size} {stat.st_mtime_ns}\n"))
+    place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:12]
+    stem = Path(cache_dir or folder) / f".index-{place if cache_dir else ''}"
+    cache = Path(f"{stem}{key.hexdigest()[:24]}")
+    index = _open_arrays(cache)
+    if index is None:
+        index = _build_index(entries, held_out)
+        if len(index["names"]) >= CACHE_FROM:
+            index = _keep_arrays(cache, stem, index, required=cache_dir is not None)
+    return index
+
+
+def _build_index(entries, held_out):
+    archives = any(not entry.is_dir() for _, entry in entries)
+    columns = []  # of each class: names, labels, starts, sizes
+    for label, (_, entry) in enumerate(tqdm(entries, "index", disable=len(entries) < 1000)):
+        names, places = _class_images(entry)
+        if not len(names):
+            raise ValueError(f"{entry.path}: the class has no image; add some or drop it")
+        columns.append((names, np.full(len(names), label, np.int64), *places.T))
+    names, labels, starts, sizes = map(np.concatenate, zip(*columns))
+    index = {"names": names, "labels": labels}
+    if archives:
+        index |= {"starts": starts, "sizes": sizes}
+    if held_out:
+        held = np.fromiter(map(held_out, names), bool, len(names))
+        order = np.argsort(held, kind="stable")
+        index = {key: values[order] for key, values in index.items()}
+        index["held_from"] = np.array(len(held) - held.sum())
+    return index | {"classes": np.array([os.fsencode(cls) for cls, _ in entries])}
+
+
+def _class_images(entry):
+    """(names (N,) bytes, places (N,2) int64: start and size in the archive, -1 for files)."""
+    if entry.is_dir():
+        names = [f"{entry.name}/{file}" for file in _image_names(entry.path)]
+        return np.array(list(map(os.fsencode, names)), "S"), np.full((len(names), 2), -1)
+    members = _tar_members(entry.path)
+    names = np.array([os.fsencode(name) for name, _, _ in members], "S")
+    return names, np.array([member[1:] for member in members], np.int64).reshape(-1, 2)
+
+
+def _image_names(folder):
+    """Sorted file names; hidden files are passed over, any other file must be an image."""
+    names = sorted(e.name for e in os.scandir(folder) if not e.name.startswith("."))
+    for name in names:
+        _refuse_no_image(name, os.path.join(folder, name))
+    return names
+
+
+def _refuse_no_image(name, where):
+    if not name.lower().endswith(IMAGE_ENDINGS):
+        raise ValueError(
+            f"{where}: not an image by its ending ({' '.join(IMAGE_ENDINGS)}); "
+            "move it out of the dataset"
+        )
+
+
+def _tar_members(path):
+    """[(name, start, size)] of a tar's images, by name; nothing is read or written but headers."""
+    members = {}
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                where = f"{path}: {member.name}"
+                if member.isdir() or os.path.basename(member.name).startswith("."):
+                    continue
+                if not member.isreg() or member.issparse():
+                    raise ValueError(f"{where}: a link or device, not a file; make the tar anew")
+                if member.name.startswith("/") or ".." in member.name.split("/"):
+                    raise ValueError(f"{where}: names a place outside; make the tar anew")
+                if member.name in members:
+                    raise ValueError(f"{where}: two members of that name; make the tar anew")
+                _refuse_no_image(member.name, where)
+                members[member.name] = (member.name, member.offset_data, member.size)
+                archive.members.clear()  # tarfile would keep every header
+            archive.fileobj.seek(archive.offset)
+            if archive.fileobj.read(512) != bytes(512):
+                raise tarfile.ReadError(f"no end of archive at byte {archive.offset}")
+    except tarfile.TarError as error:
+        raise ValueError(f"{path}: a damaged or cut tar ({error}); fetch it again") from error
+    return sorted(members.values())
+
+
+def _open_arrays(cache):
+    """{name: array} of a directory of .npy files, mapped into memory; None where it is damaged."""
+    try:
+        arrays = {
+            file.stem: np.asarray(np.load(file, mmap_mode="r")) for file in cache.glob("*.npy")
+        }
+        whole = len({len(arrays[name]) for name in ("names", "labels")}) == 1
+        return arrays if whole and "classes" in arrays else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _keep_arrays(cache, stem, arrays, required):
+    """Writes the arrays beside and renames, whichever process is first; returns them mapped.
+
+    Where that cannot be written, it stays in memory; required: raises OSError instead.
+    """
+    beside = Path(f"{stem}{os.getpid()}-{os.urandom(4).hex()}")
+    try:
+        beside.mkdir(parents=True)
+        for name, values in arrays.items():
+            np.save(beside / f"{name}.npy", values)
+        for old in stem.parent.glob(f"{stem.name}*"):
+            finished = re.fullmatch(re.escape(stem.name) + "[0-9a-f]{24}", old.name)
+            if finished and (old != cache or _open_arrays(cache) is None):
+                shutil.rmtree(old, ignore_errors=True)
+        try:
+            beside.rename(cache)
+        except OSError:
+            if not cache.is_dir():
+                raise
+    except OSError as error:
+        if required:
+            raise OSError(f"--cache-dir {stem.parent}: cannot be written ({error})") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return _open_arrays(cache) or arrays
+
+
+# ------------------------------------------------------------------------------------------------
+# Chest X-rays
+# ------------------------------------------------------------------------------------------------
+
+CHEXPERT_CLASSES = (
+    "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Enlarged Cardiomediastinum",
+    "Fracture", "Lung Lesion", "Lung Opacity", "Effusion", "Pleural Other", "Pneumonia",
+    "Pneumothorax", "Support Devices",
+)  # fmt: skip
+# Their columns: one class goes by a shorter name here, in its column's alphabetical place.
+CHEXPERT_COLUMNS = [{"Effusion": "Pleural Effusion"}.get(cls, cls) for cls in CHEXPERT_CLASSES]
 NIH_CLASSES = (
     "Atelectasis Cardiomegaly Consolidation Edema Effusion Emphysema Fibrosis Hernia "
     "Infiltration Mass Nodule Pleural_Thickening Pneumonia Pneumothorax"
 ).split()
+PADCHEST_CLASSES = (
+    "Air Trapping", "Aortic Atheromatosis", "Aortic Elongation", "Atelectasis", "Bronchiectasis",
+    "Cardiomegaly", "Consolidation", "Costophrenic Angle Blunting", "Edema", "Effusion",
+    "Emphysema", "Fibrosis", "Flattened Diaphragm", "Fracture", "Granuloma",
+    "Hemidiaphragm Elevation", "Hernia", "Hilar Enlargement", "Infiltration", "Mass", "Nodule",
+    "Pleural_Thickening", "Pneumonia", "Pneumothorax", "Scoliosis", "Support Devices",
+    "Tuberculosis",
+)  # fmt: skip
+PADCHEST_SYNONYMS = {
+    "Consolidation": ("air bronchogram",),
+    "Hilar Enlargement": ("adenopathy", "pulmonary artery enlargement"),
+    "Infiltration": (
+        "infiltrates", "interstitial pattern", "ground glass pattern",
+        "reticular interstitial pattern", "reticulonodular interstitial pattern",
+        "alveolar pattern", "consolidation", "air bronchogram",
+    ),
+    "Pleural_Thickening": ("pleural thickening",),
+    "Support Devices": ("device", "pacemaker"),
+}  # fmt: skip
+PADCHEST_BROKEN = frozenset(
+    """
+216840111366964012819207061112010307142602253_04-014-084.png
+    216840111366964012989926673512011074122523403_00-163-058.png
+    216840111366964012959786098432011033083840143_00-176-115.png
+    216840111366964012558082906712009327122220177_00-102-064.png
+    216840111366964012339356563862009072111404053_00-043-192.png
+    216840111366964013076187734852011291090445391_00-196-188.png
+    216840111366964012373310883942009117084022290_00-064-025.png
+    216840111366964012283393834152009033102258826_00-059-087.png
+    216840111366964012373310883942009170084120009_00-097-074.png
+    216840111366964012819207061112010315104455352_04-024-184.png
+    216840111366964013829543166512013353113303615_02-092-190.png
+    216840111366964012904401302362010337093236130_03-198-079.png
+    216840111366964012904401302362010336141343749_03-198-010.png
+    216840111366964012989926673512011151082430686_00-157-045.png
+    216840111366964012989926673512011083134050913_00-168-009.png
+    216840111366964012373310883942009077082646386_00-047-124.png
+    216840111366964013686042548532013208193054515_02-026-007.png
+    216840111366964013962490064942014134093945580_01-178-104.png
+    216840111366964012819207061112010281134410801_00-129-131.png
+    216840111366964013590140476722013043111952381_02-065-198.png
+    216840111366964012283393834152009027091819347_00-007-136.png
+    216840111366964012373310883942009152114636712_00-102-045.png
+    216840111366964012283393834152009033140208626_00-059-118.png
+    216840111366964013590140476722013058110301622_02-056-111.png
+    216840111366964012487858717522009280135853083_00-075-001.png
+    216840111366964013590140476722013049100117076_02-063-097.png
+    216840111366964013649110343042013092101343018_02-075-146.png
+    216840111366964012819207061112010306085429121_04-020-102.png
+    269300710246070740096540277379121868595_e7zsan.png
+    216840111366964012373310883942009180082307973_00-097-011.png
+    """.split()
+)
 
 
-def _nih(name, root, split, download=False):
+def _xray(name, folder, names, labels, classes, groups, **facts):
+    """An X-ray dataset of files; multi-class when its labels are (N,) int."""
+    task = "multilabel" if labels.ndim == 2 else "multiclass"
+    reader = Files(str(folder), names, "L")
+    return ImageDataset(name, reader, labels, classes, task, "medical", groups, **facts)
+
+
+FINDING = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "": math.nan, "-1": math.nan, "-1.0": math.nan}
+
+
+def _findings(values):
+    """1 present, 0 absent, NaN unmentioned (blank) or uncertain (-1)."""
+    try:
+        return np.array([FINDING[value] for value in values], np.float32)
+    except KeyError:
+        raise ValueError("is none of 1, 0, -1 and blank") from None
+
+
+FINDING_COLUMNS = dict.fromkeys(["No Finding", *CHEXPERT_COLUMNS], _findings)
+
+
+def _finding_labels(no_finding, *findings):
+    """The labels (N,13) of CheXpert's labeller; with No Finding all are absent."""
+    labels = np.stack(findings, axis=1)
+    labels[no_finding == 1] = 0
+    return labels
+
+
+CHEXPERT_PATH = re.compile(r"CheXpert-v1\.0[^/]*/((?:train|valid)/patient(\d+)/[^/]+/[^/]+)")
+
+
+def _chexpert_paths(values):
+    """Paths below the dataset's directory, whichever release they are of."""
+    matches = list(map(CHEXPERT_PATH.fullmatch, values))
+    if not all(matches):
+        raise ValueError("is not like CheXpert-v1.0/train/patient00001/study1/view1_frontal.jpg")
+    return _texts([match[1] for match in matches])
+
+
+def _chexpert(name, root, split, views=("PA", "AP")):
+    """CheXpert (Irvin et al. 2019, arXiv:1901.07031); test is its official validation set."""
+    folder = root / "CheXpert-v1.0"
+    table = folder / {"train": "train.csv", "test": "valid.csv"}[split]
+    _need(name, table)
+    columns = {"Path": _chexpert_paths, "Frontal/Lateral": _texts, "AP/PA": _texts}
+    paths, side, frontal, *findings = read_table(table, columns | FINDING_COLUMNS)
+    found = np.where(side == b"Frontal", frontal, b"L")
+    kept, other = _of_views(table, found, views, default=("PA", "AP"))
+    paths = paths[kept]
+    _refuse_repeats(paths, table)
+    patients = np.array([int(path.split(b"/")[1][len("patient") :]) for path in paths], np.int64)
+    return _xray(
+        name, folder, paths, _finding_labels(*findings)[kept], CHEXPERT_CLASSES, patients,
+        options={"views": list(views)}, dropped={other: int((~kept).sum())},
+    )  # fmt: skip
+
+
+def _mimic(name, root, split, views=("PA", "AP")):
+    """MIMIC-CXR-JPG 2.0.0 (Johnson et al. 2019, arXiv:1901.07042); test is its validate split."""
+    folder = root / "mimic-cxr-jpg" / "2.0.0"
+    dicoms, subjects, studies, labels, dropped = mimic_rows(name, folder, split, views)
+    names = [
+        b"p%d/p%d/s%d/%s.jpg" % (int(str(subject)[:2]), subject, study, dicom)
+        for subject, study, dicom in zip(subjects, studies, dicoms)
+    ]
+    return _xray(
+        name, folder / "files", np.array(names), labels, CHEXPERT_CLASSES, subjects,
+        options={"views": list(views)}, dropped=dropped,
+    )  # fmt: skip
+
+
+def mimic_rows(name, folder, split, views):
+    """The rows of a split: (dicom ids, subject ids, study ids, labels (N,13), dropped)."""
+    tables = [
+        folder / f"mimic-cxr-2.0.0-{part}.csv.gz" for part in ("metadata", "split", "chexpert")
+    ]
+    metadata, split_table, findings_table = tables
+    _need(name, *tables)
+    dicoms, parts = read_table(split_table, {"dicom_id": _texts, "split": _texts})
+    _refuse_others(split_table, "split", parts, (b"train", b"validate", b"test"))
+    ids = {"dicom_id": _texts, "subject_id": _integers, "study_id": _integers}
+    ids, subjects, studies, found = read_table(metadata, ids | {"ViewPosition": _texts})
+    place = _positions(ids, dicoms, split_table)
+    if (place < 0).any():
+        raise ValueError(f"{split_table}: has no row of {ids[place < 0][0].decode()}")
+    mine = parts[place] == {"train": b"train", "test": b"validate"}[split]
+    del dicoms, parts, place
+    _refuse_repeats(ids, metadata)
+    kept, other = _of_views(metadata, found, views, default=("PA", "AP"))
+    dropped = {other: int((mine & ~kept).sum())}
+    kept &= mine
+    ids, subjects, studies = ids[kept], subjects[kept], studies[kept]
+    key, owners, *findings = read_table(
+        findings_table, {"study_id": _integers, "subject_id": _integers} | FINDING_COLUMNS
+    )
+    row = _positions(studies, key, findings_table)
+    wrong = (row >= 0) & (owners[row] != subjects)
+    if wrong.any():
+        raise ValueError(
+            f"{findings_table}: study {studies[wrong][0]} is of another subject than in "
+            f"{metadata.name}; fetch both of one release"
+        )
+    labelled = row >= 0
+    dropped["studies without labels"] = int((~labelled).sum())
+    labels = _finding_labels(*findings)[row[labelled]]
+    return ids[labelled], subjects[labelled], studies[labelled], labels, dropped
+
+
+def _refuse_others(table, column, values, known):
+    """Raises ValueError when a value is none of the known ones."""
+    for value in np.unique(values):
+        if value not in known:
+            names = ", ".join(map(os.fsdecode, known))
+            raise ValueError(f"{table}: {column} {os.fsdecode(value)!r} is none of {names}")
+
+
+def _nih(name, root, split, views=None):
     """NIH ChestX-ray14 (Wang et al. 2017, arXiv:1705.02315) in its official layout and split."""
     folder = root / "NIH-ChestXRay-14"
     table = folder / "Data_Entry_2017_v2020.csv"
     lists = {"train": folder / "train_val_list.txt", "test": folder / "test_list.txt"}
-    for path in (table, *lists.values(), folder / "images"):
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{name}: no {path}; give the directory above {folder.name} as --data-dir "
-                "(its owner distributes it, --download cannot)"
-            )
-    listed = {part: _read_list(path) for part, path in lists.items()}
-    _refuse_repeats(listed["train"] + listed["test"], " + ".join(map(str, lists.values())))
-    chosen, chosen_list = set(listed[split]), lists[split]
-    names, labels, patients = [], [], []
-    columns = ("Image Index", "Finding Labels", "Patient ID")
-    for line, (image, findings, patient) in _read_csv(table, columns):
-        if image in chosen:
-            if not patient.isdecimal():
-                raise ValueError(f"{table}, line {line}: Patient ID {patient!r} is not a number")
-            names.append(image)
-            labels.append(_nih_labels(findings, f"{table}, line {line}"))
-            patients.append(int(patient))
+    _need(name, table, *lists.values(), folder / "images")
+    listed = {part: _texts([text for _, text in _read_list(path)]) for part, path in lists.items()}
+    both = " + ".join(map(str, lists.values()))
+    _refuse_repeats(np.concatenate(list(listed.values())), both)
+    columns = {"Image Index": _texts, "Finding Labels": _nih_labels, "Patient ID": _integers}
+    columns |= {"View Position": _texts} if views else {}
+    names, labels, patients, *found = read_table(table, columns)
     _refuse_repeats(names, table)
-    missing = chosen - set(names)
-    if missing:
-        raise ValueError(f"{chosen_list}: {min(missing)} has no row in {table.name}")
-    missing = chosen - {entry.name for entry in os.scandir(folder / "images")}
-    if missing:
-        raise FileNotFoundError(
-            f"{folder / 'images' / min(missing)}: listed in {chosen_list.name} but missing "
-            f"({len(missing)} such)"
-        )
-    names = np.array([os.fsencode(name) for name in names])
-    reader = Files(str(folder / "images"), names, "L")
-    labels, groups = np.array(labels, np.float32), np.array(patients, np.int64)
-    return ImageDataset(name, reader, labels, NIH_CLASSES, "multilabel", "medical", groups)
+    place = _positions(listed[split], names, table)
+    if (place < 0).any():
+        image = listed[split][place < 0][0].decode()
+        raise ValueError(f"{lists[split]}: {image} has no row in {table.name}")
+    rows, dropped = np.sort(place), {}
+    if views:
+        kept, other = _of_views(table, found[0], views, default=("PA", "AP"))
+        rows, dropped = rows[kept[rows]], {other: int((~kept[rows]).sum())}
+    return _xray(
+        name, folder / "images", names[rows], labels[rows], NIH_CLASSES, patients[rows],
+        options={"views": list(views)} if views else {}, dropped=dropped,
+    )  # fmt: skip
 
 
-def _nih_labels(findings, where):
+def _nih_labels(values):
+    return np.array([_nih_row(value) for value in values], np.float32)
+
+
+@functools.cache
+def _nih_row(findings):
     present = set(findings.split("|")) - {"No Finding"}
     for unknown in sorted(present - set(NIH_CLASSES)):
-        raise ValueError(f"{where}: unknown finding {unknown!r}; known: {', '.join(NIH_CLASSES)}")
+        raise ValueError(f"has an unknown finding {unknown!r}; known: {', '.join(NIH_CLASSES)}")
     return [cls in present for cls in NIH_CLASSES]
 
 
-def _read_list(path):
-    """The lines of a text file, blank ones aside."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error})") from error
-    names = [line.strip() for line in lines if line.strip()]
-    if not names:
-        raise ValueError(f"{path}: lists no image")
-    return names
+def _padchest(
+    name, root, split, views=("PA", "AP", "AP Supine", "L", "COSTAL"), split_by="patient"
+):
+    """PadChest (Bustos et al. 2020, arXiv:1901.07441), a tenth of it held out.
+
+    split_by: "patient" keeps each patient on one side; "image" is the study's split, which does
+    not. Images without labels and those known to be broken are left out, as in the study.
+    """
+    folder = root / "PadChest"
+    table = folder / "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv.gz"
+    _need(name, table)
+    if split_by not in ("patient", "image"):
+        raise ValueError(f"--split-by {split_by}: must be patient or image")
+    columns = {"ImageID": _texts, "PatientID": _texts, "Projection": _texts}
+    columns |= {"Labels": _padchest_labels, "ImageDir": _texts}
+    names, patients, found, labels, folders = read_table(table, columns, optional=("ImageDir",))
+    _refuse_repeats(names, table)
+    found = np.where(found == b"AP_horizontal", b"AP Supine", found)
+    kept, other = _of_views(table, found, views, default=views)
+    unlabelled = kept & np.isnan(labels[:, 0])
+    broken = np.isin(names, [file.encode() for file in PADCHEST_BROKEN]) & kept & ~unlabelled
+    rows = np.flatnonzero(kept & ~unlabelled & ~broken)
+    rows = _padchest_split(rows, patients[rows], split_by)[split]
+    dropped = {other: (~kept).sum(), "no labels": unlabelled.sum(), "known broken": broken.sum()}
+    return _xray(
+        name, folder, _padchest_names(folder, names, folders)[rows], labels[rows],
+        PADCHEST_CLASSES, patients[rows], options={"views": list(views), "split_by": split_by},
+        dropped={why: int(count) for why, count in dropped.items()},
+    )  # fmt: skip
 
 
-def _refuse_repeats(names, where):
-    names, counts = np.unique(names, return_counts=True)
-    if counts.max(initial=0) > 1:
-        raise ValueError(f"{where}: {names[counts.argmax()]} occurs more than once; keep one")
+def _padchest_split(rows, patients, split_by):
+    """{split: rows}: nine tenths of the images, or of the patients, train."""
+    rng = np.random.RandomState(42)
+    if split_by == "image":
+        rows = rows[rng.permutation(len(rows))]
+        count = int(0.9 * len(rows))
+        return {"train": rows[:count], "test": rows[count:]}
+    known = rng.permutation(np.unique(patients))
+    train = np.isin(patients, known[: int(0.9 * len(known))])
+    return {"train": rows[train], "test": rows[~train]}
 
 
-def _read_csv(path, columns):
-    """Yields (line number, the values of these columns) for each row."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = csv.reader(file)
-        try:
-            header = next(rows, [])
-            for column in columns:
-                if column not in header:
-                    raise ValueError(f"{path}: no column {column!r}; it has: {', '.join(header)}")
-            places = [header.index(column) for column in columns]
-            for row in rows:
-                if row and len(row) <= max(places):
-                    raise ValueError(f"{path}, line {rows.line_num}: {len(row)} columns only")
-                if row:
-                    yield rows.line_num, [row[place] for place in places]
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: unreadable near line {rows.line_num} ({error})") from error
+def _padchest_names(folder, names, folders):
+    """Paths below the dataset's directory: images lie in the folder of ImageDir, or beside it."""
+    if folders is None:
+        return names
+    there = [value for value in np.unique(folders) if (folder / os.fsdecode(value)).is_dir()]
+    prefix = np.where(np.isin(folders, there) & (folders != b""), np.char.add(folders, b"/"), b"")
+    return np.char.add(prefix, names)
+
+
+def _padchest_labels(values):
+    return np.array([_padchest_row(value) for value in values], np.float32)
+
+
+@functools.lru_cache(maxsize=2**16)
+def _padchest_row(text):
+    """The study's reading of the label text; NaN everywhere where there is none."""
+    if not text:
+        return [math.nan] * len(PADCHEST_CLASSES)
+    return [
+        any(word in text for word in (cls.lower(), *PADCHEST_SYNONYMS.get(cls, ())))
+        for cls in PADCHEST_CLASSES
+    ]
+
+
+def _covidx(name, root, split):
+    """COVIDx CXR-2 (Wang et al. 2020, arXiv:2003.09871)."""
+    folder = root / "COVIDx-CXR2"
+    path = folder / f"{split}.txt"
+    _need(name, path, folder / split)
+    classes, rows = ("negative", "positive"), []
+    for number, line in _read_list(path):
+        # The patient's id may hold blanks, the file's name, the label and the source do not.
+        patient, *fields = line.rsplit(None, 3)
+        if len(fields) < 3 or fields[1] not in classes:
+            raise ValueError(
+                f"{path}, line {number}: {line!r} is not 'patient file negative|positive source'"
+            )
+        rows.append((patient, fields[0], classes.index(fields[1])))
+    patients, names, labels = zip(*rows)
+    names = _texts(names)
+    _refuse_repeats(names, path)
+    return _xray(name, folder / split, names, np.array(labels, np.int64), classes, _texts(patients))
+
+
+def _tuberculosis(name, root, split):
+    """Shenzhen and Montgomery (Jaeger et al. 2014), the first 85 % of each in the study's order."""
+    folder = root / "Tuberculosis_dataset"
+    parts = "ChinaSet_AllFiles/ChinaSet_AllFiles/CXR_png", "Montgomery/MontgomerySet/CXR_png"
+    _need(name, *(folder / part for part in parts))
+    names = []
+    for part in parts:
+        files = sorted((folder / part).glob("*.png"))
+        if not files:
+            raise ValueError(f"{folder / part}: holds no .png file; fetch the dataset again")
+        for file in files:
+            if file.stem[-1] not in "01":
+                raise ValueError(f"{file}: its name ends in neither _0 (normal) nor _1")
+        np.random.RandomState(42).shuffle(files)
+        count = int(0.85 * len(files))
+        chosen = files[:count] if split == "train" else files[count:]
+        names += [str(file.relative_to(folder)) for file in chosen]
+    labels = np.array([int(Path(file).stem[-1]) for file in names], np.int64)
+    return _xray(name, folder, _texts(names), labels, ("normal", "tuberculosis"), None)
 
 
 DATASETS = {
-    **dict.fromkeys(synthetic.WORLDS, _synthetic),
-    "cifar10": _cifar,
-    "cifar100": _cifar,
-    "flowers102": _flowers,
-    "pets": _pets,
-    "nih": _nih,
+    **{name: Known(_synthetic, None) for name in synthetic.WORLDS},
+    "imagenet1k": Known(_imagenet1k, "imagenet-1K"),
+    "imagenet21k": Known(_imagenet21k, "imagenet-21K"),
+    "chexpert": Known(_chexpert, "CheXpert-v1.0", listed=True),
+    "mimic": Known(_mimic, "mimic-cxr-jpg/2.0.0", listed=True),
+    "nih": Known(_nih, "NIH-ChestXRay-14", listed=True),
+    "padchest": Known(_padchest, "PadChest", listed=True),
+    "cifar10": Known(_cifar, "cifar-10-batches-py"),
+    "cifar100": Known(_cifar, "cifar-100-python"),
+    "flowers102": Known(_flowers, "flowers-102", listed=True),
+    "pets": Known(_pets, "oxford-iiit-pet", listed=True),
+    "covidx": Known(_covidx, "COVIDx-CXR2", listed=True),
+    "tuberculosis": Known(_tuberculosis, "Tuberculosis_dataset"),
 }
 
 
@@ -679,7 +1449,7 @@ def preload(dataset, pipeline, limit=2**30):
 class Stream:
     """What a random number is for: the second word of the seed of every generator."""
 
-    SHOTS, ORDER, DRAW, AUGMENT, MIXUP = range(5)
+    SHOTS, ORDER, DRAW, AUGMENT, MIXUP, FRACTION = range(6)
 
 
 def generator(seed, *purpose):
