@@ -8,6 +8,7 @@ Images stay uint8 until they are on the device; engine.py normalises them there.
 """
 
 import atexit
+import contextlib
 import csv
 import difflib
 import functools
@@ -18,7 +19,6 @@ import io
 import itertools
 import math
 import multiprocessing
-import operator
 import os
 import re
 import shutil
@@ -466,74 +466,107 @@ def _refuse_missing(dataset):
 # ------------------------------------------------------------------------------------------------
 
 
+class Column(NamedTuple):
+    """How a table's column is read. dtype: of numpy.loadtxt; convert: those values -> an array.
+
+    valid: a text -> whether it may stand there; else the error says the text `must` so.
+    """
+
+    dtype: object
+    convert: Callable
+    valid: Callable
+    must: str
+
+
 def _texts(values):
-    return np.array([value.encode() for value in values], "S")
+    """UTF-8 as it stands in the file: (N,) bytes, no wider than the longest."""
+    letters = np.ascontiguousarray(values).view(np.uint8).reshape(len(values), -1)
+    if letters.max() > 127:
+        np.char.decode(values, "utf-8")
+    return values.astype(f"S{max(1, np.count_nonzero(letters.any(0)))}")
 
 
-def _integers(values):
-    if not all(map(str.isdecimal, values)):
-        raise ValueError("is not a whole number")
-    return np.array(list(map(int, values)), np.int64)
+def _is_text(text):
+    with contextlib.suppress(UnicodeDecodeError):
+        return len(text.encode("latin-1").decode()) < 256
+    return False
 
 
-def _table_rows(path):
-    """Yields (line number, row) of a CSV file, gzipped where its name says so; no blank rows."""
-    reader, read = None, gzip.open if path.suffix == ".gz" else open
-    try:
-        with read(path, "rt", newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            for row in filter(None, reader):
-                yield reader.line_num, row
-    except (csv.Error, UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        line = reader.line_num if reader else 0
-        raise ValueError(f"{path}: unreadable after line {line} ({error}); mend it") from error
+TEXT = Column("S256", _texts, _is_text, "be UTF-8, and shorter than 256 letters")
+NUMBER = Column(np.int64, np.array, str.isdecimal, "be a whole number")
 
 
 def read_table(path, columns, optional=()):
     """The named columns of a CSV file (RFC 4180, UTF-8, gzipped or not) as a list of arrays.
 
-    columns: {name: function of a list of texts to an array, raising ValueError}. optional: names
-    whose column may be missing (its array is then None). Raises ValueError naming file and line.
+    columns: {name: Column}; texts come as UTF-8 bytes. optional: names of columns that may be
+    missing; their array is None. Blank lines are passed over. Raises ValueError naming file and
+    line.
     """
-    rows = _table_rows(path)
-    _, header = next(rows, (1, []))
-    present = {name: kind for name, kind in columns.items() if name in header}
-    for name in columns:
-        if name not in present and name not in optional:
-            hint = "; is it separated by commas?" if len(header) < 2 else ""
-            raise ValueError(f"{path}: no column {name!r}; it has: {', '.join(header)}{hint}")
-        if header.count(name) > 1:
-            raise ValueError(f"{path}: {header.count(name)} columns are called {name!r}; keep one")
-    pick = operator.itemgetter(*map(header.index, present), 0)  # two at least: always a tuple
     chunks = []
-    while chunk := list(itertools.islice(rows, 2**14)):
-        lines, chunk = zip(*chunk)
-        if set(map(len, chunk)) != {len(header)}:
-            k = next(k for k, row in enumerate(chunk) if len(row) != len(header))
-            raise ValueError(
-                f"{path}, line {lines[k]}: {len(chunk[k])} columns, the header has {len(header)}"
-            )
-        texts = zip(*map(pick, chunk))
-        place = path, lines
-        chunks.append([_convert(*column, place) for column in zip(present.items(), texts)])
+    try:
+        with _open_table(path) as file:
+            lines = filter(str.strip, file)
+            header = _header(path, lines, columns, optional)
+            present = {name: kind for name, kind in columns.items() if name in header}
+            # All columns are read, though most to one character, so that none may be missing.
+            kinds = [present[name].dtype if name in present else "U1" for name in header]
+            dtype = [(str(place), kind) for place, kind in enumerate(kinds)]
+            for line in lines:
+                rows = np.loadtxt(
+                    itertools.chain([line], lines), dtype, comments=None, delimiter=",",
+                    quotechar='"', ndmin=1, max_rows=2**13,
+                )  # fmt: skip
+                chunks.append(
+                    [kind.convert(rows[str(header.index(name))]) for name, kind in present.items()]
+                )
+    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        _refuse_bad_line(path, columns)
+        raise ValueError(f"{path}: {error}; mend it or fetch it again") from error
     if not chunks:
         raise ValueError(f"{path}: has no row below its header")
     arrays = dict(zip(present, map(np.concatenate, zip(*chunks))))
     return [arrays.get(name) for name in columns]
 
 
-def _convert(column, texts, place):
-    """The texts of a column as an array; on failure the first bad one is named by its line."""
-    (name, kind), (path, lines) = column, place
+def _open_table(path):
+    """The lines of a text file; each byte of its UTF-8 is one character (latin-1)."""
+    file = gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+    return io.TextIOWrapper(io.BufferedReader(file, 2**18), encoding="latin-1", newline="")
+
+
+def _header(path, lines, columns, optional):
+    """The names of a table's columns; these columns must be there, once."""
+    line = next(lines, "").encode("latin-1").decode("utf-8-sig")
+    header = next(csv.reader([line]), [])
+    for name in columns:
+        if name not in header and name not in optional:
+            hint = "; is it separated by commas?" if len(header) < 2 else ""
+            raise ValueError(f"has no column {name!r}, only: {', '.join(header)}{hint}")
+        if header.count(name) > 1:
+            raise ValueError(f"has {header.count(name)} columns {name!r}; keep one")
+    return header
+
+
+def _refuse_bad_line(path, columns):
+    """Raises ValueError naming the first line of a table that is not as its columns must be."""
+    reader = None
     try:
-        return kind(texts)
-    except ValueError:
-        for line, text in zip(lines, texts):
-            try:
-                kind([text])
-            except ValueError as error:
-                raise ValueError(f"{path}, line {line}: {name} {text!r} {error}") from error
-        raise
+        with _open_table(path) as lines:
+            reader = csv.reader(lines)
+            header = next(reader, [])  # its first name may begin with a byte order mark
+            places = [(header.index(name), name) for name in columns if name in header]
+            for row in filter(None, reader):
+                where = f"{path}, line {reader.line_num}"
+                if len(row) != len(header):
+                    raise ValueError(f"{where}: {len(row)} columns, the header has {len(header)}")
+                for place, name in places:
+                    if not columns[name].valid(row[place]):
+                        text = row[place].encode("latin-1").decode(errors="replace")
+                        raise ValueError(f"{where}: {name} {text!r} must {columns[name].must}")
+    except (csv.Error, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        line = reader.line_num if reader else 0
+        raise ValueError(f"{path}: unreadable after line {line} ({error}); mend it") from error
 
 
 def _read_list(path):
@@ -548,6 +581,10 @@ def _read_list(path):
     return lines
 
 
+def _encoded(texts):
+    return np.array([os.fsencode(text) for text in texts])
+
+
 def _refuse_repeats(values, where):
     values, counts = np.unique(values, return_counts=True)
     if counts.max(initial=0) > 1:
@@ -558,8 +595,7 @@ def _refuse_repeats(values, where):
 
 def _positions(keys, table, where):
     """Where each key stands in `table`, an array without repeats: (N,) int64, -1 where nowhere."""
-    if np.array_equal(keys, table):
-        _refuse_repeats(table, where)
+    if np.array_equal(keys, table):  # keys are without repeats where that matters
         return np.arange(len(keys))
     _refuse_repeats(table, where)
     order = np.argsort(table)
@@ -947,18 +983,25 @@ def _xray(name, folder, names, labels, classes, groups, **facts):
     return ImageDataset(name, reader, labels, classes, task, "medical", groups, **facts)
 
 
-FINDING = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "": math.nan, "-1": math.nan, "-1.0": math.nan}
+FINDINGS = {"": np.nan, "-1": np.nan, "-1.0": np.nan, "0": 0, "0.0": 0, "1": 1, "1.0": 1}
 
 
 def _findings(values):
-    """1 present, 0 absent, NaN unmentioned (blank) or uncertain (-1)."""
-    try:
-        return np.array([FINDING[value] for value in values], np.float32)
-    except KeyError:
-        raise ValueError("is none of 1, 0, -1 and blank") from None
+    """1 present, 0 absent, NaN unmentioned (blank) or uncertain (-1): (N,) float32."""
+    labels, numbers = (
+        np.full(len(values), -1, np.float32),
+        np.ascontiguousarray(values).view(np.int64),
+    )
+    for text, label in FINDINGS.items():
+        # Eight bytes are compared as one number.
+        labels[numbers == np.array(text, "S8").view(np.int64)] = label
+    if (labels == -1).any():
+        raise ValueError("unknown finding")
+    return labels
 
 
-FINDING_COLUMNS = dict.fromkeys(["No Finding", *CHEXPERT_COLUMNS], _findings)
+FINDING = Column("S8", _findings, FINDINGS.__contains__, "be 1, 0, -1 or blank")
+FINDING_COLUMNS = dict.fromkeys(["No Finding", *CHEXPERT_COLUMNS], FINDING)
 
 
 def _finding_labels(no_finding, *findings):
@@ -975,8 +1018,14 @@ def _chexpert_paths(values):
     """Paths below the dataset's directory, whichever release they are of."""
     matches = list(map(CHEXPERT_PATH.fullmatch, values))
     if not all(matches):
-        raise ValueError("is not like CheXpert-v1.0/train/patient00001/study1/view1_frontal.jpg")
-    return _texts([match[1] for match in matches])
+        raise ValueError("unknown path")
+    return np.array([match[1].encode("latin-1") for match in matches])
+
+
+CHEXPERT_PATHS = Column(
+    object, _chexpert_paths, CHEXPERT_PATH.fullmatch,
+    "be like CheXpert-v1.0/train/patient00001/study1/view1_frontal.jpg",
+)  # fmt: skip
 
 
 def _chexpert(name, root, split, views=("PA", "AP")):
@@ -984,7 +1033,7 @@ def _chexpert(name, root, split, views=("PA", "AP")):
     folder = root / "CheXpert-v1.0"
     table = folder / {"train": "train.csv", "test": "valid.csv"}[split]
     _need(name, table)
-    columns = {"Path": _chexpert_paths, "Frontal/Lateral": _texts, "AP/PA": _texts}
+    columns = {"Path": CHEXPERT_PATHS, "Frontal/Lateral": TEXT, "AP/PA": TEXT}
     paths, side, frontal, *findings = read_table(table, columns | FINDING_COLUMNS)
     found = np.where(side == b"Frontal", frontal, b"L")
     kept, other = _of_views(table, found, views, default=("PA", "AP"))
@@ -1018,10 +1067,10 @@ def mimic_rows(name, folder, split, views):
     ]
     metadata, split_table, findings_table = tables
     _need(name, *tables)
-    dicoms, parts = read_table(split_table, {"dicom_id": _texts, "split": _texts})
+    dicoms, parts = read_table(split_table, {"dicom_id": TEXT, "split": TEXT})
     _refuse_others(split_table, "split", parts, (b"train", b"validate", b"test"))
-    ids = {"dicom_id": _texts, "subject_id": _integers, "study_id": _integers}
-    ids, subjects, studies, found = read_table(metadata, ids | {"ViewPosition": _texts})
+    ids = {"dicom_id": TEXT, "subject_id": NUMBER, "study_id": NUMBER}
+    ids, subjects, studies, found = read_table(metadata, ids | {"ViewPosition": TEXT})
     place = _positions(ids, dicoms, split_table)
     if (place < 0).any():
         raise ValueError(f"{split_table}: has no row of {ids[place < 0][0].decode()}")
@@ -1033,7 +1082,7 @@ def mimic_rows(name, folder, split, views):
     kept &= mine
     ids, subjects, studies = ids[kept], subjects[kept], studies[kept]
     key, owners, *findings = read_table(
-        findings_table, {"study_id": _integers, "subject_id": _integers} | FINDING_COLUMNS
+        findings_table, {"study_id": NUMBER, "subject_id": NUMBER} | FINDING_COLUMNS
     )
     row = _positions(studies, key, findings_table)
     wrong = (row >= 0) & (owners[row] != subjects)
@@ -1062,11 +1111,11 @@ def _nih(name, root, split, views=None):
     table = folder / "Data_Entry_2017_v2020.csv"
     lists = {"train": folder / "train_val_list.txt", "test": folder / "test_list.txt"}
     _need(name, table, *lists.values(), folder / "images")
-    listed = {part: _texts([text for _, text in _read_list(path)]) for part, path in lists.items()}
+    listed = {part: _encoded(text for _, text in _read_list(path)) for part, path in lists.items()}
     both = " + ".join(map(str, lists.values()))
     _refuse_repeats(np.concatenate(list(listed.values())), both)
-    columns = {"Image Index": _texts, "Finding Labels": _nih_labels, "Patient ID": _integers}
-    columns |= {"View Position": _texts} if views else {}
+    columns = {"Image Index": TEXT, "Finding Labels": NIH_FINDINGS, "Patient ID": NUMBER}
+    columns |= {"View Position": TEXT} if views else {}
     names, labels, patients, *found = read_table(table, columns)
     _refuse_repeats(names, table)
     place = _positions(listed[split], names, table)
@@ -1089,10 +1138,17 @@ def _nih_labels(values):
 
 @functools.cache
 def _nih_row(findings):
+    """The labels (14,) that a text like "Mass|Nodule" names."""
     present = set(findings.split("|")) - {"No Finding"}
-    for unknown in sorted(present - set(NIH_CLASSES)):
-        raise ValueError(f"has an unknown finding {unknown!r}; known: {', '.join(NIH_CLASSES)}")
+    if not present <= set(NIH_CLASSES):
+        raise ValueError("unknown finding")
     return [cls in present for cls in NIH_CLASSES]
+
+
+NIH_FINDINGS = Column(
+    object, _nih_labels, lambda text: set(text.split("|")) <= {"No Finding", *NIH_CLASSES},
+    f"be No Finding, or some of these joined by |: {', '.join(NIH_CLASSES)}",
+)  # fmt: skip
 
 
 def _padchest(
@@ -1108,8 +1164,8 @@ def _padchest(
     _need(name, table)
     if split_by not in ("patient", "image"):
         raise ValueError(f"--split-by {split_by}: must be patient or image")
-    columns = {"ImageID": _texts, "PatientID": _texts, "Projection": _texts}
-    columns |= {"Labels": _padchest_labels, "ImageDir": _texts}
+    columns = {"ImageID": TEXT, "PatientID": TEXT, "Projection": TEXT}
+    columns |= {"Labels": PADCHEST_FINDINGS, "ImageDir": TEXT}
     names, patients, found, labels, folders = read_table(table, columns, optional=("ImageDir",))
     _refuse_repeats(names, table)
     found = np.where(found == b"AP_horizontal", b"AP Supine", found)
@@ -1124,6 +1180,12 @@ def _padchest(
         PADCHEST_CLASSES, patients[rows], options={"views": list(views), "split_by": split_by},
         dropped={why: int(count) for why, count in dropped.items()},
     )  # fmt: skip
+
+
+PADCHEST_FINDINGS = Column(
+    object, lambda values: np.array([_padchest_row(value) for value in values], np.float32),
+    lambda text: True, "be text",
+)  # fmt: skip
 
 
 def _padchest_split(rows, patients, split_by):
@@ -1145,10 +1207,6 @@ def _padchest_names(folder, names, folders):
     there = [value for value in np.unique(folders) if (folder / os.fsdecode(value)).is_dir()]
     prefix = np.where(np.isin(folders, there) & (folders != b""), np.char.add(folders, b"/"), b"")
     return np.char.add(prefix, names)
-
-
-def _padchest_labels(values):
-    return np.array([_padchest_row(value) for value in values], np.float32)
 
 
 @functools.lru_cache(maxsize=2**16)
@@ -1177,9 +1235,11 @@ def _covidx(name, root, split):
             )
         rows.append((patient, fields[0], classes.index(fields[1])))
     patients, names, labels = zip(*rows)
-    names = _texts(names)
+    names = _encoded(names)
     _refuse_repeats(names, path)
-    return _xray(name, folder / split, names, np.array(labels, np.int64), classes, _texts(patients))
+    return _xray(
+        name, folder / split, names, np.array(labels, np.int64), classes, _encoded(patients)
+    )
 
 
 def _tuberculosis(name, root, split):
@@ -1200,7 +1260,7 @@ def _tuberculosis(name, root, split):
         chosen = files[:count] if split == "train" else files[count:]
         names += [str(file.relative_to(folder)) for file in chosen]
     labels = np.array([int(Path(file).stem[-1]) for file in names], np.int64)
-    return _xray(name, folder, _texts(names), labels, ("normal", "tuberculosis"), None)
+    return _xray(name, folder, _encoded(names), labels, ("normal", "tuberculosis"), None)
 
 
 DATASETS = {

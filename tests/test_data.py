@@ -296,8 +296,11 @@ def test_nih_missing_images_folder(chests):
         ([NIH_HEADER.replace("Patient ID", "Patient"), *NIH_ROWS], ["'Patient ID'", "Image Index"]),
         ([], ["no column 'Image Index'"]),
         ([NIH_HEADER, *NIH_ROWS, "00000001_000.png,Mass"], ["line 8", "2 columns"]),
-        ([NIH_HEADER, "00000001_000.png,Mass|Tumour,0,1,PA"], ["line 2", "'Tumour'", "Mass"]),
-        ([NIH_HEADER, "00000001_000.png,,0,1,PA"], ["line 2", "unknown finding ''"]),
+        (
+            [NIH_HEADER, "00000001_000.png,Mass|Tumour,0,1,PA"],
+            ["line 2", "'Mass|Tumour'", "Nodule"],
+        ),
+        ([NIH_HEADER, "00000001_000.png,,0,1,PA"], ["line 2", "Finding Labels ''"]),
         ([NIH_HEADER, "00000001_000.png,Mass,0,one,PA"], ["line 2", "Patient ID 'one'"]),
         ([NIH_HEADER, *NIH_ROWS, NIH_ROWS[0]], ["00000001_000.png", "more than once"]),
         ([NIH_HEADER, *NIH_ROWS, "x" * 200000], ["line 8", "field limit"]),
