@@ -329,7 +329,7 @@ def load_dataset(
         if verify and getattr(DATASETS.get(name), "listed", False):
             _refuse_missing(dataset)
     if single_label:
-        dataset = _single_label(dataset)
+        dataset = keep_single_label(dataset)
     if fraction < 1 and split == "train":
         chosen = generator(fraction_seed, Stream.FRACTION).permutation(len(dataset))
         dataset = dataset.subset(np.sort(chosen[: max(1, round(fraction * len(dataset)))]))
@@ -367,6 +367,11 @@ def dataset_options(name):
     return tuple(takes)
 
 
+def base_name(name):
+    """The name of the dataset itself: nih of nih@256."""
+    return name.partition("@")[0]
+
+
 def dataset_slug(name):
     """The name as a part of a path: folder:/a/b becomes folder-b."""
     if name.startswith("folder:"):
@@ -374,7 +379,7 @@ def dataset_slug(name):
     return name
 
 
-def _single_label(dataset):
+def keep_single_label(dataset):
     """PadChest-Cl of the study: one positive label exactly (what is not annotated is none)."""
     if dataset.task != "multilabel":
         raise ValueError(f"{dataset.name}: --single-label is for multi-label datasets")
@@ -434,7 +439,7 @@ def _columns(dataset, classes):
 
 def _own_groups(dataset):
     """Patients that are told from those of another dataset: (N,) bytes like b"nih:61"."""
-    source = dataset.name.partition("@")[0].encode() + b":"
+    source = base_name(dataset.name).encode() + b":"
     groups = np.arange(len(dataset)) if dataset.groups is None else dataset.groups
     return np.char.add(source, groups.astype("S"))
 
@@ -1519,17 +1524,26 @@ def generator(seed, *purpose):
     return np.random.default_rng([seed, *purpose])
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=1)
 def _permutation(num_images, seed, epoch):
-    return generator(seed, Stream.ORDER, epoch).permutation(num_images)
+    """Half the memory of generator.permutation: every worker of every rank holds one."""
+    order = np.arange(num_images, dtype=np.int32 if num_images < 2**31 else np.int64)
+    generator(seed, Stream.ORDER, epoch).shuffle(order)
+    return order
 
 
-def batch_indices(step, num_images, batch_size, seed, sampling="shuffle", labels=None):
+def by_class(labels):
+    """(images sorted by class (N,), first place (C,) and number (C,) of each class present)."""
+    _, counts = np.unique(labels, return_counts=True)
+    return np.argsort(labels, kind="stable"), np.cumsum(counts) - counts, counts
+
+
+def batch_indices(step, num_images, batch_size, seed, sampling="shuffle", classes=None):
     """Which images make up the global batch of a step, a function of (seed, step) alone.
 
     sampling: "shuffle" walks through one permutation an epoch after the other, so that each image
     comes once an epoch and no batch is short; "replacement" draws each image anew; "balanced"
-    does so with probability inverse to the frequency of its class in labels (N,);
+    does so with probability inverse to the frequency of its class in classes = by_class(labels);
     "sequential" is the test order, with a short last batch.
     Returns (indices, draws), both (B,) int64; (draw, image) is never the same twice in a run.
     """
@@ -1548,8 +1562,9 @@ def batch_indices(step, num_images, batch_size, seed, sampling="shuffle", labels
     if sampling == "replacement":
         return rng.integers(num_images, size=batch_size), places
     if sampling == "balanced":
-        weights = 1 / np.bincount(labels)[labels]
-        return rng.choice(num_images, batch_size, p=weights / weights.sum()), places
+        images, starts, counts = classes
+        drawn = rng.integers(len(counts), size=batch_size)
+        return images[starts[drawn] + rng.integers(counts[drawn])], places
     raise ValueError(f"unknown sampling {sampling!r}")
 
 
@@ -1576,6 +1591,7 @@ class Batches(torch.utils.data.Dataset):
         self.dataset, self.pipeline = dataset, pipeline
         self.batch_size, self.seed, self.sampling = batch_size, seed, sampling
         self.rank, self.ranks, self.unit = rank, ranks, 1 + pairs
+        self.classes = by_class(dataset.labels) if sampling == "balanced" else None
 
     def __len__(self):
         return math.ceil(len(self.dataset) / self.batch_size)
@@ -1583,7 +1599,7 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, step):
         labels = self.dataset.labels
         indices, draws = batch_indices(
-            step, len(self.dataset), self.batch_size, self.seed, self.sampling, labels
+            step, len(self.dataset), self.batch_size, self.seed, self.sampling, self.classes
         )
         count = int(np.count_nonzero(~np.isnan(labels[indices])))
         mine = np.arange(len(indices)) // self.unit % self.ranks == self.rank

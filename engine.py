@@ -98,7 +98,18 @@ def add_common_options(parser, out):
     """The options that mean the same in every training script."""
     add = parser.add_argument
     add("--data-dir", default="datasets", help="directory that holds the real datasets")
+    add("--cache-dir", help="directory for the index of large datasets (default: beside them)")
     add("--download", action="store_true", help="fetch what torchvision can fetch")
+    add("--views", nargs="+", metavar="VIEW", help="X-ray views to keep, e.g. PA AP (default: the "
+        "study's of the dataset)")  # fmt: skip
+    add("--split-by", type=one_of("patient", "image"), help="how padchest is split; image: as in "
+        "the study, patients on both sides (default: patient)")  # fmt: skip
+    add("--labels", type=one_of("intersection", "union"), help="of datasets joined by +: those "
+        "common to all, or all (default: intersection)")  # fmt: skip
+    add("--single-label", action=argparse.BooleanOptionalAction, help="keep images with exactly "
+        "one positive label, as a multi-class dataset (default: few-shot padchest)")  # fmt: skip
+    add("--balanced", action="store_true", help="draw training images with probability inverse to "
+        "the frequency of their class")  # fmt: skip
     add("--out", default=out, help="directory to write to")
     add("--seed", type=positive(int, or_zero=True), default=0, help="of initialisation, order and "
         "augmentation (transfer: the first of --seeds)")  # fmt: skip
@@ -635,10 +646,30 @@ def evaluate(model, dataset, pipeline, env, normalization, batch_size=256, worke
     return compute_metrics(logits, dataset.labels, dataset.classes)
 
 
+# Options that shape a dataset: given to load_dataset where it takes them. The datasets' own
+# `options` say in the result file what was used.
+DATA_OPTIONS = ("views", "split_by", "labels", "single_label", "cache_dir", "download")
+
+
+def check_data_options(names, args):
+    """Raises ValueError for an option that none of these datasets takes."""
+    takes = {option for name in names for option in data.dataset_options(name)}
+    for option in ("views", "split_by", "labels"):
+        if getattr(args, option) is not None and option not in takes:
+            raise ValueError(
+                f"--{option.replace('_', '-')} means nothing for {', '.join(names)}; leave it out"
+            )
+
+
 def load_splits(name, args, env, **options):
-    """(training set, test set) of a dataset; the main rank alone downloads, before the others."""
-    options["download"] = args.download
-    if args.download and env.ranks > 1:
+    """(training set, test set) of a dataset; the main rank alone downloads, before the others.
+
+    options: of load_dataset, beside those that args and the dataset have in common.
+    """
+    for option in set(DATA_OPTIONS) & set(data.dataset_options(name)):
+        if getattr(args, option):
+            options[option] = getattr(args, option)
+    if options.get("download") and env.ranks > 1:
         if env.main:
             data.load_dataset(name, args.data_dir, "train", **options)
             data.load_dataset(name, args.data_dir, "test", **options)
@@ -708,6 +739,7 @@ def same_step(step, env):
 
 # What may differ between a run and its continuation, because it changes no result.
 LAYOUT_OPTIONS = {
+    "cache_dir",
     "checkpoint",
     "checkpoint_activations",
     "data_dir",

@@ -27,7 +27,7 @@ def main():
     args = parser.parse_args()
     # One process may wait long for the others at the end: the cells are shared out beforehand.
     env = engine.setup(args.precision, timeout=datetime.timedelta(days=30))
-    targets = transfer.open_targets(args, env)
+    targets = transfer.open_targets(args, env, few_shot=True)
     cells = transfer.make_grid(args, env.alone(), targets, sorted(set(args.shots)))
     todo = transfer.unfinished(cells, "fewshot")
     if env.ranks > 1:

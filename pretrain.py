@@ -97,6 +97,8 @@ def parse_args():
     add(
         "--checkpoint-activations", action="store_true", help="less memory, a third more arithmetic"
     )
+    add("--fraction", type=engine.positive(float), default=1.0, help="of the source's images, "
+        "up to 1; by --seed, and 0.1 inside 0.3")  # fmt: skip
     engine.add_common_options(parser, out="runs")
     return parser.parse_args()
 
@@ -104,7 +106,8 @@ def parse_args():
 def resolve(args, env, source):
     """The settings of this run: the options, and the recipe where an option was not given."""
     recipe = choose_recipe(args.source, source.domain, args.model)
-    config = vars(args) | {"precision": env.precision}
+    config = {key: value for key, value in vars(args).items() if key not in engine.DATA_OPTIONS}
+    config |= {"precision": env.precision, "source_options": source.options}
     for key, value in recipe._asdict().items():
         if key != "warmup" and config.get(key) is None:
             config[key] = value
@@ -130,9 +133,14 @@ def main():
     with torch.device("meta"):
         models.create_model(args.model, 1)
     size = {"size": args.image_size} if args.source.startswith("synthetic") else {}
-    train_set, test_set = engine.load_splits(args.source, args, env, **size)
+    engine.check_data_options([args.source], args)
+    subset = {"fraction": args.fraction, "fraction_seed": args.seed}
+    subset |= {"single_label": True} if args.single_label else {}
+    train_set, test_set = engine.load_splits(args.source, args, env, **size, **subset)
+    if args.balanced and train_set.task == "multilabel":
+        raise ValueError(f"--balanced: {args.source} is multi-label; it has no one class an image")
     config = resolve(args, env, train_set)
-    folder = Path(args.out) / f"{data.dataset_slug(args.source)}-{args.model}"
+    folder = Path(args.out) / f"{data.dataset_slug(train_set.name)}-{args.model}"
     finished = engine.read_result(folder / "result.json", "pretrain", config)
     if finished:
         if env.main:
@@ -166,7 +174,7 @@ def pretrain(train_set, test_set, config, state, folder, env):
     if env.main:
         mean, std = data.NORMALIZATION[train_set.domain]
         facts = {"name": config["model"], "classes": train_set.classes, "task": train_set.task}
-        facts |= {"source": config["source"], "domain": train_set.domain, "mean": mean, "std": std}
+        facts |= {"source": train_set.name, "domain": train_set.domain, "mean": mean, "std": std}
         facts |= {"images": len(train_set), "image_size": config["image_size"]}
         engine.save_tensors(folder / "model.pt", {"model": model.state_dict(), **facts})
         engine.write_json(folder / "result.json", record)
@@ -183,14 +191,15 @@ def run_epochs(run, train_set, test_set, folder, env):
         test_set, data.pretraining_pipeline(*how, False, own_size)
     )
     images, batch_size = len(train_set), config["batch_size"]
+    sampling = "balanced" if config["balanced"] else "shuffle"
     batches = data.Batches(
-        train_set, pipeline, batch_size, config["seed"], rank=env.rank, ranks=env.ranks
+        train_set, pipeline, batch_size, config["seed"], sampling, env.rank, env.ranks
     )
     forward = engine.parallel(run.model, env, config["compile"])
     signals = engine.StopSignal(env)
     rate = rate_of_step(config, images)
     last = math.ceil(config["epochs"] * images / batch_size)
-    title = f"{config['source']} {config['model']}"
+    title = f"{train_set.name} {config['model']}"
     with engine.progress_bar(env, last, run.step, title) as bar:
         log = engine.Log(env, folder / "log.jsonl", run.step, last, bar, title)
         epoch = max(run.step - 1, 0) * batch_size // images  # at an epoch's end: evaluate it again
@@ -230,7 +239,7 @@ def make_record(run, train_set, metrics, env):
     return {
         "schema": 1,
         "kind": "pretrain",
-        "source": run.config["source"],
+        "source": train_set.name,
         "source_domain": train_set.domain,
         "source_images": len(train_set),
         "model": run.config["model"],

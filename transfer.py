@@ -85,6 +85,8 @@ RECIPES = {
 }
 # Their full training sets are drawn with probability inverse to class frequency (study, appendix).
 BALANCED = ("covidx", "flowers102")
+# Their few-shot images have exactly one label each (PadChest-Cl of the study).
+SINGLE_LABEL = ("padchest",)
 
 
 def choose_rule(dataset, num_examples, recipe, image_size=None, steps=None):
@@ -110,7 +112,9 @@ def first_size(dataset):
 
 
 def uses_xray_pipeline(dataset):
-    return dataset.domain == "medical" and dataset.task == "multilabel" and not dataset.size
+    """Multi-label X-ray sets do, also when each image was left a single label."""
+    findings = dataset.task == "multilabel" or dataset.options.get("single_label")
+    return dataset.domain == "medical" and findings and not dataset.size
 
 
 def choose_pipeline(dataset, rule, recipe, train):
@@ -233,11 +237,19 @@ def add_options(parser):
     engine.add_common_options(parser, out="results")
 
 
-def open_targets(args, env):
+def open_targets(args, env, few_shot=False):
     """{name: Target}; each image is read once for the whole grid, as far as memory allows."""
+    engine.check_data_options(args.target, args)
     targets = {}
     for name in args.target:
         train_set, test_set = engine.load_splits(name, args, env)
+        single_label = args.single_label
+        if single_label is None:
+            single_label = few_shot and data.base_name(name) in SINGLE_LABEL
+        if single_label and train_set.task == "multilabel":
+            train_set, test_set = map(data.keep_single_label, (train_set, test_set))
+        if args.balanced and train_set.task == "multilabel":
+            raise ValueError(f"--balanced: {name} is multi-label; it has no one class an image")
         synthetic = name.startswith("synthetic")
         recipe_name = args.recipe or ("synthetic" if synthetic else "paper")
         recipe = RECIPES[recipe_name]
@@ -281,15 +293,17 @@ def cell_config(args, env, name, target, pretrained, shots, seed, images):
     if batch_size < 2 * env.ranks:
         raise ValueError(f"--batch-size {batch_size} is less than 2 images a process")
     sampling = "replacement" if images < batch_size else "shuffle"
-    if name in BALANCED and shots is None:
+    if args.balanced or (data.base_name(name) in BALANCED and shots is None):
         sampling = "balanced"
-    left_out = ("checkpoint", "target", "shots", "seeds", "image_size", "download")
+    left_out = ("checkpoint", "target", "shots", "seeds", "image_size", "balanced")
+    left_out += engine.DATA_OPTIONS
     return {key: value for key, value in vars(args).items() if key not in left_out} | {
         "checkpoint": pretrained.path or "scratch",
         "weights": pretrained.digest,
         "source": pretrained.source,
         "model": pretrained.model,
         "target": name,
+        "target_options": target.original.options,
         "shots": shots,
         "seed": seed,
         "images": images,

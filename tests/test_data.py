@@ -940,7 +940,7 @@ def test_shuffle_shows_every_image_once_an_epoch(images, batch):
 def test_batches_depend_on_seed_and_step_alone():
     labels = np.arange(50) % 3
     for sampling in ("shuffle", "replacement", "balanced"):
-        call = partial(batch_indices, sampling=sampling, labels=labels)
+        call = partial(batch_indices, sampling=sampling, classes=data.by_class(labels))
         forth = [call(step, 50, 8, 2)[0] for step in range(30)]
         data._permutation.cache_clear()
         back = [call(step, 50, 8, 2)[0] for step in reversed(range(30))][::-1]
@@ -958,7 +958,8 @@ def test_replacement_draws_evenly_and_anew():
 
 def test_balanced_draws_classes_evenly():
     labels = np.repeat([0, 2, 3], (900, 90, 10))  # class 1 has no image
-    parts = [batch_indices(step, 1000, 100, 0, "balanced", labels) for step in range(300)]
+    classes = data.by_class(labels)
+    parts = [batch_indices(step, 1000, 100, 0, "balanced", classes) for step in range(300)]
     indices, draws = (np.concatenate(words) for words in zip(*parts))
     counts = np.bincount(labels[indices])
     assert counts[1] == 0 and np.abs(counts[[0, 2, 3]] / 10000 - 1).max() < 0.05
