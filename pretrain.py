@@ -53,6 +53,7 @@ SMALL = ("R14x0.5", "R26x0.5", "R26x1", "R50x1")
 
 def choose_recipe(source, domain, model):
     """The study's recipe for a source and a network; ImageNet-1k's for other natural sources."""
+    source = data.base_name(source)
     if source in ("synthetic-natural", "synthetic-xray"):
         return SYNTHETIC
     family = {"natural": "imagenet1k", "medical": "xray"}[domain]

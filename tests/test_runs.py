@@ -176,6 +176,19 @@ def test_result_of_pretraining(undisturbed):
     assert record["environment"]["torch"] == torch.__version__
 
 
+def test_options_that_shape_a_source(nih_root, tmp_path):
+    more = ("--epochs", "1", "--data-dir", nih_root, "--fraction", "0.25")
+    args = pretrain_args("nih", tmp_path, *more, "--views", "PA", "--single-label", "--balanced")
+    run("pretrain.py", *args, cwd=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["nih-0.25-R14x0.5"]
+    record = result(tmp_path)
+    # Of 40 images, every sixteenth shows nothing and every sixteenth two findings.
+    assert (record["source"], record["source_images"]) == ("nih-0.25", round(0.25 * 34))
+    options = {"views": ["PA"], "single_label": True, "fraction": 0.25, "fraction_seed": 0}
+    assert record["config"]["source_options"] == options and record["config"]["balanced"]
+    assert torch.load(*tmp_path.glob("*/model.pt"), weights_only=True)["task"] == "multiclass"
+
+
 def test_model_file_says_what_it_is(undisturbed):
     (path,) = (undisturbed / "folder").glob("*/model.pt")
     record = torch.load(path, weights_only=True)
@@ -216,6 +229,16 @@ def test_few_shot_grid(undisturbed, folder, nih_root, tmp_path):
     again, first = json.loads(lost.read_text()), json.loads(files[lost])
     assert again["metrics"] == first["metrics"]
     assert all(path.read_text() == text for path, text in files.items() if path != lost)
+
+
+def test_single_label_few_shot(nih_root, tmp_path):
+    args = ("--checkpoint", "scratch", "--target", "nih", "--data-dir", nih_root, "--seeds", "1")
+    args += ("--image-size", "32", "--steps", "2", "--batch-size", "4", "--shots", "1")
+    run("fewshot.py", *args, "--single-label", cwd=tmp_path)
+    record = result(tmp_path, "results/nih/*/1shot-seed0.json")
+    assert record["config"]["target_options"] == {"single_label": True}
+    assert record["train"]["images"] == 14 and record["config"]["crop"] == 32
+    assert record["config"]["train_images"] == 34
 
 
 def test_full_shot_transfer_continues(undisturbed, folder, tmp_path):

@@ -68,6 +68,8 @@ def test_rule_of_each_kind_of_target(folder, nih_root):
     assert transfer.choose_rule(nih, 40, paper)[:2] == (224, 224)
     pipeline = transfer.choose_pipeline(nih, transfer.choose_rule(nih, 40, paper), paper, True)
     assert pipeline.augment is data.random_affine_flip
+    alone = data.keep_single_label(nih)  # multi-class, and an X-ray set still
+    assert alone.task == "multiclass" and transfer.choose_rule(alone, 40, paper)[:2] == (224, 224)
     synthetic = data.load_dataset("synthetic-xray-target", split="test")
     rule = transfer.choose_rule(synthetic, 20, transfer.RECIPES["synthetic"])
     assert rule.crop == rule.resize == synthetic.size
