@@ -486,6 +486,8 @@ class Column(NamedTuple):
 def _texts(values):
     """UTF-8 as it stands in the file: (N,) bytes, no wider than the longest."""
     letters = np.ascontiguousarray(values).view(np.uint8).reshape(len(values), -1)
+    if letters[:, -1].any():
+        raise ValueError("cut short")
     if letters.max() > 127:
         np.char.decode(values, "utf-8")
     return values.astype(f"S{max(1, np.count_nonzero(letters.any(0)))}")
@@ -493,11 +495,12 @@ def _texts(values):
 
 def _is_text(text):
     with contextlib.suppress(UnicodeDecodeError):
-        return len(text.encode("latin-1").decode()) < 256
+        text.encode("latin-1").decode()
+        return len(text) < 256
     return False
 
 
-TEXT = Column("S256", _texts, _is_text, "be UTF-8, and shorter than 256 letters")
+TEXT = Column("S256", _texts, _is_text, "be UTF-8 of less than 256 bytes")
 NUMBER = Column(np.int64, np.array, str.isdecimal, "be a whole number")
 
 
