@@ -7,23 +7,29 @@ rank's part of it) -> `loader` (the same, read ahead by worker processes).
 Images stay uint8 until they are on the device; engine.py normalises them there.
 """
 
+import argparse
 import atexit
+import collections
 import contextlib
 import csv
 import difflib
+import fcntl
 import functools
 import gzip
 import hashlib
 import inspect
 import io
 import itertools
+import json
 import math
 import multiprocessing
 import os
 import re
 import shutil
 import signal
+import sys
 import tarfile
+import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +40,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageDraw
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
@@ -45,6 +51,7 @@ NORMALIZATION = {
     "natural": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "medical": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
+SPLITS = ("train", "test")
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
 
@@ -125,7 +132,7 @@ class ImageDataset(torch.utils.data.Dataset):
         return len(self.labels)
 
     def __getitem__(self, i):
-        return self.read(i), torch.as_tensor(self.labels[i])
+        return self.read(i), torch.tensor(self.labels[i])
 
     def read(self, i, size=None):
         """The image i as a uint8 tensor (C,H,W); a negative i counts from the end.
@@ -311,8 +318,8 @@ def load_dataset(
     Raises ValueError for an unknown name, split, option, column or label, FileNotFoundError for a
     missing directory or file; each names it and the mend.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"unknown split {split!r}; known: train, test")
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     if not 0 < fraction <= 1:
         raise ValueError(f"--fraction {fraction}: must be above 0 and at most 1")
     takes = dataset_options(name)
@@ -346,6 +353,10 @@ def _parts(name):
 
 def _builder(name):
     """The function that makes the dataset of this name: (name, root, split, **its options)."""
+    original, size, _ = pack_of(name)
+    if size:
+        _builder(original)
+        return _open_pack
     if name.startswith("folder:"):
         return _folder
     if name not in DATASETS:
@@ -362,7 +373,7 @@ def dataset_options(name):
     parts = _parts(name)
     takes = ["labels"] if len(parts) > 1 else []
     for part in parts:
-        own = list(inspect.signature(_builder(part)).parameters)[3:]
+        own = list(inspect.signature(_builder(pack_of(part)[0])).parameters)[3:]
         takes += [option for option in own if option not in takes]
     return tuple(takes)
 
@@ -679,21 +690,20 @@ def _flowers(name, root, split, download=False):
     paths = [path for source in sources for path in source._image_files]
     labels = [label for source in sources for label in source._labels]
     classes = getattr(build, "classes", [str(i) for i in range(102)])
-    return _path_dataset(name, paths, labels, classes)
+    return _path_dataset(name, root, paths, labels, classes)
 
 
 def _pets(name, root, split, download=False):
     part = {"train": "trainval", "test": "test"}[split]
     source = _torchvision(torchvision.datasets.OxfordIIITPet, name, root, download, split=part)
-    return _path_dataset(name, source._images, source._labels, source.classes)
+    return _path_dataset(name, root, source._images, source._labels, source.classes)
 
 
-def _path_dataset(name, paths, labels, classes):
+def _path_dataset(name, root, paths, labels, classes):
     for path in paths:
         if not os.path.exists(path):
             raise FileNotFoundError(f"{name}: no {path}; remove its directory, then --download")
-    names = np.array([os.fsencode(path) for path in paths])
-    reader = Files("", names, "RGB")
+    reader = Files(str(root), _encoded(os.path.relpath(path, root) for path in paths), "RGB")
     return ImageDataset(name, reader, np.array(labels, np.int64), classes, "multiclass", "natural")
 
 
@@ -1289,6 +1299,342 @@ DATASETS = {
 
 
 # ------------------------------------------------------------------------------------------------
+# Packs: images decoded and resized once
+# ------------------------------------------------------------------------------------------------
+
+PACK_SCHEMA = 1
+PACK_CHUNK = 16  # images that one process prepares at a time
+
+
+class Packed(NamedTuple):
+    """Images of a pack, mapped into memory and shared; each is checked when it is read."""
+
+    name: str
+    folder: str
+    split: str
+    codec: str
+    mode: str
+
+    def __call__(self, i, size=None):
+        pack = _mapped_pack(self.folder, self.split)
+        content = pack["images"][pack["offsets"][i] : pack["offsets"][i + 1]]
+        if zlib.crc32(content) != pack["crc32"][i]:
+            raise ValueError(f"{self.where(i)}: damaged; remove {self.folder} and pack it again")
+        if self.codec == "jpeg":
+            return read_image(io.BytesIO(content), self.mode, size, self.where(i))
+        return torch.from_numpy(content.copy()).view(*pack["shapes"][i].tolist())
+
+    def where(self, i):
+        name = _mapped_pack(self.folder, self.split)["names"][i]
+        return f"{self.name} {self.split} image {i} ({os.fsdecode(name)})"
+
+
+@functools.lru_cache(maxsize=64)
+def _mapped_pack(folder, split):
+    """The arrays of a pack's split, mapped once a process: {name: array}."""
+    paths = Path(folder).glob(f"{split}.*.npy")
+    arrays = {path.name.split(".")[1]: np.load(path, mmap_mode="r") for path in paths}
+    arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    return arrays | {"images": np.asarray(np.memmap(Path(folder, f"{split}.images"), mode="r"))}
+
+
+def pack_of(name, root="datasets"):
+    """(name of the original, size, directory) that NAME@SIZE means, or (name, None, None)."""
+    match = re.fullmatch(r"(.+)@(\d+)", name)
+    folder = (
+        name.removeprefix("folder:") if name.startswith("folder:") else os.path.join(root, name)
+    )
+    # A directory of one's own images may have such a name too.
+    if not match or (name.startswith("folder:") and os.path.isdir(os.path.join(folder, "train"))):
+        return name, None, None
+    return match[1], int(match[2]), Path(folder)
+
+
+def _open_pack(name, root, split, **options):
+    """The dataset of a pack; options that shaped it must be those it was made with."""
+    original, size, folder = pack_of(name, root)
+    facts = _pack_facts(folder, original, size)
+    options.pop("cache_dir", None)
+    for option, value in json.loads(json.dumps(options)).items():
+        made_with = facts["options"].get(option)
+        if value != made_with:
+            raise ValueError(
+                f"{folder} was packed with {option} = {made_with}, not {value}; leave the option "
+                "out, or pack it again into another --data-dir"
+            )
+    arrays = _mapped_pack(str(folder), split)
+    reader = Packed(name, str(folder), split, facts["codec"], facts["mode"])
+    return ImageDataset(
+        name, reader, arrays["labels"], facts["classes"], facts["task"], facts["domain"],
+        arrays.get("groups"), None, facts["options"], facts["dropped"][split],
+    )  # fmt: skip
+
+
+def _pack_facts(folder, original, size):
+    """The content of pack.json. Raises ValueError or FileNotFoundError unless the pack is whole."""
+    path, again = folder / "pack.json", f"remove {folder} and pack it again"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{folder}: no whole pack; `python data.py pack {original} --size {size}` makes or "
+            "finishes it"
+        )
+    try:
+        facts = json.loads(path.read_text())
+        schema, files = facts["schema"], facts["files"]
+        found = facts["name"], facts["size"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged ({error}); {again}") from error
+    if schema != PACK_SCHEMA:
+        raise ValueError(f"{path}: of version {schema}, this program reads {PACK_SCHEMA}; {again}")
+    if found != (_pack_name(original), size):
+        raise ValueError(f"{path}: a pack of {found[0]}@{found[1]}; rename its directory so")
+    for name, (count, checksum) in files.items():
+        file = folder / name
+        if not file.exists() or file.stat().st_size != count:
+            raise ValueError(f"{file}: missing or not of {count} bytes; {again}")
+        if checksum is not None and _file_crc32(file) != checksum:
+            raise ValueError(f"{file}: its checksum is wrong; {again}")
+    return facts
+
+
+def _pack_name(name):
+    """What a pack is called inside: the place of a folder does not matter."""
+    return f"folder:{Path(name).name}" if name.startswith("folder:") else name
+
+
+def _file_crc32(path):
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+class Each(torch.utils.data.Dataset):
+    """[k] -> work(dataset, i) of the k-th PACK_CHUNK images; the error itself where it fails."""
+
+    def __init__(self, dataset, work):
+        self.dataset, self.work = dataset, work
+
+    def __len__(self):
+        return math.ceil(len(self.dataset) / PACK_CHUNK)
+
+    def __getitem__(self, k):
+        last = min((k + 1) * PACK_CHUNK, len(self.dataset))
+        return [self._one(i) for i in range(k * PACK_CHUNK, last)]
+
+    def _one(self, i):
+        try:
+            return self.work(self.dataset, i)
+        except (ValueError, OSError) as error:
+            return error
+
+
+def each_image(dataset, work, workers, title, first=0):
+    """Yields work(dataset, i), or its error, for i from `first` (a multiple of PACK_CHUNK) on."""
+    each, start = Each(dataset, work), first // PACK_CHUNK
+    with tqdm(total=len(dataset), initial=first, desc=title, unit="image", mininterval=1) as bar:
+        for results in loader(each, start, len(each), workers):
+            yield from results
+            bar.update(len(results))
+
+
+def _encode(dataset, i, size, codec, quality):
+    """(bytes, shape) of an image as a pack holds it; a smaller image keeps its size."""
+    image = dataset.read(i, size)
+    side = min(size, *image.shape[-2:])
+    image = (xray_square if dataset.domain == "medical" else resize_shorter)(image, side)
+    pixels = image.contiguous().numpy()
+    if codec == "raw":
+        return pixels.tobytes(), pixels.shape
+    content = io.BytesIO()
+    pixels_last = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
+    Image.fromarray(pixels_last).save(content, "JPEG", quality=quality)
+    return content.getvalue(), pixels.shape
+
+
+JOURNAL = np.dtype([("bytes", "<i8"), ("crc32", "<u4"), ("shape", "<i4", 3)])
+
+
+def pack(name, size, root="datasets", out=None, codec="raw", quality=90, workers=None, **options):
+    """Decodes and resizes every image of a dataset once, into the directory NAME@SIZE of `out`.
+
+    size: pixels, of the central square (medical) or of the shorter side (natural). codec: "raw",
+    or "jpeg" of that quality. workers: processes (default: one a core). Killed at any moment and
+    called again it goes on, to the same bytes. Returns the directory. Raises ValueError for what
+    cannot be packed, a broken image, a disk too small, or a pack begun with other settings.
+    """
+    if "+" in name and len(_parts(name)) > 1:
+        raise ValueError(f"{name}: pack the datasets of a union one by one")
+    if pack_of(name)[1] or name in synthetic.WORLDS:
+        raise ValueError(f"{name}: nothing to pack; its images need no decoding")
+    if codec not in ("raw", "jpeg") or not 1 <= quality <= 100 or size < 1:
+        raise ValueError(f"--size {size} --codec {codec} --quality {quality}: out of range")
+    sets = {split: load_dataset(name, root, split, **options) for split in SPLITS}
+    facts = _facts(name, sets, size, codec, quality)
+    target = pack_of(f"{name}@{size}", out or root)[2]
+    if out and name.startswith("folder:"):
+        target = Path(out) / target.name
+    if target.exists():
+        made = _pack_facts(target, name, size)
+        _same_facts(target, {key: made.get(key) for key in facts}, facts)
+        return target
+    part = target.with_name(target.name + ".part")
+    part.mkdir(parents=True, exist_ok=True)
+    with open(part / "lock", "w") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise ValueError(f"{part}: another process is packing it") from error
+        _begin(part, facts)
+        if not (part / "pack.json").exists():
+            work = functools.partial(_encode, size=size, codec=codec, quality=quality)
+            _refuse_small_disk(part, sets, work)
+            for split, dataset in sets.items():
+                _write_images(part, split, dataset, work, workers or os.cpu_count())
+            _write_index(part, facts, sets)
+        for name in ("train.journal", "test.journal", "begun.json", "lock"):
+            (part / name).unlink(missing_ok=True)
+        part.rename(target)
+    return target
+
+
+def _facts(name, sets, size, codec, quality):
+    """What pack.json says of a pack, beside its files."""
+    train = sets["train"]
+    digest = hashlib.sha256()
+    for dataset in sets.values():
+        for values in (_names(dataset), dataset.labels):
+            digest.update(np.ascontiguousarray(values))
+    return {
+        "schema": PACK_SCHEMA,
+        "name": _pack_name(name),
+        "size": size,
+        "codec": codec,
+        "quality": quality if codec == "jpeg" else None,
+        "mode": "L" if train.domain == "medical" else "RGB",
+        "task": train.task,
+        "domain": train.domain,
+        "classes": list(train.classes),
+        "options": train.options,
+        "dropped": {split: dataset.dropped for split, dataset in sets.items()},
+        "images": {split: len(dataset) for split, dataset in sets.items()},
+        "index": digest.hexdigest(),
+    }
+
+
+def _names(dataset):
+    """What each image is called in its dataset: (N,) bytes."""
+    names = getattr(dataset.reader, "names", None)
+    return np.arange(len(dataset)).astype("S") if names is None else names
+
+
+def _same_facts(place, theirs, ours):
+    for key, value in json.loads(json.dumps(ours)).items():
+        if theirs.get(key) != value:
+            raise ValueError(
+                f"{place} was packed from another {key} ({theirs.get(key)}, now {value}); remove "
+                "it, or give another --out"
+            )
+
+
+def _begin(part, facts):
+    """Notes what is packed; a packing that was begun goes on only with the same."""
+    path = part / "begun.json"
+    if path.exists():
+        _same_facts(part, json.loads(path.read_text()), facts)
+    else:
+        _write_json(path, facts)
+
+
+def _write_json(path, content):
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "w") as file:
+        json.dump(content, file, indent=1, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.rename(path)
+
+
+def _refuse_small_disk(part, sets, work):
+    """Raises OSError when the disk cannot hold the pack, judged by a sample of its images."""
+    needed = 0
+    for dataset in sets.values():
+        sample = np.unique(np.linspace(0, len(dataset) - 1, 32).astype(int))
+        sizes = [len(content) for content, _ in (work(dataset, int(i)) for i in sample)]
+        index = JOURNAL.itemsize * 2 + dataset.labels[:1].nbytes + _names(dataset).itemsize
+        needed += len(dataset) * (np.mean(sizes) + index)
+    written = sum(file.stat().st_size for file in part.iterdir())
+    free = shutil.disk_usage(part).free
+    if needed - written > free:
+        raise OSError(
+            f"{part}: packing needs about {(needed - written) / 1e9:.3g} GB more, the disk has "
+            f"{free / 1e9:.3g} GB free; give another --out, a smaller --size, or --codec jpeg"
+        )
+
+
+def _write_images(part, split, dataset, work, workers):
+    """Appends the images that are not there yet; the journal knows those that are on the disk."""
+    journal_path = part / f"{split}.journal"
+    with open(part / f"{split}.images", "ab") as images, open(journal_path, "ab") as journal:
+        done = _trim(images, journal, len(dataset))
+        if done == len(dataset):
+            return
+        results = each_image(dataset, work, workers, f"{split} images", done)
+        records, pending = [], 0
+        for number, result in enumerate(results, done + 1):
+            if isinstance(result, Exception):
+                raise result
+            content, shape = result
+            images.write(content)
+            records.append((len(content), zlib.crc32(content), shape))
+            pending += len(content)
+            if pending > 2**26 or number == len(dataset):
+                images.flush()
+                os.fsync(images.fileno())
+                journal.write(np.array(records, JOURNAL).tobytes())
+                journal.flush()
+                os.fsync(journal.fileno())
+                records, pending = [], 0
+
+
+def _trim(images, journal, total):
+    """Cuts both files back to whole chunks of images that both have; returns how many images."""
+    records = np.fromfile(journal.name, JOURNAL)
+    ends = np.cumsum(records["bytes"])
+    done = int(np.searchsorted(ends, os.fstat(images.fileno()).st_size, side="right"))
+    done -= done % PACK_CHUNK if done < total else 0
+    journal.truncate(done * JOURNAL.itemsize)
+    images.truncate(int(ends[done - 1]) if done else 0)
+    return done
+
+
+def _write_index(part, facts, sets):
+    """Reads the images back, writes the index and, last, pack.json."""
+    files = {}
+    for split, dataset in sets.items():
+        records = np.fromfile(part / f"{split}.journal", JOURNAL)
+        offsets = np.concatenate([[0], np.cumsum(records["bytes"])])
+        images = np.memmap(part / f"{split}.images", mode="r")
+        for i in tqdm(range(len(records)), f"{split} verified", unit="image", mininterval=1):
+            if zlib.crc32(images[offsets[i] : offsets[i + 1]]) != records["crc32"][i]:
+                raise ValueError(f"{part}: image {i} of {split} was not written well; remove it")
+        arrays = {"offsets": offsets, "shapes": records["shape"], "crc32": records["crc32"]}
+        arrays |= {"labels": dataset.labels, "names": _names(dataset)}
+        arrays |= {} if dataset.groups is None else {"groups": dataset.groups}
+        for key, values in arrays.items():
+            np.save(part / f"{split}.{key}.npy", values)
+            files[f"{split}.{key}.npy"] = None
+        files[f"{split}.images"] = None
+    for name in files:
+        with open(part / name, "rb") as file:
+            os.fsync(file.fileno())
+        checksum = None if name.endswith(".images") else _file_crc32(part / name)
+        files[name] = (part / name).stat().st_size, checksum
+    _write_json(part / "pack.json", facts | {"files": files})
+
+
+# ------------------------------------------------------------------------------------------------
 # Few-shot subsets
 # ------------------------------------------------------------------------------------------------
 
@@ -1644,3 +1990,240 @@ def loader(batches, start, stop, workers=0, pin_memory=False):
         worker_init_fn=_worker_init,
         pin_memory=pin_memory,
     )
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line: python data.py list | info | check | pack | download
+# ------------------------------------------------------------------------------------------------
+
+
+def _both(name, args, **options):
+    """{split: dataset}, with the options that were given."""
+    given = {key: getattr(args, key) for key in ("views", "split_by", "labels", "cache_dir")}
+    options |= {key: value for key, value in given.items() if value is not None}
+    return {split: load_dataset(name, args.data_dir, split, **options) for split in SPLITS}
+
+
+def _table(rows, *header):
+    """Prints a Markdown table."""
+    rows = [list(map(str, row)) for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * width for width in widths])
+    for row in rows:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
+
+
+def list_datasets(args):
+    """Every name that can be had below --data-dir, packs included."""
+    root, rows = Path(args.data_dir), []
+    packs = sorted(path.name for path in root.glob("*@*") if (path / "pack.json").exists())
+    for name in (*DATASETS, *packs):
+        folder = DATASETS[name].folder if name in DATASETS else name
+        row = [name, "(made)" if folder is None else folder, "no", "", "", ""]
+        if folder is None or (root / folder).is_dir():
+            try:
+                sets = {s: load_dataset(name, root, s, verify=False) for s in SPLITS}
+                counts = " + ".join(f"{len(dataset):,}" for dataset in sets.values())
+                train = sets["train"]
+                row[2:] = "yes", counts, len(train.classes), train.domain
+            except (ValueError, OSError) as error:
+                row[2:4] = "damaged", str(error)
+        rows.append(row)
+    _table(rows, "name", f"below {root}", "there", "images (train + test)", "classes", "domain")
+
+
+def info(args):
+    """What a dataset holds: counts, marks by class, patients, image sizes; a sheet of examples."""
+    sets = _both(args.name, args)
+    train = sets["train"]
+    print(f"{args.name}: {train.domain}, {train.task}, {len(train.classes)} classes")
+    for option, value in train.options.items():
+        print(f"{option}: {value}")
+    groups = {split: np.unique(d.groups) for split, d in sets.items() if d.groups is not None}
+    _table(
+        [
+            (split, len(dataset), len(groups[split]) if groups else "unknown", *_left_out(dataset))
+            for split, dataset in sets.items()
+        ],
+        "split", "images", "patients", "left out",
+    )  # fmt: skip
+    if groups:
+        print(f"patients on both sides: {len(np.intersect1d(*groups.values()))}")
+    counts = [count for dataset in sets.values() for count in _marks(dataset)]
+    multilabel = train.task == "multilabel"
+    header = [f"{s} {mark}" for s in sets for mark in ("positive", "missing")[: 1 + multilabel]]
+    _table(zip(train.classes, *counts), "class", *header)
+    for split, dataset in sets.items():
+        sample = np.unique(np.linspace(0, len(dataset) - 1, 32).astype(int))
+        sizes = collections.Counter(tuple(dataset.read(i).shape) for i in sample)
+        shown = ", ".join(f"{w} x {h} x {c} ({n})" for (c, h, w), n in sizes.most_common(8))
+        print(f"{split} images, of {len(sample)}: width x height x channels {shown}")
+    if args.sheet:
+        contact_sheet(train).save(args.sheet)
+        print(f"wrote {args.sheet}")
+
+
+def _left_out(dataset):
+    return [
+        ", ".join(f"{count} {why}" for why, count in dataset.dropped.items() if count) or "none"
+    ]
+
+
+def _marks(dataset):
+    """[positives of each class], and for multi-label ones [missing marks of each class]."""
+    if dataset.task == "multiclass":
+        return [np.bincount(dataset.labels, minlength=len(dataset.classes))]
+    return [(dataset.labels == 1).sum(0), np.isnan(dataset.labels).sum(0)]
+
+
+def contact_sheet(dataset, columns=8, rows=20, side=96):
+    """A PIL image: the first images of each of the first classes, a row a class."""
+    rows = min(rows, len(dataset.classes))
+    sheet = Image.new("RGB", (180 + columns * side, rows * side), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, cls in enumerate(dataset.classes[:rows]):
+        draw.text((6, row * side + side // 2 - 6), cls, fill="black")
+        multilabel = dataset.task == "multilabel"
+        shows = dataset.labels[:, row] == 1 if multilabel else dataset.labels == row
+        for column, i in enumerate(np.flatnonzero(shows)[:columns]):
+            image = resize_square(dataset.read(i, side), side - 2).expand(3, -1, -1)
+            tile = Image.fromarray(image.permute(1, 2, 0).numpy())
+            sheet.paste(tile, (180 + column * side, row * side))
+    return sheet
+
+
+def check(args):
+    """Opens every image; lists what is broken, missing, or there twice. 1 where anything is."""
+    sets = _both(args.name, args, verify=False)
+    found = {"missing": [], "broken": [], "duplicated": [], "in train and test": []}
+    prints, firsts = {}, {}
+    for split, dataset in sets.items():
+        prints[split] = np.zeros(len(dataset), np.uint64)
+        good = np.ones(len(dataset), bool)
+        workers = args.workers or os.cpu_count()
+        for i, result in enumerate(each_image(dataset, _fingerprint, workers, split)):
+            if isinstance(result, Exception):
+                good[i] = False
+                kind = "missing" if isinstance(result, FileNotFoundError) else "broken"
+                found[kind].append(f"{split}: {result}")
+            else:
+                prints[split][i] = result
+        places = np.flatnonzero(good)
+        values, first, inverse = np.unique(
+            prints[split][places], return_index=True, return_inverse=True
+        )
+        firsts[split] = values, places[first]
+        for i in np.flatnonzero(first[inverse] != np.arange(len(places))):
+            original = places[first[inverse[i]]]
+            line = f"{split}: {dataset.where(places[i])} is the same as {dataset.where(original)}"
+            found["duplicated"].append(line)
+    _, a, b = np.intersect1d(firsts["train"][0], firsts["test"][0], return_indices=True)
+    for i, j in zip(firsts["train"][1][a], firsts["test"][1][b]):
+        line = f"{sets['train'].where(i)} is the same as {sets['test'].where(j)}"
+        found["in train and test"].append(line)
+    return _report(args, sets, found)
+
+
+def _fingerprint(dataset, i):
+    """64 bits of the pixels' hash: of 14 million images, two alike by chance in 5e-6 of cases."""
+    pixels = dataset.read(i).contiguous().numpy()
+    content = hashlib.blake2b(str(pixels.shape).encode(), digest_size=8)
+    content.update(pixels)
+    return int.from_bytes(content.digest(), "little")
+
+
+def _report(args, sets, found):
+    for kind, lines in found.items():
+        for line in lines[:20]:
+            print(f"{kind}: {line}")
+        if len(lines) > 20:
+            print(f"{kind}: {len(lines) - 20} more; --report FILE.json lists all")
+    images = {split: len(dataset) for split, dataset in sets.items()}
+    counts = ", ".join(f"{len(lines)} {kind}" for kind, lines in found.items())
+    print(f"{args.name}: {images['train']} + {images['test']} images, {counts}")
+    if args.report:
+        _write_json(Path(args.report), {"name": args.name, "images": images, **found})
+    return int(any(found.values()))
+
+
+def pack_dataset(args):
+    """Decodes and resizes every image once, into the directory NAME@SIZE."""
+    given = {key: getattr(args, key) for key in ("views", "split_by", "cache_dir")}
+    options = {key: value for key, value in given.items() if value is not None}
+    began = time.monotonic()
+    target = pack(
+        args.name, args.size, args.data_dir, args.out, args.codec, args.quality, args.workers,
+        **options,
+    )  # fmt: skip
+    size = sum(file.stat().st_size for file in target.iterdir())
+    print(f"{target}: whole, {size / 1e6:.1f} MB, {time.monotonic() - began:.0f} s")
+
+
+def download(args):
+    """Fetches what torchvision can fetch."""
+    if "download" not in dataset_options(args.name):
+        raise ValueError(f"{args.name}: its owner distributes it, torchvision cannot fetch it")
+    sets = _both(args.name, args, download=True)
+    print(f"{args.name}: {len(sets['train'])} + {len(sets['test'])} images in {args.data_dir}")
+
+
+COMMANDS = {
+    "list": list_datasets, "info": info, "check": check, "pack": pack_dataset,
+    "download": download,
+}  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are ordinary errors, for `main` to say in one line."""
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+def parse(argv):
+    """Command line -> Namespace."""
+    parser = Parser(
+        prog="data.py", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command, function in COMMANDS.items():
+        add = commands.add_parser(
+            command, help=function.__doc__, description=function.__doc__, allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        ).add_argument  # fmt: skip
+        add("--data-dir", default="datasets", help="directory that holds the datasets")
+        add("--cache-dir", help="directory for the index of large datasets; None: beside them")
+        if command == "list":
+            continue
+        add("name", help=f"{', '.join(DATASETS)}, folder:PATH, NAME@SIZE, NAME+NAME")
+        add("--views", nargs="+", help="X-ray views to keep; None: the study's of the dataset")
+        add("--split-by", help="patient or image, of padchest; None: patient")
+        add("--labels", help="intersection or union, of a union; None: intersection")
+        if command == "info":
+            add("--sheet", metavar="PNG", help="write a contact sheet of examples there")
+        if command == "check":
+            add("--report", metavar="JSON", help="write all that was found there")
+        if command == "pack":
+            add("--size", type=int, required=True, help="pixels of the side (X-rays) or the "
+                "shorter side")  # fmt: skip
+            add("--codec", default="raw", help="raw (fastest) or jpeg (smallest)")
+            add("--quality", type=int, default=90, help="of JPEG")
+            add("--out", help="directory for the pack; None: --data-dir, or beside a folder:")
+        if command in ("check", "pack"):
+            add("--workers", type=int, help="processes; None: one a core")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Runs the command line; returns the exit status, 2 after a line that says what is wrong."""
+    try:
+        args = parse(argv)
+        return COMMANDS[args.command](args) or 0
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
