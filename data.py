@@ -337,9 +337,15 @@ def load_dataset(
             _refuse_missing(dataset)
     if single_label:
         dataset = keep_single_label(dataset)
-    if fraction < 1 and split == "train":
+    images = len(dataset) if split == "test" else round(fraction * len(dataset))
+    if not images:
+        raise ValueError(
+            f"{name}: no image of the {split} split is left by the options "
+            f"(--fraction {fraction:g}, {dataset.options})"
+        )
+    if images < len(dataset):
         chosen = generator(fraction_seed, Stream.FRACTION).permutation(len(dataset))
-        dataset = dataset.subset(np.sort(chosen[: max(1, round(fraction * len(dataset)))]))
+        dataset = dataset.subset(np.sort(chosen[:images]))
     if fraction < 1:
         changed = dataset.options | {"fraction": fraction, "fraction_seed": fraction_seed}
         dataset = dataset.replace(name=f"{name}-{fraction:g}", options=changed)
@@ -515,6 +521,17 @@ TEXT = Column("S256", _texts, _is_text, "be UTF-8 of less than 256 bytes")
 NUMBER = Column(np.int64, np.array, str.isdecimal, "be a whole number")
 
 
+def _one_of(*known):
+    """The Column of texts that are one of these."""
+
+    def convert(values):
+        if not np.isin(values, [text.encode() for text in known]).all():
+            raise ValueError("unknown text")
+        return _texts(values)
+
+    return Column("S32", convert, known.__contains__, f"be one of {', '.join(known)}")
+
+
 def read_table(path, columns, optional=()):
     """The named columns of a CSV file (RFC 4180, UTF-8, gzipped or not) as a list of arrays.
 
@@ -632,17 +649,14 @@ def _need(name, *paths):
             )
 
 
-def _of_views(table, found, views, default):
+def _of_views(table, found, views, known):
     """(which rows show one of these views: (N,) bool, why the others are left out)."""
     shows = {view: found == view.encode() for view in views}
-    for view, rows in shows.items():
-        if view not in default and not rows.any():
-            known = ", ".join(sorted({*default, *map(os.fsdecode, np.unique(found))} - {""}))
-            raise ValueError(f"{table}: no image of --views {view!r}; known: {known}")
-    kept = np.logical_or.reduce(list(shows.values()))
-    if not kept.any():
-        raise ValueError(f"{table}: no image of the views {', '.join(views)}; give others: --views")
-    return kept, f"views other than {', '.join(views)}"
+    unknown = [view for view in views if view not in known and not shows[view].any()]
+    if unknown or not views:
+        known = sorted({*known, *map(os.fsdecode, np.unique(found))} - {""})
+        raise ValueError(f"{table}: no image of --views {unknown}; known: {', '.join(known)}")
+    return np.any(list(shows.values()), axis=0), f"views other than {', '.join(views)}"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1054,7 +1068,7 @@ def _chexpert(name, root, split, views=("PA", "AP")):
     columns = {"Path": CHEXPERT_PATHS, "Frontal/Lateral": TEXT, "AP/PA": TEXT}
     paths, side, frontal, *findings = read_table(table, columns | FINDING_COLUMNS)
     found = np.where(side == b"Frontal", frontal, b"L")
-    kept, other = _of_views(table, found, views, default=("PA", "AP"))
+    kept, other = _of_views(table, found, views, ("PA", "AP", "LL", "RL", "L"))
     paths = paths[kept]
     _refuse_repeats(paths, table)
     patients = np.array([int(path.split(b"/")[1][len("patient") :]) for path in paths], np.int64)
@@ -1085,8 +1099,8 @@ def mimic_rows(name, folder, split, views):
     ]
     metadata, split_table, findings_table = tables
     _need(name, *tables)
-    dicoms, parts = read_table(split_table, {"dicom_id": TEXT, "split": TEXT})
-    _refuse_others(split_table, "split", parts, (b"train", b"validate", b"test"))
+    parts = _one_of("train", "validate", "test")
+    dicoms, parts = read_table(split_table, {"dicom_id": TEXT, "split": parts})
     ids = {"dicom_id": TEXT, "subject_id": NUMBER, "study_id": NUMBER}
     ids, subjects, studies, found = read_table(metadata, ids | {"ViewPosition": TEXT})
     place = _positions(ids, dicoms, split_table)
@@ -1095,7 +1109,7 @@ def mimic_rows(name, folder, split, views):
     mine = parts[place] == {"train": b"train", "test": b"validate"}[split]
     del dicoms, parts, place
     _refuse_repeats(ids, metadata)
-    kept, other = _of_views(metadata, found, views, default=("PA", "AP"))
+    kept, other = _of_views(metadata, found, views, ("PA", "AP", "LATERAL", "LL"))
     dropped = {other: int((mine & ~kept).sum())}
     kept &= mine
     ids, subjects, studies = ids[kept], subjects[kept], studies[kept]
@@ -1115,14 +1129,6 @@ def mimic_rows(name, folder, split, views):
     return ids[labelled], subjects[labelled], studies[labelled], labels, dropped
 
 
-def _refuse_others(table, column, values, known):
-    """Raises ValueError when a value is none of the known ones."""
-    for value in np.unique(values):
-        if value not in known:
-            names = ", ".join(map(os.fsdecode, known))
-            raise ValueError(f"{table}: {column} {os.fsdecode(value)!r} is none of {names}")
-
-
 def _nih(name, root, split, views=None):
     """NIH ChestX-ray14 (Wang et al. 2017, arXiv:1705.02315) in its official layout and split."""
     folder = root / "NIH-ChestXRay-14"
@@ -1133,7 +1139,7 @@ def _nih(name, root, split, views=None):
     both = " + ".join(map(str, lists.values()))
     _refuse_repeats(np.concatenate(list(listed.values())), both)
     columns = {"Image Index": TEXT, "Finding Labels": NIH_FINDINGS, "Patient ID": NUMBER}
-    columns |= {"View Position": TEXT} if views else {}
+    columns |= {"View Position": TEXT} if views is not None else {}
     names, labels, patients, *found = read_table(table, columns)
     _refuse_repeats(names, table)
     place = _positions(listed[split], names, table)
@@ -1141,8 +1147,8 @@ def _nih(name, root, split, views=None):
         image = listed[split][place < 0][0].decode()
         raise ValueError(f"{lists[split]}: {image} has no row in {table.name}")
     rows, dropped = np.sort(place), {}
-    if views:
-        kept, other = _of_views(table, found[0], views, default=("PA", "AP"))
+    if views is not None:
+        kept, other = _of_views(table, found[0], views, ("PA", "AP"))
         rows, dropped = rows[kept[rows]], {other: int((~kept[rows]).sum())}
     return _xray(
         name, folder / "images", names[rows], labels[rows], NIH_CLASSES, patients[rows],
@@ -1169,9 +1175,10 @@ NIH_FINDINGS = Column(
 )  # fmt: skip
 
 
-def _padchest(
-    name, root, split, views=("PA", "AP", "AP Supine", "L", "COSTAL"), split_by="patient"
-):
+PADCHEST_VIEWS = ("PA", "AP", "AP Supine", "L", "COSTAL")
+
+
+def _padchest(name, root, split, views=PADCHEST_VIEWS, split_by="patient"):
     """PadChest (Bustos et al. 2020, arXiv:1901.07441), a tenth of it held out.
 
     split_by: "patient" keeps each patient on one side; "image" is the study's split, which does
@@ -1187,7 +1194,7 @@ def _padchest(
     names, patients, found, labels, folders = read_table(table, columns, optional=("ImageDir",))
     _refuse_repeats(names, table)
     found = np.where(found == b"AP_horizontal", b"AP Supine", found)
-    kept, other = _of_views(table, found, views, default=views)
+    kept, other = _of_views(table, found, views, PADCHEST_VIEWS)
     unlabelled = kept & np.isnan(labels[:, 0])
     broken = np.isin(names, [file.encode() for file in PADCHEST_BROKEN]) & kept & ~unlabelled
     rows = np.flatnonzero(kept & ~unlabelled & ~broken)
