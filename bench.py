@@ -15,9 +15,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import data
+import console
 import engine
+import loading
 import models
+import transforms
+from images import Array, ImageDataset
 
 # ------------------------------------------------------------------------------------------------
 # Measuring
@@ -73,10 +76,10 @@ REQUIRED = ((DEFAULTS, PEER, 1.15), ("ours", "timm", 1.0))
 def train_options(parser):
     add = parser.add_argument
     add("--model", default="R50x1", help=f"network: {', '.join(models.MODELS)}")
-    add("--image-size", type=engine.positive(int), default=64, help="side in pixels")
-    add("--batch-size", type=engine.positive(int), default=32, help="images a step")
-    add("--rounds", type=engine.positive(int), default=5, help="turns of each arm; its best counts")
-    add("--steps", type=engine.positive(int), default=4, help="training steps a turn")
+    add("--image-size", type=console.positive(int), default=64, help="side in pixels")
+    add("--batch-size", type=console.positive(int), default=32, help="images a step")
+    add("--rounds", type=console.positive(int), default=5, help="turns an arm; the best counts")
+    add("--steps", type=console.positive(int), default=4, help="training steps a turn")
     add("--no-compile", action="store_true", help="leave out the compiled arms, minutes each")
 
 
@@ -138,10 +141,10 @@ def _our_loop(args, env):
     pixels = rng.integers(0, 256, (count, args.image_size, args.image_size, 3), np.uint8)
     labels = rng.integers(NUM_CLASSES, size=count)
     classes = [str(c) for c in range(NUM_CLASSES)]
-    reader = data.Array("memory", pixels)
-    dataset = data.ImageDataset("memory", reader, labels, classes, "multiclass", "natural")
-    pipeline = data.pretraining_pipeline("natural", args.image_size, train=True)
-    batches = data.Batches(dataset, pipeline, args.batch_size)
+    reader = Array("memory", pixels)
+    dataset = ImageDataset("memory", reader, labels, classes, "multiclass", "natural")
+    pipeline = transforms.pretraining_pipeline("natural", args.image_size, train=True)
+    batches = loading.Batches(dataset, pipeline, args.batch_size)
     model = models.place(models.create_model(args.model, NUM_CLASSES), env.device)
     lr = LR * args.batch_size
     optimizer = engine.make_optimizer(model, lr, WEIGHT_DECAY, CLIPPING)
@@ -151,7 +154,7 @@ def _our_loop(args, env):
     def run(steps):
         engine.train(
             training, forward, batches, lambda step: lr, training.step + steps, env,
-            data.NORMALIZATION["natural"],
+            transforms.NORMALIZATION["natural"],
         )  # fmt: skip
 
     return run
@@ -187,15 +190,15 @@ BENCHMARKS = {"train": (train_options, train, train_report)}
 
 
 def main():
-    parser = engine.Parser(f"{__doc__}\nbench.py BENCHMARK --help states the options of each.")
-    parser.add_argument("benchmark", nargs="?", type=engine.one_of(*BENCHMARKS), default="train",
+    parser = console.Parser(f"{__doc__}\nbench.py BENCHMARK --help states the options of each.")
+    parser.add_argument("benchmark", nargs="?", type=console.one_of(*BENCHMARKS), default="train",
         help=", ".join(BENCHMARKS))  # fmt: skip
     name = parser.parse_args(sys.argv[1:2]).benchmark
     add_options, measure, report = BENCHMARKS[name]
-    parser = engine.Parser(measure.__doc__)
+    parser = console.Parser(measure.__doc__)
     parser.prog += f" {name}"
     add_options(parser)
-    parser.add_argument("--threads", type=engine.positive(int), default=torch.get_num_threads(),
+    parser.add_argument("--threads", type=console.positive(int), default=torch.get_num_threads(),
         help="threads of the CPU (default here: PyTorch's)")  # fmt: skip
     parser.add_argument("--json", metavar="PATH", help="also write the result there (default: no)")
     args = parser.parse_args(sys.argv[2:])
@@ -203,14 +206,14 @@ def main():
     env = engine.setup()
     speeds = measure(args, env)
     header, rows, verdicts = report(speeds)
-    engine.print_table(rows, header)
+    console.print_table(rows, header)
     for v in verdicts:
         verdict = "reached" if v["reached"] else "MISSED"
         print(f"{v['of']} / {v['to']}: {v['ratio']:.2f}, required {v['least']:.2f}: {verdict}")
     if args.json:
         record = {"schema": 1, "kind": f"bench-{name}", "images_per_second": speeds}
         record |= {"required": verdicts, "config": vars(args)}
-        engine.write_json(args.json, record | {"environment": engine.environment(env)})
+        console.write_json(args.json, record | {"environment": engine.environment(env)})
     return 0 if all(v["reached"] for v in verdicts) else 1
 
 

@@ -5,7 +5,6 @@ Under torchrun each process runs the same script; without it, one process does a
 
 import argparse
 import contextlib
-import difflib
 import functools
 import json
 import math
@@ -25,73 +24,17 @@ import torchvision
 from tqdm import tqdm
 
 import data
+import loading
 import models
+from console import complain, one_of, positive, write_atomically
 
-EXIT_BAD_INPUT, EXIT_STOPPED = 2, 75  # 75 is EX_TEMPFAIL: run the same command again
+EXIT_STOPPED = 75  # 75 is EX_TEMPFAIL: run the same command again
 PRECISIONS = ("auto", "fp32", "bf16")
 
 
 # ------------------------------------------------------------------------------------------------
-# Command line and errors
+# Command line
 # ------------------------------------------------------------------------------------------------
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Adds "(default: …)" to every option whose help does not say it already."""
-
-    def _get_help_string(self, action):
-        default = action.default
-        if "default:" in action.help or default is None or isinstance(default, bool):
-            return action.help
-        words = default if isinstance(default, list) else [default]
-        return f"{action.help} (default: {' '.join(map(str, words))})"
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse that states every default in --help and every mistake in one line, exit 2."""
-
-    def __init__(self, description):
-        super().__init__(
-            description=description,
-            allow_abbrev=False,
-            formatter_class=HelpFormatter,
-        )
-
-    def error(self, message):
-        if message.startswith("unrecognized arguments"):
-            word = message.split()[2].split("=")[0]
-            near = difflib.get_close_matches(word, self._option_string_actions, n=1)
-            message = f"unknown option {word}" + (f"; did you mean {near[0]}?" if near else "")
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
-
-
-def one_of(*choices):
-    """An argparse type: one of these words; the near match is named otherwise."""
-
-    def check(text):
-        if text not in choices:
-            near = difflib.get_close_matches(text, choices, n=1, cutoff=0)[0]
-            known = ", ".join(choices)
-            raise argparse.ArgumentTypeError(f"unknown {text!r}, did you mean {near}? ({known})")
-        return text
-
-    return check
-
-
-def positive(kind, or_zero=False):
-    """An argparse type: a finite number above zero, int or float; or_zero admits 0."""
-
-    def check(text):
-        number = kind(text)
-        if not (0 < number < math.inf or (or_zero and number == 0)):
-            raise argparse.ArgumentTypeError(
-                f"{text} is {'below' if or_zero else 'not above'} zero"
-            )
-        return number
-
-    check.__name__ = kind.__name__
-    return check
 
 
 def add_common_options(parser, out):
@@ -140,16 +83,7 @@ def run(main):
     try:
         status = main()
     except (ValueError, OSError) as error:
-        if os.environ.get("TRACEBACK"):
-            raise
-        lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
-        # An error of a worker process comes with its whole traceback; its last line says it.
-        message = lines[-1].partition(": ")[2] if "Caught " in lines[0] else " ".join(lines)
-        rank = os.environ.get("RANK", "0")
-        print(
-            "error" + (f" (rank {rank})" if rank != "0" else ""), message, sep=": ", file=sys.stderr
-        )
-        status = EXIT_BAD_INPUT
+        status = complain(error)
     except Stopped as stop:
         print(stop, file=sys.stderr)
         status = EXIT_STOPPED
@@ -489,7 +423,7 @@ def parallel(model, env, compile=False):
 
 def mixup_lambda(alpha, seed, step):
     """MixUp's one coefficient a step, Beta(alpha, alpha) (Zhang et al. 2018, arXiv:1710.09412)."""
-    return float(data.generator(seed, data.Stream.MIXUP, step).beta(alpha, alpha))
+    return float(loading.generator(seed, loading.Stream.MIXUP, step).beta(alpha, alpha))
 
 
 class Run:
@@ -543,14 +477,14 @@ def train(
 ):
     """Trains from run.step to before step `stop`.
 
-    forward: what `parallel` returned. batches: data.Batches of this rank. learning_rate: step ->
+    forward: what `parallel` returned. batches: loading.Batches of this rank. learning_rate: step ->
     float. log(step, loss, lr, images_per_second): called on every rank every log_every steps, with
     the mean loss since the last call. The run is saved every save_minutes, and before Stopped is
     raised. Raises ValueError when the loss is no longer finite.
     """
     forward.train()
     meter, saved, clock = Meter(env, batches.batch_size), time.monotonic(), time.monotonic()
-    loader = data.loader(batches, run.step, stop, workers, env.device.type == "cuda")
+    loader = loading.loader(batches, run.step, stop, workers, env.device.type == "cuda")
     for step, (images, labels, count) in zip(range(run.step, stop), loader):
         lr = learning_rate(step)
         share = mixup_lambda(mixup, batches.seed, step) if mixup else None
@@ -633,9 +567,9 @@ class Meter:
 def evaluate(model, dataset, pipeline, env, normalization, batch_size=256, workers=0):
     """compute_metrics over the dataset; each image is seen exactly once, on one of the ranks."""
     model.eval()
-    batches = data.Batches(dataset, pipeline, batch_size, 0, "sequential", env.rank, env.ranks)
+    batches = loading.Batches(dataset, pipeline, batch_size, 0, "sequential", env.rank, env.ranks)
     logits = torch.zeros(len(dataset), len(dataset.classes))
-    for step, (images, _, _) in enumerate(data.loader(batches, 0, len(batches), workers)):
+    for step, (images, _, _) in enumerate(loading.loader(batches, 0, len(batches), workers)):
         if len(images):
             with env.autocast():
                 outputs = model(to_input(images, normalization, env.device))
@@ -690,20 +624,6 @@ def progress_bar(env, total, start=0, title="", unit="step"):
 # ------------------------------------------------------------------------------------------------
 # Files
 # ------------------------------------------------------------------------------------------------
-
-
-def write_atomically(path, write):
-    """Calls write(temporary path) and renames it to `path`: whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")  # one that a killed run left is overwritten
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_tensors(path, state):
@@ -813,12 +733,6 @@ def trim_log(env, path, step):
         write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
 
 
-def write_json(path, record):
-    """One result file: strict JSON (no NaN), whole or not at all."""
-    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))
-
-
 def read_result(path, kind, config=None):
     """A finished result of this kind, or None if there is none yet.
 
@@ -836,12 +750,3 @@ def read_result(path, kind, config=None):
     if config is not None:
         check_same_config(path, record["config"], config)
     return record
-
-
-def print_table(rows, header):
-    """Prints rows of strings as a Markdown table with aligned columns."""
-    rows = [header, *rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    rows.insert(1, ["-" * width for width in widths])
-    for row in rows:
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")

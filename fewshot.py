@@ -13,16 +13,17 @@ import time
 import torch.distributed as dist
 from tqdm import tqdm
 
+import console
 import engine
 import transfer
 
 
 def main():
-    parser = engine.Parser(__doc__)
+    parser = console.Parser(__doc__)
     transfer.add_options(parser)
-    parser.add_argument("--shots", type=engine.positive(int), nargs="+", default=[1, 10, 100],
+    parser.add_argument("--shots", type=console.positive(int), nargs="+", default=[1, 10, 100],
         help="training images of each class; the study: 1 5 10 100 500")  # fmt: skip
-    parser.add_argument("--seeds", type=engine.positive(int), default=3,
+    parser.add_argument("--seeds", type=console.positive(int), default=3,
         help="runs of each, on other images with another head; the study: 5")  # fmt: skip
     args = parser.parse_args()
     # One process may wait long for the others at the end: the cells are shared out beforehand.

@@ -12,9 +12,12 @@ from typing import NamedTuple
 
 import torch
 
+import console
 import data
 import engine
+import loading
 import models
+import transforms
 
 # ------------------------------------------------------------------------------------------------
 # Recipes (the study's, arXiv:2106.00116, section 3 and appendix)
@@ -78,27 +81,27 @@ def learning_rate(epoch, lr, start_lr, warmup, epochs, schedule):
 
 
 def parse_args():
-    parser = engine.Parser(__doc__)
+    parser = console.Parser(__doc__)
     add = parser.add_argument
     add("--source", default="synthetic-natural", help="dataset to pre-train on")
     add("--model", default="R14x0.5", help=f"network: {', '.join(models.MODELS)}")
-    add("--epochs", type=engine.positive(float), help="passes over the source (default: recipe)")
+    add("--epochs", type=console.positive(float), help="passes over the source (default: recipe)")
     add(
         "--warmup",
-        type=engine.positive(float, or_zero=True),
+        type=console.positive(float, or_zero=True),
         help="epochs of it (default: the recipe's share of --epochs)",
     )
-    add("--schedule", type=engine.one_of("step", "cosine"), help="(default: recipe)")
-    add("--weight-decay", type=engine.positive(float, or_zero=True), help="(default: recipe)")
+    add("--schedule", type=console.one_of("step", "cosine"), help="(default: recipe)")
+    add("--weight-decay", type=console.positive(float, or_zero=True), help="(default: recipe)")
     add(
         "--clipping",
-        type=engine.positive(float, or_zero=True),
+        type=console.positive(float, or_zero=True),
         help="of AGC; 0: plain SGD (default: recipe)",
     )
     add(
         "--checkpoint-activations", action="store_true", help="less memory, a third more arithmetic"
     )
-    add("--fraction", type=engine.positive(float), default=1.0, help="of the source's images, "
+    add("--fraction", type=console.positive(float), default=1.0, help="of the source's images, "
         "up to 1; by --seed, and 0.1 inside 0.3")  # fmt: skip
     engine.add_common_options(parser, out="runs")
     return parser.parse_args()
@@ -173,12 +176,12 @@ def pretrain(train_set, test_set, config, state, folder, env):
     metrics = run_epochs(run, train_set, test_set, folder, env)
     record = make_record(run, train_set, metrics, env)
     if env.main:
-        mean, std = data.NORMALIZATION[train_set.domain]
+        mean, std = transforms.NORMALIZATION[train_set.domain]
         facts = {"name": config["model"], "classes": train_set.classes, "task": train_set.task}
         facts |= {"source": train_set.name, "domain": train_set.domain, "mean": mean, "std": std}
         facts |= {"images": len(train_set), "image_size": config["image_size"]}
         engine.save_tensors(folder / "model.pt", {"model": model.state_dict(), **facts})
-        engine.write_json(folder / "result.json", record)
+        console.write_json(folder / "result.json", record)
     return record
 
 
@@ -187,13 +190,13 @@ def run_epochs(run, train_set, test_set, folder, env):
     config, domain = run.config, train_set.domain
     how = domain, config["image_size"]
     own_size = train_set.size is not None
-    train_set, pipeline = data.preload(train_set, data.pretraining_pipeline(*how, True, own_size))
-    test_set, test_pipeline = data.preload(
-        test_set, data.pretraining_pipeline(*how, False, own_size)
+    (train_set, pipeline), (test_set, test_pipeline) = (
+        loading.preload(dataset, transforms.pretraining_pipeline(*how, train, own_size))
+        for dataset, train in ((train_set, True), (test_set, False))
     )
     images, batch_size = len(train_set), config["batch_size"]
     sampling = "balanced" if config["balanced"] else "shuffle"
-    batches = data.Batches(
+    batches = loading.Batches(
         train_set, pipeline, batch_size, config["seed"], sampling, env.rank, env.ranks
     )
     forward = engine.parallel(run.model, env, config["compile"])
@@ -207,13 +210,13 @@ def run_epochs(run, train_set, test_set, folder, env):
         while True:
             stop = min(last, math.ceil((epoch + 1) * images / batch_size))
             engine.train(
-                run, forward, batches, rate, stop, env, data.NORMALIZATION[domain],
+                run, forward, batches, rate, stop, env, transforms.NORMALIZATION[domain],
                 workers=config["workers"], signals=signals, save_minutes=config["save_minutes"],
                 log=log, log_every=config["log_every"], progress=bar,
             )  # fmt: skip
             run.save(env)
             metrics = engine.evaluate(
-                run.model, test_set, test_pipeline, env, data.NORMALIZATION[domain],
+                run.model, test_set, test_pipeline, env, transforms.NORMALIZATION[domain],
                 workers=config["workers"],
             )  # fmt: skip
             log.evaluation(stop, metrics)
@@ -256,7 +259,7 @@ def report(record):
     """The closing table."""
     metrics, train = record["metrics"], record["train"]
     shown = ("accuracy", "top5", "mean_auc", "mean_ap", "loss")
-    engine.print_table(
+    console.print_table(
         [[name, f"{metrics[name]:.4f}"] for name in shown if metrics[name] is not None]
         + [["seconds", f"{train['seconds']:.0f}"]]
         + [["images/s", f"{train['images_per_second']:.0f}"]],

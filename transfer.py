@@ -16,9 +16,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import console
 import data
 import engine
+import loading
 import models
+import transforms
 
 # ------------------------------------------------------------------------------------------------
 # BiT-HyperRule (Kolesnikov et al. 2020, arXiv:1912.11370, section 3.3)
@@ -120,8 +123,8 @@ def uses_xray_pipeline(dataset):
 def choose_pipeline(dataset, rule, recipe, train):
     """The transforms of a target: the X-ray pipeline, or the HyperRule's."""
     if uses_xray_pipeline(dataset):
-        return data.pretraining_pipeline("medical", rule.crop, train)
-    return data.hyperrule_pipeline(rule.resize, rule.crop, train, recipe.square)
+        return transforms.pretraining_pipeline("medical", rule.crop, train)
+    return transforms.hyperrule_pipeline(rule.resize, rule.crop, train, recipe.square)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -185,7 +188,7 @@ def _open(path, model, source):
         medical = parts <= {"chexpert", "mimic", "nih", "padchest", "synthetic-xray"}
         domain = "medical" if medical else "natural"
         # BiT's own .npz networks take pixels in [-1,1], whatever the source.
-        normalization = data.NORMALIZATION["medical" if file.suffix == ".npz" else domain]
+        normalization = transforms.NORMALIZATION["medical" if file.suffix == ".npz" else domain]
         facts = source, domain, None, model
     models.load_weights(models.create_model(facts[3], 1), file)
     digest = hashlib.sha256()
@@ -216,9 +219,9 @@ class Target(NamedTuple):
 
     original: data.ImageDataset
     train_set: data.ImageDataset
-    train_pipeline: data.Pipeline
+    train_pipeline: transforms.Pipeline
     test_set: data.ImageDataset
-    test_pipeline: data.Pipeline
+    test_pipeline: transforms.Pipeline
     recipe_name: str
 
 
@@ -232,8 +235,8 @@ def add_options(parser):
     add("--model", help="network of scratch, or of a weight file that pretrain.py did not write")
     add("--source", help="what such a weight file was trained on")
     recipes = f"{', '.join(RECIPES)} (default: synthetic for synthetic targets, else paper)"
-    add("--recipe", type=engine.one_of(*RECIPES), help=recipes)
-    add("--steps", type=engine.positive(int), help="training steps (default: the HyperRule's)")
+    add("--recipe", type=console.one_of(*RECIPES), help=recipes)
+    add("--steps", type=console.positive(int), help="training steps (default: the HyperRule's)")
     engine.add_common_options(parser, out="results")
 
 
@@ -255,7 +258,7 @@ def open_targets(args, env, few_shot=False):
         recipe = RECIPES[recipe_name]
         rule = choose_rule(train_set, len(train_set), recipe, args.image_size, args.steps)
         prepared = (
-            data.preload(dataset, choose_pipeline(dataset, rule, recipe, train))
+            loading.preload(dataset, choose_pipeline(dataset, rule, recipe, train))
             for dataset, train in ((train_set, True), (test_set, False))
         )
         targets[name] = Target(train_set, *itertools.chain(*prepared), recipe_name)
@@ -338,7 +341,7 @@ def run_cell(cell, target, kind, env, signals, log=None, bar=None):
     if cell.shots:
         chosen = data.few_shot_indices(train_set.labels, cell.shots, cell.seed, train_set.classes)
         # Of a pool too large for memory, the few images of this cell are read here.
-        train_set, pipeline = data.preload(train_set.subset(chosen), pipeline)
+        train_set, pipeline = loading.preload(train_set.subset(chosen), pipeline)
     metrics, train = fine_tune(cell, train_set, pipeline, target, env, signals, log, bar)
     record = {
         "schema": 1,
@@ -359,7 +362,7 @@ def run_cell(cell, target, kind, env, signals, log=None, bar=None):
         "environment": engine.environment(env),
     }
     if env.main:
-        engine.write_json(cell.path, record)
+        console.write_json(cell.path, record)
         if checkpoint_path(cell):
             checkpoint_path(cell).unlink(missing_ok=True)
     return record
@@ -392,7 +395,7 @@ def fine_tune(cell, train_set, pipeline, target, env, signals, log=None, bar=Non
     """
     config, recipe = cell.config, RECIPES[target.recipe_name]
     rule = HyperRule(**{key: config[key] for key in HyperRule._fields})
-    normalization = cell.pretrained.normalization or data.NORMALIZATION[train_set.domain]
+    normalization = cell.pretrained.normalization or transforms.NORMALIZATION[train_set.domain]
     model = prepare_model(
         cell.pretrained, len(train_set.classes), cell.seed, recipe.zero_head, env.device
     )
@@ -402,7 +405,7 @@ def fine_tune(cell, train_set, pipeline, target, env, signals, log=None, bar=Non
     path = checkpoint_path(cell)
     run = engine.Run(path, model, optimizer, config, engine.load_checkpoint(path, config))
     engine.same_step(run.step, env)
-    batches = data.Batches(
+    batches = loading.Batches(
         train_set, pipeline, config["batch_size"], cell.seed, config["sampling"],
         env.rank, env.ranks, pairs=rule.mixup > 0,
     )  # fmt: skip
@@ -440,7 +443,7 @@ def report(cells, kind):
         [*row, *(describe(by_column.get(column, [])) for column in columns)]
         for row, by_column in values.items()
     ]
-    engine.print_table(rows, ["target", "source-model", "metric", *columns])
+    console.print_table(rows, ["target", "source-model", "metric", *columns])
 
 
 def describe(values):
@@ -452,10 +455,10 @@ def describe(values):
 
 
 def main():
-    parser = engine.Parser(__doc__)
+    parser = console.Parser(__doc__)
     add_options(parser)
     parser.add_argument(
-        "--seeds", type=engine.positive(int), default=1, help="runs of each, study: 5"
+        "--seeds", type=console.positive(int), default=1, help="runs of each, study: 5"
     )
     args = parser.parse_args()
     env = engine.setup(args.precision)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-import data
+import xrays
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)  # as every process that the tests start
@@ -50,7 +50,7 @@ def nih_root(tmp_path_factory):
     root, rng = tmp_path_factory.mktemp("datasets"), np.random.default_rng(1)
     images = root / "NIH-ChestXRay-14" / "images"
     images.mkdir(parents=True)
-    findings = ["No Finding", "Effusion|Mass", *data.NIH_CLASSES]
+    findings = ["No Finding", "Effusion|Mass", *xrays.NIH_CLASSES]
     rows = ["Image Index,Finding Labels,Follow-up #,Patient ID,View Position"]
     names = [f"{i:08d}_000.png" for i in range(52)]
     for i, name in enumerate(names):

@@ -25,25 +25,28 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 import data
-from data import (
-    NIH_CLASSES,
-    Batches,
-    ImageDataset,
+import loading
+import transforms
+from data import few_shot_indices, load_dataset
+from images import ImageDataset, read_image
+from loading import Batches, batch_indices, loader, preload
+from transforms import (
     Pipeline,
     area_resize,
-    batch_indices,
-    few_shot_indices,
     hyperrule_pipeline,
     keep,
-    load_dataset,
-    loader,
-    preload,
     pretraining_pipeline,
     random_affine_flip,
     random_crop_flip,
     random_flip,
-    read_image,
+    random_resized_crop_flip,
+    random_shift_flip,
+    resize_center_crop,
+    resize_shorter,
+    resize_square,
+    xray_square,
 )
+from xrays import NIH_CLASSES
 
 ROOT = Path(__file__).parents[1]
 
@@ -717,20 +720,20 @@ def random_image(rng, *shape):
 @pytest.mark.parametrize("size", [16, 32, 50])
 def test_resizes_equal_torchvision(rng, shape, size):
     image = random_image(rng, *shape)
-    assert torch.equal(data.resize_shorter(image, size), v2.Resize(size, antialias=True)(image))
-    square = data.resize_square(image, size)
+    assert torch.equal(resize_shorter(image, size), v2.Resize(size, antialias=True)(image))
+    square = resize_square(image, size)
     assert square.shape == (shape[0], size, size)
     assert torch.equal(square, v2.Resize((size, size), antialias=True)(image))
     reference = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)])
-    assert torch.equal(data.resize_center_crop(image, size), reference(image))
+    assert torch.equal(resize_center_crop(image, size), reference(image))
 
 
 def test_resize_equals_pillow(rng):
     image = random_image(rng, 1, 50, 70)
     expected = Image.fromarray(image[0].numpy()).resize((24, 24), Image.Resampling.BILINEAR)
-    difference = data.resize_square(image, 24)[0].int() - torch.from_numpy(np.array(expected)).int()
+    difference = resize_square(image, 24)[0].int() - torch.from_numpy(np.array(expected)).int()
     assert difference.abs().max() <= 1
-    assert data.resize_shorter(image, 25).shape == (1, 25, 35)
+    assert resize_shorter(image, 25).shape == (1, 25, 35)
 
 
 def exact_area(pixels, size):
@@ -768,19 +771,19 @@ def test_area_resize_extremes(rng):
         box = np.array(Image.fromarray(image[0].numpy()).resize((size, size), Image.Resampling.BOX))
         assert np.abs(area_resize(image, size)[0].numpy().astype(int) - box).max() <= 1
     small = random_image(rng, 1, 5, 5)
-    assert torch.equal(area_resize(small, 8), data.resize_square(small, 8))
+    assert torch.equal(area_resize(small, 8), resize_square(small, 8))
 
 
 def test_xray_square_takes_the_centre():
     image = torch.zeros(1, 20, 32, dtype=torch.uint8)
     image[..., 6:26] = 200
-    assert (data.xray_square(image, 10) == 200).all()
-    assert (data.xray_square(image.transpose(1, 2), 10) == 200).all()
-    assert data.xray_square(image[:, :1, :1], 10).shape == (1, 10, 10)
+    assert (xray_square(image, 10) == 200).all()
+    assert (xray_square(image.transpose(1, 2), 10) == 200).all()
+    assert xray_square(image[:, :1, :1], 10).shape == (1, 10, 10)
 
 
 def windows(height, width, count, rng):
-    return np.array([data._resized_crop_window(height, width, rng) for _ in range(count)])
+    return np.array([transforms._resized_crop_window(height, width, rng) for _ in range(count)])
 
 
 @pytest.mark.parametrize("height, width", [(300, 400), (256, 256)])
@@ -812,14 +815,14 @@ def test_resized_crop_of_elongated_images(rng, height, width):
     for box in windows(height, width, 50, rng):
         assert tuple(box) == tuple(expected)
     image = random_image(rng, 3, height, width)
-    assert data.random_resized_crop_flip(image, rng, 24).shape == (3, 24, 24)
+    assert random_resized_crop_flip(image, rng, 24).shape == (3, 24, 24)
 
 
 def test_resized_crop_pixels(rng):
     image, seen = random_image(rng, 3, 50, 40), set()
     for seed in range(20):
-        crop = data.random_resized_crop_flip(image, np.random.default_rng(seed), 16)
-        top, left, h, w = data._resized_crop_window(50, 40, np.random.default_rng(seed))
+        crop = random_resized_crop_flip(image, np.random.default_rng(seed), 16)
+        top, left, h, w = transforms._resized_crop_window(50, 40, np.random.default_rng(seed))
         expected = v2.Resize((16, 16))(image[:, top : top + h, left : left + w])
         flipped = torch.equal(crop, expected.flip(-1))
         assert flipped or torch.equal(crop, expected)
@@ -844,7 +847,7 @@ def test_shift_flip_windows(rng):
     framed[:, 1:17, 1:17] = image
     views = [framed[:, t : t + 16, l : l + 16] for t in range(3) for l in range(3)]
     views = {v.numpy().tobytes() for view in views for v in (view, view.flip(-1))}
-    drawn = {data.random_shift_flip(image, rng).numpy().tobytes() for _ in range(400)}
+    drawn = {random_shift_flip(image, rng).numpy().tobytes() for _ in range(400)}
     assert drawn == views  # a sixteenth of the side, here one pixel, each way
 
 
@@ -858,7 +861,7 @@ def test_affine_draws_and_pixels(rng, monkeypatch):
         return image
 
     image = random_image(rng, 1, 40, 60)
-    monkeypatch.setattr(data.TF, "affine", record)
+    monkeypatch.setattr(transforms.TF, "affine", record)
     for seed in range(3000):
         random_affine_flip(image, np.random.default_rng(seed))
     angles, across, down, scales = np.array(drawn).T
@@ -892,14 +895,14 @@ def test_pretraining_pipelines(rng):
     assert torch.equal(prepare(xray), square) and augment is keep
     prepare, augment, _ = pretraining_pipeline("natural", 24, train=True)
     assert prepare(natural) is natural
-    crop = data.random_resized_crop_flip(natural, generator(1), 24)
+    crop = random_resized_crop_flip(natural, generator(1), 24)
     assert torch.equal(augment(natural, generator(1)), crop)
     prepare, augment, _ = pretraining_pipeline("natural", 24, train=False)
-    assert torch.equal(prepare(natural), data.resize_center_crop(natural, 24)) and augment is keep
+    assert torch.equal(prepare(natural), resize_center_crop(natural, 24)) and augment is keep
     for domain in ("natural", "medical"):
         assert pretraining_pipeline(domain, 24, False, own_size=True) == (keep, keep, None)
         own = pretraining_pipeline(domain, 24, True, own_size=True)
-        assert own == (keep, data.random_shift_flip, None)
+        assert own == (keep, random_shift_flip, None)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -912,7 +915,7 @@ def test_hyperrule_pipeline(rng, shape):
     assert prepare(image).shape == (shape[0], 20, 20)
     assert augment(prepare(image), rng).shape == (shape[0], 16, 16)
     prepare, augment, _ = hyperrule_pipeline(20, 16, train=False)
-    assert torch.equal(prepare(image), data.resize_square(image, 16)) and augment is keep
+    assert torch.equal(prepare(image), resize_square(image, 16)) and augment is keep
 
 
 def test_hyperrule_refuses_a_crop_that_does_not_fit():
@@ -940,9 +943,9 @@ def test_shuffle_shows_every_image_once_an_epoch(images, batch):
 def test_batches_depend_on_seed_and_step_alone():
     labels = np.arange(50) % 3
     for sampling in ("shuffle", "replacement", "balanced"):
-        call = partial(batch_indices, sampling=sampling, classes=data.by_class(labels))
+        call = partial(batch_indices, sampling=sampling, classes=loading.by_class(labels))
         forth = [call(step, 50, 8, 2)[0] for step in range(30)]
-        data._permutation.cache_clear()
+        loading._permutation.cache_clear()
         back = [call(step, 50, 8, 2)[0] for step in reversed(range(30))][::-1]
         np.testing.assert_array_equal(forth, back)
         assert (call(0, 50, 8, 3)[0] != forth[0]).any()
@@ -958,7 +961,7 @@ def test_replacement_draws_evenly_and_anew():
 
 def test_balanced_draws_classes_evenly():
     labels = np.repeat([0, 2, 3], (900, 90, 10))  # class 1 has no image
-    classes = data.by_class(labels)
+    classes = loading.by_class(labels)
     parts = [batch_indices(step, 1000, 100, 0, "balanced", classes) for step in range(300)]
     indices, draws = (np.concatenate(words) for words in zip(*parts))
     counts = np.bincount(labels[indices])
@@ -999,7 +1002,7 @@ def array_dataset(rng, count=23, multilabel=False, shape=(3, 20, 26)):
     return ImageDataset("array", partial(read_from, images), labels, "abcde", task, "natural")
 
 
-CROP = Pipeline(partial(data.resize_shorter, size=18), partial(random_crop_flip, size=12))
+CROP = Pipeline(partial(resize_shorter, size=18), partial(random_crop_flip, size=12))
 
 
 def same(one, other):
@@ -1031,7 +1034,7 @@ def test_batch_is_what_the_pipeline_makes(rng):
     assert images.dtype == torch.uint8 and images.shape == (30, 3, 12, 12)
     assert labels.tolist() == dataset.labels[indices].tolist()
     for image, i, draw in zip(images, indices, draws):
-        generator = np.random.default_rng([9, data.Stream.AUGMENT, draw, i])
+        generator = np.random.default_rng([9, loading.Stream.AUGMENT, draw, i])
         assert torch.equal(image, CROP.augment(CROP.prepare(dataset.read(i)), generator))
 
 
@@ -1106,11 +1109,12 @@ def test_worker_names_a_broken_image(pets_at_home):
 
 
 FAILING = """
-import data
+import data, loading
+from transforms import Pipeline, keep
 if __name__ == "__main__":
     dataset = data.load_dataset("synthetic-natural")
-    batches = data.Batches(dataset, data.Pipeline(data.keep, data.keep), 8)
-    ahead = iter(data.loader(batches, 0, 9, workers=1))
+    batches = loading.Batches(dataset, Pipeline(keep, keep), 8)
+    ahead = iter(loading.loader(batches, 0, 9, workers=1))
     next(ahead)
     raise RuntimeError("out of memory")
 """

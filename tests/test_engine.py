@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from sklearn import metrics as sklearn_metrics
 
+import console
 import data
 import engine
 import models
+from transforms import NORMALIZATION, Pipeline, keep
 
 nan = math.nan
 CPU = engine.Env(0, 1, torch.device("cpu"), "fp32")
@@ -299,7 +301,7 @@ def test_evaluation_sees_each_image_once_and_in_order(task):
     if task == "multilabel":
         labels = rng.choice(np.array([0, 1, nan], np.float32), (10, 4))
     images, dataset = in_memory(labels, tuple("abcd"), task)
-    pipeline, model = data.Pipeline(data.keep, data.keep), Pooled()
+    pipeline, model = Pipeline(keep, keep), Pooled()
     normalization = (0.5, 0.4, 0.3), (0.5, 0.25, 0.2)
     found = engine.evaluate(model, dataset, pipeline, CPU, normalization, batch_size=4)
     assert model.batches == [4, 4, 2]
@@ -316,7 +318,10 @@ def test_evaluation_sees_each_image_once_and_in_order(task):
 @pytest.mark.gpu
 def test_evaluation_on_a_gpu_equals_the_cpu():
     images, dataset = in_memory(np.arange(10) % 3, tuple("abc"), "multiclass")
-    pipeline, normalization = data.Pipeline(data.keep, data.keep), data.NORMALIZATION["medical"]
+    pipeline, normalization = (
+        Pipeline(keep, keep),
+        NORMALIZATION["medical"],
+    )
     found = []
     for env in (CPU, CPU._replace(device=torch.device("cuda", 0))):
         torch.manual_seed(0)
@@ -332,7 +337,7 @@ def test_evaluation_on_a_gpu_equals_the_cpu():
 
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path):
     path = tmp_path / "result.json"
-    engine.write_json(path, {"value": 1})
+    console.write_json(path, {"value": 1})
 
     def crash(temporary):
         temporary.write_text('{"val')
@@ -340,14 +345,14 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        engine.write_atomically(path, crash)
+        console.write_atomically(path, crash)
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
     assert json.loads(path.read_text()) == {"value": 1}
 
 
 def test_nan_is_never_written(tmp_path):
     with pytest.raises(ValueError):
-        engine.write_json(tmp_path / "result.json", {"value": nan})
+        console.write_json(tmp_path / "result.json", {"value": nan})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -376,10 +381,10 @@ def test_a_run_of_other_options_is_refused_by_the_option():
     ),
 )
 def test_a_wrong_option_is_one_line_and_status_2(arguments, message, capsys):
-    parser = engine.Parser("A script.")
+    parser = console.Parser("A script.")
     engine.add_common_options(parser, out="runs")
     with pytest.raises(SystemExit) as caught:
-        parser.parse_args(arguments)
+        engine.run(lambda: parser.parse_args(arguments))
     out, err = capsys.readouterr()
     assert (caught.value.code, out, err) == (2, "", message + "\n")
 

@@ -9,6 +9,7 @@ import data
 import models
 import pretrain
 import transfer
+import transforms
 from transfer import HyperRule, hyperrule
 
 
@@ -67,7 +68,7 @@ def test_rule_of_each_kind_of_target(folder, nih_root):
     nih = data.load_dataset("nih", nih_root)
     assert transfer.choose_rule(nih, 40, paper)[:2] == (224, 224)
     pipeline = transfer.choose_pipeline(nih, transfer.choose_rule(nih, 40, paper), paper, True)
-    assert pipeline.augment is data.random_affine_flip
+    assert pipeline.augment is transforms.random_affine_flip
     alone = data.keep_single_label(nih)  # multi-class, and an X-ray set still
     assert alone.task == "multiclass" and transfer.choose_rule(alone, 40, paper)[:2] == (224, 224)
     synthetic = data.load_dataset("synthetic-xray-target", split="test")
@@ -107,7 +108,7 @@ def test_recipes_of_the_study(source, domain, model, expected):
 def checkpoint(tmp_path):
     torch.manual_seed(5)
     model = models.create_model("R14x0.5", 3)
-    mean, std = data.NORMALIZATION["medical"]
+    mean, std = transforms.NORMALIZATION["medical"]
     record = {"model": model.state_dict(), "name": "R14x0.5", "source": "nih", "images": 7}
     record |= {"domain": "medical", "mean": mean, "std": std}
     torch.save(record, tmp_path / "model.pt")

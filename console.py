@@ -1,0 +1,126 @@
+"""What every script needs to talk to its user: options, one-line errors, tables, whole files."""
+
+import argparse
+import difflib
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+EXIT_BAD_INPUT = 2
+
+
+# ------------------------------------------------------------------------------------------------
+# Options
+# ------------------------------------------------------------------------------------------------
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Adds "(default: …)" to every option whose help does not say it already."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        silent = default is None or default is argparse.SUPPRESS or isinstance(default, bool)
+        if "default:" in action.help or silent:
+            return action.help
+        words = default if isinstance(default, list) else [default]
+        return f"{action.help} (default: {' '.join(map(str, words))})"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that states every default in --help; a mistake is a ValueError, as elsewhere."""
+
+    def __init__(self, description=None, **settings):
+        super().__init__(
+            description=description,
+            allow_abbrev=False,
+            formatter_class=HelpFormatter,
+            **settings,
+        )
+
+    def error(self, message):
+        if message.startswith("unrecognized arguments"):
+            word = message.split()[2].split("=")[0]
+            near = difflib.get_close_matches(word, self._option_string_actions, n=1)
+            message = f"unknown option {word}" + (f"; did you mean {near[0]}?" if near else "")
+        raise ValueError(message)
+
+
+def one_of(*choices):
+    """An argparse type: one of these words; the near match is named otherwise."""
+
+    def check(text):
+        if text not in choices:
+            near = difflib.get_close_matches(text, choices, n=1, cutoff=0)[0]
+            known = ", ".join(choices)
+            raise argparse.ArgumentTypeError(f"unknown {text!r}, did you mean {near}? ({known})")
+        return text
+
+    return check
+
+
+def positive(kind, or_zero=False):
+    """An argparse type: a finite number above zero, int or float; or_zero admits 0."""
+
+    def check(text):
+        number = kind(text)
+        if not (0 < number < math.inf or (or_zero and number == 0)):
+            raise argparse.ArgumentTypeError(
+                f"{text} is {'below' if or_zero else 'not above'} zero"
+            )
+        return number
+
+    check.__name__ = kind.__name__
+    return check
+
+
+# ------------------------------------------------------------------------------------------------
+# Errors
+# ------------------------------------------------------------------------------------------------
+
+
+def complain(error):
+    """Says in one line what is wrong and returns the exit status; TRACEBACK=1 shows where."""
+    if os.environ.get("TRACEBACK"):
+        raise error
+    lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    # An error of a worker process comes with its whole traceback; its last line says it.
+    message = lines[-1].partition(": ")[2] if "Caught " in lines[0] else " ".join(lines)
+    rank = os.environ.get("RANK", "0")
+    print("error" + (f" (rank {rank})" if rank != "0" else ""), message, sep=": ", file=sys.stderr)
+    return EXIT_BAD_INPUT
+
+
+# ------------------------------------------------------------------------------------------------
+# Tables and files
+# ------------------------------------------------------------------------------------------------
+
+
+def print_table(rows, header):
+    """Prints a Markdown table with aligned columns."""
+    rows = [list(map(str, row)) for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * width for width in widths])
+    for row in rows:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
+
+
+def write_atomically(path, write):
+    """Calls write(temporary path) and renames it to `path`: whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")  # one that a killed run left is overwritten
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, record):
+    """One JSON file: strict (no NaN), whole or not at all."""
+    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))

@@ -1,0 +1,266 @@
+"""An image on disk and in memory: decoding, where it lies, and `ImageDataset`, images with labels.
+
+Images are uint8 tensors (C,H,W) until they are on the device; engine.py normalises them there.
+"""
+
+import functools
+import io
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+
+
+# ------------------------------------------------------------------------------------------------
+# Decoding
+# ------------------------------------------------------------------------------------------------
+
+
+def read_image(file, mode, size=None, name=None):
+    """Decodes one file to uint8 (C,H,W). mode: "RGB" (natural) or "L" (X-ray, C = 1).
+
+    file: a path, or a binary stream called `name` in messages. Grey is copied to RGB; colour
+    becomes luma for "L"; alpha is dropped; 16-bit grey is divided by 257, so that 65535 becomes
+    255. size: the shorter side that will be needed, in pixels: a JPEG is then decoded at 1/2, 1/4
+    or 1/8 where that leaves twice as much. Raises ValueError naming an unreadable or truncated
+    file.
+    """
+    name = name or file
+    try:
+        with Image.open(file) as image:
+            # Pillow only warns, and filters of warnings are not safe among preload's threads.
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, a decompression bomb?")
+            if size:
+                image.draft(None, (2 * size, 2 * size))  # of all formats only JPEG has scales
+            pixels = _to_uint8(image, mode)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{name}: no such image") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name}: unreadable image ({error}); mend or remove it") from error
+    pixels = torch.from_numpy(pixels)
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+
+
+def _to_uint8(image, mode):
+    if not image.mode.startswith(("I", "F")):
+        return np.array(image.convert(mode))
+    pixels = np.asarray(image)
+    if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError("neither 8- nor 16-bit pixels")
+    grey = np.rint(pixels / 257).astype(np.uint8)
+    return grey if mode == "L" else np.repeat(grey[..., None], 3, axis=2)
+
+
+# ------------------------------------------------------------------------------------------------
+# Datasets
+# ------------------------------------------------------------------------------------------------
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """Images with labels; [i] -> (uint8 (C,H,W), label).
+
+    name: as given to load_dataset. reader: one of the readers below. labels: (N,) int64 for
+    task "multiclass", (N,C) float32 in {0,1,nan} for "multilabel". classes: tuple of str.
+    domain: "natural" or "medical". groups: (N,) patient ids, or None. size: the images' side in
+    pixels where the set is made at a side of its own (the synthetic ones), else None. options:
+    what shaped it, as used. dropped: {reason: number of images} that the options left out.
+    """
+
+    def __init__(
+        self,
+        name,
+        reader,
+        labels,
+        classes,
+        task,
+        domain,
+        groups=None,
+        size=None,
+        options=None,
+        dropped=None,
+    ):
+        self.name, self.reader, self.labels, self.classes = name, reader, labels, tuple(classes)
+        self.task, self.domain, self.groups, self.size = task, domain, groups, size
+        self.options, self.dropped = options or {}, dropped or {}
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return self.read(i), torch.tensor(self.labels[i])
+
+    def read(self, i, size=None):
+        """The image i as a uint8 tensor (C,H,W); a negative i counts from the end.
+
+        size: the shorter side that will be needed, in pixels; None: all that the file has.
+        """
+        return self.reader(range(len(self))[i], size)
+
+    def where(self, i):
+        """The file of image i, or what else to call it in a message."""
+        return self.reader.where(range(len(self))[i])
+
+    def subset(self, indices):
+        """The same dataset with only these images: (M,) int, in this order, or (N,) bool."""
+        indices = np.arange(len(self))[indices]
+        return self.replace(
+            reader=Subset(self.reader, indices),
+            labels=self.labels[indices],
+            groups=None if self.groups is None else self.groups[indices],
+        )
+
+    def replace(self, **changes):
+        """A copy with some attributes changed."""
+        return ImageDataset(**(vars(self) | changes))
+
+
+def missing_files(dataset):
+    """Indices of the images whose files do not exist; a directory is listed once, not each file."""
+    reader = dataset.reader
+
+    @functools.lru_cache(maxsize=256)
+    def listing(folder):
+        path = os.path.join(reader.folder, os.fsdecode(folder))
+        return frozenset(map(os.fsencode, os.listdir(path))) if os.path.isdir(path) else frozenset()
+
+    places = (name.rpartition(b"/") for name in reader.names)
+    return [i for i, (folder, _, file) in enumerate(places) if file not in listing(folder)]
+
+
+def refuse_missing(dataset):
+    missing = missing_files(dataset)
+    if missing:
+        raise FileNotFoundError(
+            f"{dataset.where(missing[0])}: listed for {dataset.name} but missing "
+            f"({len(missing)} such); fetch it, or remove it from the list"
+        )
+
+
+def need(name, *paths):
+    """Raises FileNotFoundError unless all of these files and directories of a dataset exist."""
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{name}: no {path}; give the directory that holds the dataset's own as --data-dir "
+                "(its owner distributes it, --download cannot)"
+            )
+
+
+def encoded(texts):
+    return np.array([os.fsencode(text) for text in texts])
+
+
+# ------------------------------------------------------------------------------------------------
+# Readers: (i, size) -> uint8 (C,H,W), and .where(i) -> str. Arrays, no object an image.
+# ------------------------------------------------------------------------------------------------
+
+
+class Files(NamedTuple):
+    """Image files: names (N,) bytes below a folder; mode: of read_image."""
+
+    folder: str
+    names: np.ndarray
+    mode: str
+
+    def __call__(self, i, size=None):
+        return read_image(self.where(i), self.mode, size)
+
+    def where(self, i):
+        return os.path.join(self.folder, os.fsdecode(self.names[i]))
+
+
+class Array(NamedTuple):
+    """Images in memory: (N,H,W,C) uint8."""
+
+    name: str
+    images: np.ndarray
+
+    def __call__(self, i, size=None):
+        return torch.from_numpy(self.images[i]).permute(2, 0, 1)
+
+    def where(self, i):
+        return f"{self.name} image {i}"
+
+
+class Members(NamedTuple):
+    """Members of one tar archive a class, read in place: names (N,) bytes, labels (N,).
+
+    starts, sizes (N,) int64: bytes in the archive folder/CLASS.tar; start -1: a file of its own.
+    """
+
+    folder: str
+    classes: list
+    names: np.ndarray
+    labels: np.ndarray
+    starts: np.ndarray
+    sizes: np.ndarray
+
+    def __call__(self, i, size=None):
+        if self.starts[i] < 0:
+            return read_image(self.where(i), "RGB", size)
+        with open(self._archive(i), "rb") as file:
+            file.seek(self.starts[i])
+            return read_image(io.BytesIO(file.read(self.sizes[i])), "RGB", size, self.where(i))
+
+    def _archive(self, i):
+        return os.path.join(self.folder, f"{self.classes[self.labels[i]]}.tar")
+
+    def where(self, i):
+        name = os.fsdecode(self.names[i])
+        return (
+            os.path.join(self.folder, name) if self.starts[i] < 0 else f"{self._archive(i)}: {name}"
+        )
+
+
+class Joined(NamedTuple):
+    """The images of several readers, one after the other: ends (R,), of each its last index + 1."""
+
+    readers: list
+    ends: np.ndarray
+
+    def _find(self, i):
+        r = int(np.searchsorted(self.ends, i, side="right"))
+        return self.readers[r], i - (self.ends[r - 1] if r else 0)
+
+    def __call__(self, i, size=None):
+        reader, i = self._find(i)
+        return reader(i, size)
+
+    def where(self, i):
+        reader, i = self._find(i)
+        return reader.where(i)
+
+
+class Subset(NamedTuple):
+    """Some images of another reader: indices (M,)."""
+
+    reader: Callable
+    indices: np.ndarray
+
+    def __call__(self, i, size=None):
+        return self.reader(self.indices[i], size)
+
+    def where(self, i):
+        return self.reader.where(self.indices[i])
+
+
+class Decoded(NamedTuple):
+    """Prepared images in memory, one after the other in pixels: starts (N,), shapes (N,3)."""
+
+    pixels: torch.Tensor
+    starts: np.ndarray
+    shapes: np.ndarray
+    original: Callable
+
+    def __call__(self, i, size=None):
+        shape = self.shapes[i]
+        return self.pixels[self.starts[i] : self.starts[i] + shape.prod()].view(*shape.tolist())
+
+    def where(self, i):
+        return self.original.where(i)

@@ -1,0 +1,179 @@
+"""Batches that any layout repeats: the global batch of step s is a function of (seed, s) alone.
+
+`preload` decodes a small dataset once; `Batches` is the global batch of a step, or one rank's part
+of it; `loader` reads ahead with worker processes.
+"""
+
+import atexit
+import functools
+import math
+import multiprocessing
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from images import Decoded
+from transforms import keep
+
+
+class Stream:
+    """What a random number is for: the second word of the seed of every generator."""
+
+    SHOTS, ORDER, DRAW, AUGMENT, MIXUP, FRACTION = range(6)
+
+
+def generator(seed, *purpose):
+    """numpy's generator for a seed, a Stream and what else tells its draws from others."""
+    if seed < 0:
+        raise ValueError(f"--seed {seed}: must be 0 or more")
+    return np.random.default_rng([seed, *purpose])
+
+
+@functools.lru_cache(maxsize=1)
+def _permutation(num_images, seed, epoch):
+    """Half the memory of generator.permutation: every worker of every rank holds one."""
+    order = np.arange(num_images, dtype=np.int32 if num_images < 2**31 else np.int64)
+    generator(seed, Stream.ORDER, epoch).shuffle(order)
+    return order
+
+
+def by_class(labels):
+    """(images sorted by class (N,), first place (C,) and number (C,) of each class present)."""
+    _, counts = np.unique(labels, return_counts=True)
+    return np.argsort(labels, kind="stable"), np.cumsum(counts) - counts, counts
+
+
+def batch_indices(step, num_images, batch_size, seed, sampling="shuffle", classes=None):
+    """Which images make up the global batch of a step, a function of (seed, step) alone.
+
+    sampling: "shuffle" walks through one permutation an epoch after the other, so that each image
+    comes once an epoch and no batch is short; "replacement" draws each image anew; "balanced"
+    does so with probability inverse to the frequency of its class in classes = by_class(labels);
+    "sequential" is the test order, with a short last batch.
+    Returns (indices, draws), both (B,) int64; (draw, image) is never the same twice in a run.
+    """
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    if sampling == "sequential":
+        places = places[places < num_images]
+        return places, np.zeros_like(places)
+    if sampling == "shuffle":
+        epochs = places // num_images
+        indices = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            indices[here] = _permutation(num_images, seed, int(epoch))[places[here] % num_images]
+        return indices, epochs
+    rng = generator(seed, Stream.DRAW, step)
+    if sampling == "replacement":
+        return rng.integers(num_images, size=batch_size), places
+    if sampling == "balanced":
+        images, starts, counts = classes
+        drawn = rng.integers(len(counts), size=batch_size)
+        return images[starts[drawn] + rng.integers(counts[drawn])], places
+    raise ValueError(f"unknown sampling {sampling!r}")
+
+
+def preload(dataset, pipeline, limit=2**30):
+    """Reads and prepares every image once, into memory, when that takes at most `limit` bytes.
+
+    Returns (dataset, pipeline): the prepared images with nothing left to prepare, or both as they
+    were. A broken image is so met before training.
+    """
+    # The first image tells the size of all, mostly: a large dataset is not read in vain.
+    if pipeline.read(dataset, 0).numel() * len(dataset) > limit:
+        return dataset, pipeline
+
+    def prepared(i):
+        return pipeline.read(dataset, i).contiguous()
+
+    images, total = [], 0
+    with ThreadPoolExecutor(min(16, os.cpu_count())) as pool:
+        for image in pool.map(prepared, range(len(dataset))):
+            images.append(image)
+            total += image.numel()
+            if total > limit:
+                pool.shutdown(cancel_futures=True)
+                return dataset, pipeline
+    shapes = np.array([image.shape for image in images])
+    sizes = shapes.prod(1)
+    pixels = torch.cat([image.flatten() for image in images])  # workers share it without copies
+    reader = Decoded(pixels, np.cumsum(sizes) - sizes, shapes, dataset.reader)
+    return dataset.replace(reader=reader), pipeline._replace(prepare=keep)
+
+
+class Batches(torch.utils.data.Dataset):
+    """[step] -> (images uint8 (b,C,H,W), labels (b,) or (b,C), count) for one rank.
+
+    The rank's part is every `ranks`-th image of the global batch (with pairs: every `ranks`-th two
+    neighbours, which MixUp mixes, so that this too is the same on any number of ranks). count:
+    labels that are not NaN in the whole global batch (the denominator of its mean loss), known to
+    each rank without communication. Augmentation depends on (seed, draw, image) alone.
+    """
+
+    def __init__(
+        self,
+        dataset,
+        pipeline,
+        batch_size,
+        seed=0,
+        sampling="shuffle",
+        rank=0,
+        ranks=1,
+        pairs=False,
+    ):
+        self.dataset, self.pipeline = dataset, pipeline
+        self.batch_size, self.seed, self.sampling = batch_size, seed, sampling
+        self.rank, self.ranks, self.unit = rank, ranks, 1 + pairs
+        self.classes = by_class(dataset.labels) if sampling == "balanced" else None
+
+    def __len__(self):
+        return math.ceil(len(self.dataset) / self.batch_size)
+
+    def __getitem__(self, step):
+        labels = self.dataset.labels
+        indices, draws = batch_indices(
+            step, len(self.dataset), self.batch_size, self.seed, self.sampling, self.classes
+        )
+        count = int(np.count_nonzero(~np.isnan(labels[indices])))
+        mine = np.arange(len(indices)) // self.unit % self.ranks == self.rank
+        indices, draws = indices[mine], draws[mine]
+        images = [self._image(int(i), int(draw)) for i, draw in zip(indices, draws)]
+        images = torch.stack(images) if images else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+        return images, torch.from_numpy(labels[indices]), count
+
+    def _image(self, i, draw):
+        image = self.pipeline.read(self.dataset, i)
+        if self.pipeline.augment is keep:
+            return image
+        rng = generator(self.seed, Stream.AUGMENT, draw, i)
+        return self.pipeline.augment(image, rng)
+
+
+def _worker_init(worker):
+    """A worker ends when its parent does; signals to the whole group are for the parent alone."""
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers():
+    """Python's own exit sends SIGTERM to the workers that are left and waits; ours ignore it."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report a killed worker
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
+def loader(batches, start, stop, workers=0, pin_memory=False):
+    """Iterates over batches[start:stop]; `workers` processes read ahead (0: none)."""
+    return torch.utils.data.DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(start, stop),
+        num_workers=workers,
+        worker_init_fn=_worker_init,
+        pin_memory=pin_memory,
+    )

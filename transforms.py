@@ -1,0 +1,170 @@
+"""What is done to pixels: the study's transforms, uint8 (C,H,W) -> uint8 (C,h,w).
+
+A `Pipeline` says what is done to an image once, and what is drawn anew each time.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torchvision.transforms.v2 import functional as TF
+
+# Mean and standard deviation of pixels in [0,1], by the domain of the pre-training source.
+NORMALIZATION = {
+    "natural": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "medical": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+
+class Pipeline(NamedTuple):
+    """prepare: done to an image once, deterministic. augment: (image, rng) -> image, each time.
+
+    size: the shorter side that `prepare` makes of an image, in pixels; None: it keeps its own.
+    """
+
+    prepare: Callable
+    augment: Callable
+    size: int | None = None
+
+    def read(self, dataset, i):
+        """The image i of the dataset, prepared."""
+        return self.prepare(dataset.read(i, self.size))
+
+
+def keep(image, rng=None):
+    """The image as it is."""
+    return image
+
+
+def resize_shorter(image, size):
+    """The shorter side becomes `size` pixels, antialiased bilinear (torchvision's Resize)."""
+    return TF.resize(image, [size], antialias=True)
+
+
+def resize_square(image, size):
+    """Both sides become `size` pixels whatever the aspect, antialiased bilinear."""
+    return TF.resize(image, [size, size], antialias=True)
+
+
+def resize_center_crop(image, size):
+    """ImageNet's test transform: shorter side to size * 256/224, then the central square."""
+    return TF.center_crop(resize_shorter(image, round(size * 256 / 224)), [size, size])
+
+
+def xray_square(image, size):
+    """The study's X-ray preparation: central square, area resize to `size` pixels."""
+    side = min(image.shape[-2:])
+    return area_resize(TF.center_crop(image, [side, side]), size)
+
+
+def area_resize(image, size):
+    """Each output pixel is the mean over the exact area that it covers (OpenCV's INTER_AREA).
+
+    image: uint8 (C,H,H). An image smaller than `size` is enlarged bilinearly.
+    """
+    side = image.shape[-1]
+    if side == size:
+        return image
+    if side < size:
+        return resize_square(image, size)
+    sums = _area_sum(_area_sum(image.numpy(), size).swapaxes(1, 2), size).swapaxes(1, 2)
+    return torch.from_numpy(np.rint(sums / side**2).astype(np.uint8))
+
+
+def _area_sum(pixels, size):
+    """Sums over `size` equal intervals of axis 1, in units of 1/size pixel: exact integers."""
+    side, outputs = pixels.shape[1], np.arange(size)
+    total = 0
+    for tap in range(-(-side // size) + 1):  # an interval touches no more pixels than these
+        rows = outputs * side // size + tap
+        overlap = np.minimum((rows + 1) * size, (outputs + 1) * side) - np.maximum(
+            rows * size, outputs * side
+        )
+        weights = np.maximum(overlap, 0).astype(np.int32 if pixels.dtype == np.uint8 else np.int64)
+        total = total + pixels[:, np.minimum(rows, side - 1)] * weights[:, None]
+    return total
+
+
+def random_flip(image, rng):
+    """Left-right mirror image with probability one half."""
+    return image.flip(-1) if rng.random() < 0.5 else image
+
+
+def random_crop_flip(image, rng, size):
+    """A size x size window anywhere in the image (BiT-HyperRule), flipped half of the time."""
+    height, width = image.shape[-2:]
+    top, left = rng.integers(height - size + 1), rng.integers(width - size + 1)
+    return random_flip(image[..., top : top + size, left : left + size], rng)
+
+
+def random_resized_crop_flip(image, rng, size):
+    """Inception-style crop: 8 to 100 % of the area, aspect 3/4 to 4/3, resized; then flip.
+
+    Szegedy et al. 2015, arXiv:1409.4842; the draw is torchvision's RandomResizedCrop.
+    """
+    top, left, height, width = _resized_crop_window(*image.shape[-2:], rng)
+    crop = TF.resized_crop(image, top, left, height, width, [size, size], antialias=True)
+    return random_flip(crop, rng)
+
+
+def _resized_crop_window(height, width, rng):
+    for _ in range(10):
+        area = height * width * rng.uniform(0.08, 1.0)
+        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    # A very elongated image: its central part of the nearest allowed aspect.
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def random_affine_flip(image, rng):
+    """The study's X-ray augmentation: shift to 25 %, rotate to 45 degrees, scale +-10 %, flip.
+
+    Bilinear; what comes in from outside is black (torchvision's RandomAffine).
+    """
+    angle, scale = rng.uniform(-45, 45), rng.uniform(0.9, 1.1)
+    shift = [round(rng.uniform(-0.25, 0.25) * side) for side in (image.shape[-1], image.shape[-2])]
+    image = TF.affine(image, angle, shift, scale, [0.0, 0.0], TF.InterpolationMode.BILINEAR, fill=0)
+    return random_flip(image, rng)
+
+
+def random_shift_flip(image, rng):
+    """Shift by up to a sixteenth of the side, black coming in, and flip."""
+    size, edge = image.shape[-1], image.shape[-1] // 16
+    return random_crop_flip(F.pad(image, (edge,) * 4), rng, size)
+
+
+def pretraining_pipeline(domain, size, train, own_size=False):
+    """Pre-training at size x size pixels, for a "natural" or a "medical" source.
+
+    own_size: the images have that size already (the synthetic worlds), and are only shifted.
+    """
+    at_size = functools.partial
+    if own_size:
+        return Pipeline(keep, random_shift_flip if train else keep)
+    if domain == "medical":
+        augment = random_affine_flip if train else keep
+        return Pipeline(at_size(xray_square, size=size), augment, size)
+    if train:
+        return Pipeline(keep, at_size(random_resized_crop_flip, size=size))
+    return Pipeline(at_size(resize_center_crop, size=size), keep, round(size * 256 / 224))
+
+
+def hyperrule_pipeline(resize, crop, train, square=False):
+    """BiT-HyperRule: shorter side (square=True: both sides) to `resize`, random crop, flip.
+
+    Test: both sides to `crop`. Kolesnikov et al. 2020, section 3.3. Raises ValueError when the
+    crop does not fit.
+    """
+    if crop > resize:
+        raise ValueError(f"a crop of {crop} pixels does not fit into images resized to {resize}")
+    if not train:
+        return Pipeline(functools.partial(resize_square, size=crop), keep, crop)
+    prepare = functools.partial(resize_square if square else resize_shorter, size=resize)
+    return Pipeline(prepare, functools.partial(random_crop_flip, size=crop), resize)
