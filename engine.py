@@ -401,7 +401,7 @@ def _mean(values):
 def to_input(images, normalization, device):
     """uint8 (N,1|3,H,W) -> normalised float32 (N,3,H,W) on the device; grey is copied to RGB."""
     mean, std = _statistics(normalization, device)
-    return (images.to(device, non_blocking=True).float() - mean) / std
+    return images.to(device, non_blocking=True).float().sub_(mean).div_(std)  # one new tensor
 
 
 @functools.lru_cache

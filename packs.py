@@ -45,7 +45,7 @@ class Packed(NamedTuple):
         if zlib.crc32(content) != pack["crc32"][i]:
             raise ValueError(f"{self.where(i)}: damaged; remove {self.folder} and pack it again")
         if self.codec == "jpeg":
-            return read_image(io.BytesIO(content), self.mode, size, self.where(i))
+            return read_image(content.tobytes(), self.mode, size, self.where(i))
         return torch.from_numpy(content.copy()).view(*pack["shapes"][i].tolist())
 
     def where(self, i):

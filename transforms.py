@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as TF
@@ -42,12 +41,18 @@ def keep(image, rng=None):
 
 def resize_shorter(image, size):
     """The shorter side becomes `size` pixels, antialiased bilinear (torchvision's Resize)."""
-    return TF.resize(image, [size], antialias=True)
+    height, width = image.shape[-2:]
+    shorter = min(height, width)
+    return _resize(image, int(size * height / shorter), int(size * width / shorter))
 
 
 def resize_square(image, size):
     """Both sides become `size` pixels whatever the aspect, antialiased bilinear."""
-    return TF.resize(image, [size, size], antialias=True)
+    return _resize(image, size, size)
+
+
+def _resize(image, height, width):
+    return F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
 
 
 def resize_center_crop(image, size):
@@ -71,22 +76,36 @@ def area_resize(image, size):
         return image
     if side < size:
         return resize_square(image, size)
-    sums = _area_sum(_area_sum(image.numpy(), size).swapaxes(1, 2), size).swapaxes(1, 2)
-    return torch.from_numpy(np.rint(sums / side**2).astype(np.uint8))
+    return torch.stack([_area_means(channel, size) for channel in image])
 
 
-def _area_sum(pixels, size):
-    """Sums over `size` equal intervals of axis 1, in units of 1/size pixel: exact integers."""
-    side, outputs = pixels.shape[1], np.arange(size)
-    total = 0
-    for tap in range(-(-side // size) + 1):  # an interval touches no more pixels than these
-        rows = outputs * side // size + tap
-        overlap = np.minimum((rows + 1) * size, (outputs + 1) * side) - np.maximum(
-            rows * size, outputs * side
-        )
-        weights = np.maximum(overlap, 0).astype(np.int32 if pixels.dtype == np.uint8 else np.int64)
-        total = total + pixels[:, np.minimum(rows, side - 1)] * weights[:, None]
-    return total
+def _area_means(pixels, size):
+    sums = _area_sums(pixels, size, torch.float32)  # below 2^24: exact up to 65,793 pixels
+    sums = _area_sums(sums.t().contiguous(), size, torch.float64).t()
+    return (sums / len(pixels) ** 2).round_().to(torch.uint8)
+
+
+def _area_sums(pixels, size, dtype):
+    """Sums over `size` equal intervals of the rows, in units of 1/size pixel: (size,W)."""
+    rows, weights = _area_weights(len(pixels), size)
+    groups, _, taps = weights.shape
+    rows = pixels.index_select(0, rows).view(groups, taps, -1)
+    return (weights.to(dtype) @ rows.to(dtype)).flatten(0, 1)[:size]
+
+
+@functools.lru_cache(maxsize=256)
+def _area_weights(side, size, group=4):
+    """What each of `group` neighbouring outputs takes of each pixel that they touch.
+
+    Returns (pixels (G*taps,) int64, weights (G,group,taps) int64 in units of 1/size pixel).
+    """
+    outputs = torch.arange(math.ceil(size / group) * group).view(-1, group, 1)
+    first = outputs[:, :1] * side // size
+    pixels = first + torch.arange(math.ceil(group * side / size) + 1)
+    ends = torch.minimum((pixels + 1) * size, (outputs + 1) * side)
+    weights = (ends - torch.maximum(pixels * size, outputs * side)).clamp_(min=0)
+    weights *= pixels < side
+    return pixels.clamp_(max=side - 1).flatten(), weights
 
 
 def random_flip(image, rng):
@@ -107,8 +126,8 @@ def random_resized_crop_flip(image, rng, size):
     Szegedy et al. 2015, arXiv:1409.4842; the draw is torchvision's RandomResizedCrop.
     """
     top, left, height, width = _resized_crop_window(*image.shape[-2:], rng)
-    crop = TF.resized_crop(image, top, left, height, width, [size, size], antialias=True)
-    return random_flip(crop, rng)
+    crop = image[..., top : top + height, left : left + width]
+    return random_flip(_resize(crop, size, size), rng)
 
 
 def _resized_crop_window(height, width, rng):
