@@ -218,7 +218,7 @@ def _union(parts, root, split, verify, labels="intersection", **options):
     name = "+".join(parts)
     if labels not in ("intersection", "union"):
         raise ValueError(f"--labels {labels}: must be intersection or union")
-    if len(set(parts)) < len(parts):
+    if len({packs.pack_of(part)[0] for part in parts}) < len(parts):
         raise ValueError(f"{name}: a dataset occurs twice in the union")
     members = []
     for part in parts:
@@ -316,7 +316,9 @@ def list_datasets(args):
         row = [name, "(made)" if folder is None else folder, "no", "", "", ""]
         if folder is None or (root / folder).is_dir():
             try:
-                sets = {s: load_dataset(name, root, s, verify=False) for s in SPLITS}
+                takes = args.cache_dir and "cache_dir" in dataset_options(name)
+                options = {"cache_dir": args.cache_dir} if takes else {}
+                sets = {s: load_dataset(name, root, s, verify=False, **options) for s in SPLITS}
                 counts = " + ".join(f"{len(dataset):,}" for dataset in sets.values())
                 train = sets["train"]
                 row[2:] = "yes", counts, len(train.classes), train.domain

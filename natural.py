@@ -168,11 +168,16 @@ def class_index(folder, cache_dir=None, held_out=None):
     for _, entry in entries:
         stat = entry.stat()
         size = None if entry.is_dir() else stat.st_size
-        key.update(os.fsencode(f"{entry.name} {size} {stat.st_mtime_ns}\n"))
+        # rsync and tar set the time of the content, but none can set that of the change.
+        key.update(os.fsencode(f"{entry.name} {size} {stat.st_mtime_ns} {stat.st_ctime_ns}\n"))
+    # Not inside the folder, where torchvision and others would take it for a class.
     place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:12]
-    stem = Path(cache_dir or folder) / f".index-{place if cache_dir else ''}"
+    stem = Path(cache_dir or folder.parent) / f".index-{place if cache_dir else folder.name}-"
     cache = Path(f"{stem}{key.hexdigest()[:24]}")
-    index = _open_arrays(cache)
+    archives = any(not entry.is_dir() for _, entry in entries)
+    columns = {"classes", "names", "labels", *(("starts", "sizes") if archives else ())}
+    columns |= {"held_from"} if held_out else set()
+    index = _open_arrays(cache, columns)
     if index is None:
         index = _build_index(entries, held_out)
         if len(index["names"]) >= CACHE_FROM:
@@ -183,7 +188,7 @@ def class_index(folder, cache_dir=None, held_out=None):
 def _build_index(entries, held_out):
     archives = any(not entry.is_dir() for _, entry in entries)
     columns = []  # of each class: names, labels, starts, sizes
-    for label, (_, entry) in enumerate(tqdm(entries, "index", disable=len(entries) < 1000)):
+    for label, (_, entry) in enumerate(tqdm(entries, "index", disable=None, leave=False)):
         names, places = _class_images(entry)
         if not len(names):
             raise ValueError(f"{entry.path}: the class has no image; add some or drop it")
@@ -229,38 +234,57 @@ def _refuse_no_image(name, where):
 def _tar_members(path):
     """[(name, start, size)] of a tar's images, by name; nothing is read or written but headers."""
     members = {}
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                where = f"{path}: {member.name}"
-                if member.isdir() or os.path.basename(member.name).startswith("."):
-                    continue
-                if not member.isreg() or member.issparse():
-                    raise ValueError(f"{where}: a link or device, not a file; make the tar anew")
-                if member.name.startswith("/") or ".." in member.name.split("/"):
-                    raise ValueError(f"{where}: names a place outside; make the tar anew")
-                if member.name in members:
-                    raise ValueError(f"{where}: two members of that name; make the tar anew")
-                _refuse_no_image(member.name, where)
-                members[member.name] = (member.name, member.offset_data, member.size)
-                archive.members.clear()  # tarfile would keep every header
-            archive.fileobj.seek(archive.offset)
-            if archive.fileobj.read(512) != bytes(512):
-                raise tarfile.ReadError(f"no end of archive at byte {archive.offset}")
-    except tarfile.TarError as error:
-        raise ValueError(f"{path}: a damaged or cut tar ({error}); fetch it again") from error
+    for member in _tar_headers(path):
+        where = f"{path}: {member.name}"
+        parts = member.name.split("/")
+        if member.isdir() or any(part.startswith(".") and part.strip(".") for part in parts):
+            continue
+        if member.issparse():
+            raise ValueError(f"{where}: a sparse file; make the tar anew, without --sparse")
+        if not member.isreg():
+            raise ValueError(f"{where}: a link or device, not a file; make the tar anew")
+        if member.name.startswith("/") or ".." in parts:
+            raise ValueError(f"{where}: names a place outside; make the tar anew")
+        place = os.path.normpath(member.name)
+        if place in members:
+            raise ValueError(f"{where}: two members of that name; make the tar anew")
+        _refuse_no_image(member.name, where)
+        members[place] = (member.name, member.offset_data, member.size)
     return sorted(members.values())
 
 
-def _open_arrays(cache):
+def _tar_headers(path):
+    """The headers of a tar, to its very end. Raises ValueError naming a damaged or cut tar."""
+    with open(path, "rb") as file:
+        try:
+            archive = tarfile.open(fileobj=file, mode="r:")
+            for member in archive:
+                if member.size < 0:
+                    raise tarfile.ReadError(f"{member.name}: {member.size} bytes")
+                yield member
+                archive.members.clear()  # tarfile would keep every header
+            file.seek(archive.offset)
+            if file.read(512) != bytes(512):
+                raise tarfile.ReadError(f"no end of archive at byte {archive.offset}")
+            while rest := file.read(2**20):
+                if rest.strip(b"\0"):
+                    raise tarfile.ReadError("more after its end")
+        # tarfile itself raises these of absurd sizes.
+        except (tarfile.TarError, ValueError, OverflowError, MemoryError, OSError) as error:
+            raise ValueError(
+                f"{path}: a damaged or cut tar ({error}); fetch it again, or decompress it"
+            ) from error
+
+
+def _open_arrays(cache, columns):
     """{name: array} of a directory of .npy files, mapped into memory; None where it is damaged."""
     try:
         arrays = {
-            file.stem: np.asarray(np.load(file, mmap_mode="r")) for file in cache.glob("*.npy")
+            name: np.asarray(np.load(cache / f"{name}.npy", mmap_mode="r")) for name in columns
         }
-        whole = len({len(arrays[name]) for name in ("names", "labels")}) == 1
-        return arrays if whole and "classes" in arrays else None
-    except (OSError, ValueError, KeyError):
+        each = [arrays[name] for name in columns - {"classes", "held_from"}]
+        return arrays if len({len(values) for values in each}) == 1 else None
+    except Exception:  # of a damaged header numpy raises many kinds
         return None
 
 
@@ -273,10 +297,13 @@ def _keep_arrays(cache, stem, arrays, required):
     try:
         beside.mkdir(parents=True)
         for name, values in arrays.items():
-            np.save(beside / f"{name}.npy", values)
+            with open(beside / f"{name}.npy", "wb") as file:
+                np.save(file, values)
+                file.flush()
+                os.fsync(file.fileno())
         for old in stem.parent.glob(f"{stem.name}*"):
             finished = re.fullmatch(re.escape(stem.name) + "[0-9a-f]{24}", old.name)
-            if finished and (old != cache or _open_arrays(cache) is None):
+            if finished and (old != cache or _open_arrays(cache, arrays.keys()) is None):
                 shutil.rmtree(old, ignore_errors=True)
         try:
             beside.rename(cache)
@@ -288,4 +315,4 @@ def _keep_arrays(cache, stem, arrays, required):
             raise OSError(f"--cache-dir {stem.parent}: cannot be written ({error})") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return _open_arrays(cache) or arrays
+    return _open_arrays(cache, arrays.keys()) or arrays

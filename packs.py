@@ -157,7 +157,7 @@ class Each(torch.utils.data.Dataset):
 def each_image(dataset, work, workers, title, first=0):
     """Yields work(dataset, i), or its error, for i from `first` (a multiple of PACK_CHUNK) on."""
     each, start = Each(dataset, work), first // PACK_CHUNK
-    with tqdm(total=len(dataset), initial=first, desc=title, unit="image", mininterval=1) as bar:
+    with tqdm(total=len(dataset), initial=first, desc=title, unit="image", disable=None) as bar:
         for results in loader(each, start, len(each), workers):
             yield from results
             bar.update(len(results))
@@ -321,7 +321,7 @@ def _write_index(part, facts, sets):
         records = np.fromfile(part / f"{split}.journal", JOURNAL)
         offsets = np.concatenate([[0], np.cumsum(records["bytes"])])
         images = np.memmap(part / f"{split}.images", mode="r")
-        for i in tqdm(range(len(records)), f"{split} verified", unit="image", mininterval=1):
+        for i in tqdm(range(len(records)), f"{split} verified", unit="image", disable=None):
             if zlib.crc32(images[offsets[i] : offsets[i + 1]]) != records["crc32"][i]:
                 raise ValueError(f"{part}: image {i} of {split} was not written well; remove it")
         arrays = {"offsets": offsets, "shapes": records["shape"], "crc32": records["crc32"]}

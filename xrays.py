@@ -4,6 +4,7 @@ Each function of a dataset is (name, root, split, **its options) -> ImageDataset
 arrays without an object a row.
 """
 
+import codecs
 import contextlib
 import csv
 import functools
@@ -57,7 +58,19 @@ def _is_text(text):
 
 
 TEXT = Column("S256", _texts, _is_text, "be UTF-8 of less than 256 bytes")
-NUMBER = Column(np.int64, np.array, str.isdecimal, "be a whole number")
+
+
+def _numbers(values):
+    if (values < 0).any():
+        raise ValueError("a negative number")
+    return np.array(values)
+
+
+def _is_number(text):
+    return text.isdecimal() and len(text) < 19  # as many digits fit 64 bits
+
+
+NUMBER = Column(np.int64, _numbers, _is_number, "be a whole number of at most 18 digits")
 
 
 def _one_of(*known):
@@ -99,7 +112,7 @@ def read_table(path, columns, optional=()):
         _refuse_bad_line(path, columns)
         raise ValueError(f"{path}: {error}; mend it or fetch it again") from error
     if not chunks:
-        raise ValueError(f"{path}: has no row below its header")
+        raise ValueError(f"{path}: has no row below its header; fetch it again")
     arrays = dict(zip(present, map(np.concatenate, zip(*chunks))))
     return [arrays.get(name) for name in columns]
 
@@ -107,12 +120,15 @@ def read_table(path, columns, optional=()):
 def _open_table(path):
     """The lines of a text file; each byte of its UTF-8 is one character (latin-1)."""
     file = gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
-    return io.TextIOWrapper(io.BufferedReader(file, 2**18), encoding="latin-1", newline="")
+    file = io.BufferedReader(file, 2**18)
+    if file.peek(3).startswith(codecs.BOM_UTF8):
+        file.read(3)
+    return io.TextIOWrapper(file, encoding="latin-1", newline="")
 
 
 def _header(path, lines, columns, optional):
     """The names of a table's columns; these columns must be there, once."""
-    line = next(lines, "").encode("latin-1").decode("utf-8-sig")
+    line = next(lines, "").encode("latin-1").decode()
     header = next(csv.reader([line]), [])
     for name in columns:
         if name not in header and name not in optional:
@@ -129,9 +145,13 @@ def _refuse_bad_line(path, columns):
     try:
         with _open_table(path) as lines:
             reader = csv.reader(lines)
-            header = next(reader, [])  # its first name may begin with a byte order mark
+            # Lines of blanks are passed over, as read_table passes over them.
+            rows = (row for row in reader if len(row) > 1 or "".join(row).strip())
+            header = next(rows, [])
+            if "\0" in "".join(header):
+                return  # UTF-16, which has no lines here; the header's own error says it
             places = [(header.index(name), name) for name in columns if name in header]
-            for row in filter(None, reader):
+            for row in rows:
                 where = f"{path}, line {reader.line_num}"
                 if len(row) != len(header):
                     raise ValueError(f"{where}: {len(row)} columns, the header has {len(header)}")
@@ -176,6 +196,8 @@ def _positions(keys, table, where):
 
 def _of_views(table, found, views, known):
     """(which rows show one of these views: (N,) bool, why the others are left out)."""
+    if isinstance(views, str) or len(set(views)) < len(views):
+        raise ValueError(f"--views {views}: must be a list that names each view once")
     shows = {view: found == view.encode() for view in views}
     unknown = [view for view in views if view not in known and not shows[view].any()]
     if unknown or not views:
@@ -311,8 +333,9 @@ def chexpert(name, root, split, views=("PA", "AP")):
     folder = root / "CheXpert-v1.0"
     table = folder / {"train": "train.csv", "test": "valid.csv"}[split]
     need(name, table)
-    columns = {"Path": CHEXPERT_PATHS, "Frontal/Lateral": TEXT, "AP/PA": TEXT}
-    paths, side, frontal, *findings = read_table(table, columns | FINDING_COLUMNS)
+    columns = {"Path": CHEXPERT_PATHS, "AP/PA": TEXT}
+    columns |= {"Frontal/Lateral": _one_of("Frontal", "Lateral")}
+    paths, frontal, side, *findings = read_table(table, columns | FINDING_COLUMNS)
     found = np.where(side == b"Frontal", frontal, b"L")
     kept, other = _of_views(table, found, views, ("PA", "AP", "LL", "RL", "L"))
     paths = paths[kept]
@@ -362,6 +385,7 @@ def mimic_rows(name, folder, split, views):
     key, owners, *findings = read_table(
         findings_table, {"study_id": NUMBER, "subject_id": NUMBER} | FINDING_COLUMNS
     )
+    _refuse_repeats(key, findings_table)  # two images of a study are no repeat, two rows are
     row = _positions(studies, key, findings_table)
     wrong = (row >= 0) & (owners[row] != subjects)
     if wrong.any():
@@ -473,11 +497,10 @@ def _padchest_split(rows, patients, split_by):
 
 def _padchest_names(folder, names, folders):
     """Paths below the dataset's directory: images lie in the folder of ImageDir, or beside it."""
-    if folders is None:
+    used = [] if folders is None else [f for f in np.unique(folders) if f]
+    if not any((folder / os.fsdecode(f)).is_dir() for f in used):
         return names
-    there = [value for value in np.unique(folders) if (folder / os.fsdecode(value)).is_dir()]
-    prefix = np.where(np.isin(folders, there) & (folders != b""), np.char.add(folders, b"/"), b"")
-    return np.char.add(prefix, names)
+    return np.char.add(np.where(folders != b"", np.char.add(folders, b"/"), b""), names)
 
 
 @functools.lru_cache(maxsize=2**16)
@@ -500,7 +523,7 @@ def covidx(name, root, split):
     for number, line in _read_list(path):
         # The patient's id may hold blanks, the file's name, the label and the source do not.
         patient, *fields = line.rsplit(None, 3)
-        if len(fields) < 3 or fields[1] not in classes:
+        if len(fields) < 3 or fields[1] not in classes or "/" in fields[0]:
             raise ValueError(
                 f"{path}, line {number}: {line!r} is not 'patient file negative|positive source'"
             )
@@ -520,12 +543,14 @@ def tuberculosis(name, root, split):
     need(name, *(folder / part for part in parts))
     names = []
     for part in parts:
-        files = sorted((folder / part).glob("*.png"))
+        files = sorted(f for f in (folder / part).glob("*.png") if not f.name.startswith("."))
         if not files:
             raise ValueError(f"{folder / part}: holds no .png file; fetch the dataset again")
         for file in files:
             if file.stem[-1] not in "01":
-                raise ValueError(f"{file}: its name ends in neither _0 (normal) nor _1")
+                raise ValueError(
+                    f"{file}: its name ends in neither _0 (normal) nor _1; rename it or move it out"
+                )
         np.random.RandomState(42).shuffle(files)
         count = int(0.85 * len(files))
         chosen = files[:count] if split == "train" else files[count:]
