@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-EXIT_BAD_INPUT = 2
+EXIT_BAD_INPUT, EXIT_STOPPED = 2, 75  # 75 is EX_TEMPFAIL: run the same command again
 
 
 # ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Data flows: `load_dataset` -> `ImageDataset` (images.py: uint8 images and labels
 """
 
 import collections
+import contextlib
 import difflib
 import hashlib
 import inspect
@@ -23,7 +24,7 @@ import natural
 import packs
 import synthetic
 import xrays
-from console import Parser, complain, one_of, positive, print_table, write_json
+from console import EXIT_STOPPED, Parser, complain, one_of, positive, print_table, write_json
 from images import ImageDataset, Joined, refuse_missing
 from loading import Stream, generator
 from transforms import resize_square
@@ -135,10 +136,8 @@ def load_dataset(
         dataset = keep_single_label(dataset)
     images = len(dataset) if split == "test" else round(fraction * len(dataset))
     if not images:
-        raise ValueError(
-            f"{name}: no image of the {split} split is left by the options "
-            f"(--fraction {fraction:g}, {dataset.options})"
-        )
+        options = dataset.options | ({"fraction": fraction} if fraction < 1 else {})
+        raise ValueError(f"{name}: no image of the {split} split is left by the options {options}")
     if images < len(dataset):
         chosen = generator(fraction_seed, Stream.FRACTION).permutation(len(dataset))
         dataset = dataset.subset(np.sort(chosen[:images]))
@@ -310,9 +309,13 @@ def _both(args, **options):
 def list_datasets(args):
     """Every name that can be had below --data-dir, packs included."""
     root, rows = Path(args.data_dir), []
-    packed = sorted(path.name for path in root.glob("*@*") if (path / "pack.json").exists())
+    packed = []
+    for folder in sorted(path.parent for path in root.glob("*@*/pack.json")):
+        original, size, _ = packs.pack_of(folder.name)
+        if size:
+            packed.append(folder.name if original in DATASETS else f"folder:{folder}")
     for name in (*DATASETS, *packed):
-        folder = DATASETS[name].folder if name in DATASETS else name
+        folder = DATASETS[name].folder if name in DATASETS else os.path.basename(name)
         row = [name, "(made)" if folder is None else folder, "no", "", "", ""]
         if folder is None or (root / folder).is_dir():
             try:
@@ -331,6 +334,8 @@ def list_datasets(args):
 
 def info(args):
     """What a dataset holds: counts, marks by class, patients, image sizes; a sheet of examples."""
+    if args.sheet and Path(args.sheet).suffix.lower() != ".png":
+        raise ValueError(f"--sheet {args.sheet}: must end in .png")
     sets = _both(args)
     train = sets["train"]
     print(f"{args.name}: {train.domain}, {train.task}, {len(train.classes)} classes")
@@ -392,19 +397,23 @@ def contact_sheet(dataset, columns=8, rows=20, side=96):
 def check(args):
     """Opens every image; lists what is broken, missing, or there twice. 1 where anything is."""
     sets = _both(args, verify=False)
+    folder = Path(args.report or ".").parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise ValueError(f"--report {args.report}: its directory cannot be written")
     found = {"missing": [], "broken": [], "duplicated": [], "in train and test": []}
     prints, firsts = {}, {}
     for split, dataset in sets.items():
         prints[split] = np.zeros(len(dataset), np.uint64)
         good = np.ones(len(dataset), bool)
         workers = args.workers or os.cpu_count()
-        for i, result in enumerate(packs.each_image(dataset, _fingerprint, workers, split)):
-            if isinstance(result, Exception):
-                good[i] = False
-                kind = "missing" if isinstance(result, FileNotFoundError) else "broken"
-                found[kind].append(f"{split}: {result}")
-            else:
-                prints[split][i] = result
+        with contextlib.closing(packs.each_image(dataset, _fingerprint, workers, split)) as results:
+            for i, result in enumerate(results):
+                if isinstance(result, Exception):
+                    good[i] = False
+                    kind = "missing" if isinstance(result, FileNotFoundError) else "broken"
+                    found[kind].append(f"{split}: {result}")
+                else:
+                    prints[split][i] = result
         places = np.flatnonzero(good)
         values, first, inverse = np.unique(
             prints[split][places], return_index=True, return_inverse=True
@@ -465,7 +474,7 @@ def pack(args):
 def download(args):
     """Fetches what torchvision can fetch."""
     if "download" not in dataset_options(args.name):
-        raise ValueError(f"{args.name}: its owner distributes it, torchvision cannot fetch it")
+        raise ValueError(f"{args.name}: torchvision cannot fetch it")
     sets = _both(args, download=True)
     print(f"{args.name}: {len(sets['train'])} + {len(sets['test'])} images in {args.data_dir}")
 
@@ -516,6 +525,9 @@ def main(argv=None):
         return COMMANDS[args.command](args) or 0
     except (ValueError, OSError) as error:
         return complain(error)
+    except KeyboardInterrupt:
+        print("stopped by SIGINT; run the same command again", file=sys.stderr)
+        return EXIT_STOPPED
 
 
 if __name__ == "__main__":

@@ -26,9 +26,8 @@ from tqdm import tqdm
 import data
 import loading
 import models
-from console import complain, one_of, positive, write_atomically
+from console import EXIT_STOPPED, complain, one_of, positive, write_atomically
 
-EXIT_STOPPED = 75  # 75 is EX_TEMPFAIL: run the same command again
 PRECISIONS = ("auto", "fp32", "bf16")
 
 
@@ -401,7 +400,8 @@ def _mean(values):
 def to_input(images, normalization, device):
     """uint8 (N,1|3,H,W) -> normalised float32 (N,3,H,W) on the device; grey is copied to RGB."""
     mean, std = _statistics(normalization, device)
-    return images.to(device, non_blocking=True).float().sub_(mean).div_(std)  # one new tensor
+    images = images.to(device, non_blocking=True).expand(-1, 3, -1, -1)
+    return images.float().sub_(mean).div_(std)  # in place: a new tensor each costs ten times more
 
 
 @functools.lru_cache

@@ -3,6 +3,7 @@
 A pack holds the labels, classes and groups of its dataset and is used without the original.
 """
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -38,9 +39,10 @@ class Packed(NamedTuple):
     split: str
     codec: str
     mode: str
+    made: int  # when, in ns: a pack made anew in its place is another
 
     def __call__(self, i, size=None):
-        pack = _mapped_pack(self.folder, self.split)
+        pack = _mapped_pack(self.folder, self.split, self.made)
         content = pack["images"][pack["offsets"][i] : pack["offsets"][i + 1]]
         if zlib.crc32(content) != pack["crc32"][i]:
             raise ValueError(f"{self.where(i)}: damaged; remove {self.folder} and pack it again")
@@ -49,12 +51,12 @@ class Packed(NamedTuple):
         return torch.from_numpy(content.copy()).view(*pack["shapes"][i].tolist())
 
     def where(self, i):
-        name = _mapped_pack(self.folder, self.split)["names"][i]
+        name = _mapped_pack(self.folder, self.split, self.made)["names"][i]
         return f"{self.name} {self.split} image {i} ({os.fsdecode(name)})"
 
 
 @functools.lru_cache(maxsize=64)
-def _mapped_pack(folder, split):
+def _mapped_pack(folder, split, made):
     """The arrays of a pack's split, mapped once a process: {name: array}."""
     paths = Path(folder).glob(f"{split}.*.npy")
     arrays = {path.name.split(".")[1]: np.load(path, mmap_mode="r") for path in paths}
@@ -64,21 +66,22 @@ def _mapped_pack(folder, split):
 
 def pack_of(name, root="datasets"):
     """(name of the original, size, directory) that NAME@SIZE means, or (name, None, None)."""
-    match = re.fullmatch(r"(.+)@(\d+)", name)
+    match = re.fullmatch(r"(.*[^/])/*@(\d+)", name)
     folder = (
         name.removeprefix("folder:") if name.startswith("folder:") else os.path.join(root, name)
     )
     # A directory of one's own images may have such a name too.
     if not match or (name.startswith("folder:") and os.path.isdir(os.path.join(folder, "train"))):
         return name, None, None
-    return match[1], int(match[2]), Path(folder)
+    return match[1], int(match[2]), Path(re.sub(r"/+@", "@", folder))
 
 
 def open_pack(name, root, split, **options):
     """The dataset of a pack; options that shaped it must be those it was made with."""
     original, size, folder = pack_of(name, root)
     facts = _pack_facts(folder, original, size)
-    options.pop("cache_dir", None)
+    for option in ("cache_dir", "download"):  # these shape nothing
+        options.pop(option, None)
     for option, value in json.loads(json.dumps(options)).items():
         made_with = facts["options"].get(option)
         if value != made_with:
@@ -86,8 +89,9 @@ def open_pack(name, root, split, **options):
                 f"{folder} was packed with {option} = {made_with}, not {value}; leave the option "
                 "out, or pack it again into another --data-dir"
             )
-    arrays = _mapped_pack(str(folder), split)
-    reader = Packed(name, str(folder), split, facts["codec"], facts["mode"])
+    made = (folder / "pack.json").stat().st_mtime_ns
+    arrays = _mapped_pack(str(folder), split, made)
+    reader = Packed(name, str(folder), split, facts["codec"], facts["mode"], made)
     return ImageDataset(
         name, reader, arrays["labels"], facts["classes"], facts["task"], facts["domain"],
         arrays.get("groups"), None, facts["options"], facts["dropped"][split],
@@ -106,6 +110,8 @@ def _pack_facts(folder, original, size):
         facts = json.loads(path.read_text())
         schema, files = facts["schema"], facts["files"]
         found = facts["name"], facts["size"]
+        if schema == PACK_SCHEMA and facts.pop("crc32") != _facts_crc32(facts):
+            raise ValueError("its checksum is wrong")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged ({error}); {again}") from error
     if schema != PACK_SCHEMA:
@@ -119,6 +125,10 @@ def _pack_facts(folder, original, size):
         if checksum is not None and _file_crc32(file) != checksum:
             raise ValueError(f"{file}: its checksum is wrong; {again}")
     return facts
+
+
+def _facts_crc32(facts):
+    return zlib.crc32(json.dumps(facts, sort_keys=True).encode())
 
 
 def pack_name(name):
@@ -190,6 +200,8 @@ def pack(name, sets, size, target, codec="raw", quality=90, workers=None):
     the disk is too small.
     """
     facts = _facts(name, sets, size, codec, quality)
+    if target.exists() and not (target / "pack.json").exists():
+        raise ValueError(f"{target}: holds no pack.json, so it is no pack; remove it")
     if target.exists():
         made = _pack_facts(target, name, size)
         _same_facts(target, made, facts)
@@ -201,16 +213,28 @@ def pack(name, sets, size, target, codec="raw", quality=90, workers=None):
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             raise ValueError(f"{part}: another process is packing it") from error
-        _begin(part, facts)
-        if not (part / "pack.json").exists():
-            work = functools.partial(_encode, size=size, codec=codec, quality=quality)
-            _refuse_small_disk(part, sets, work)
-            for split, dataset in sets.items():
-                _write_images(part, split, dataset, work, workers or os.cpu_count())
-            _write_index(part, facts, sets)
-        for name in ("train.journal", "test.journal", "begun.json", "lock"):
-            (part / name).unlink(missing_ok=True)
+        try:
+            _fill(part, sets, facts, size, codec, quality, workers)
+        except OSError as error:
+            if str(part) in str(error):
+                raise
+            raise OSError(
+                f"{part}: cannot be written ({error}); free space and run the same command again"
+            ) from error
         part.rename(target)
+
+
+def _fill(part, sets, facts, size, codec, quality, workers):
+    """Writes all files of a pack into the directory where it is made."""
+    _begin(part, facts)
+    if not (part / "pack.json").exists():
+        work = functools.partial(_encode, size=size, codec=codec, quality=quality)
+        _refuse_small_disk(part, sets, work)
+        for split, dataset in sets.items():
+            _write_images(part, split, dataset, work, workers or os.cpu_count())
+        _write_index(part, facts, sets)
+    for name in ("train.journal", "test.journal", "begun.json", "lock"):
+        (part / name).unlink(missing_ok=True)
 
 
 def _facts(name, sets, size, codec, quality):
@@ -254,11 +278,10 @@ def _same_facts(place, theirs, ours):
 
 def _begin(part, facts):
     """Notes what is packed; a packing that was begun goes on only with the same."""
-    path = part / "begun.json"
-    if path.exists():
-        _same_facts(part, json.loads(path.read_text()), facts)
-    else:
-        write_json(path, facts)
+    for path in (part / "pack.json", part / "begun.json"):
+        if path.exists():
+            return _same_facts(part, json.loads(path.read_text()), facts)
+    write_json(path, facts)
 
 
 def _refuse_small_disk(part, sets, work):
@@ -285,22 +308,23 @@ def _write_images(part, split, dataset, work, workers):
         done = _trim(images, journal, len(dataset))
         if done == len(dataset):
             return
-        results = each_image(dataset, work, workers, f"{split} images", done)
         records, pending = [], 0
-        for number, result in enumerate(results, done + 1):
-            if isinstance(result, Exception):
-                raise result
-            content, shape = result
-            images.write(content)
-            records.append((len(content), zlib.crc32(content), shape))
-            pending += len(content)
-            if pending > 2**26 or number == len(dataset):
-                images.flush()
-                os.fsync(images.fileno())
-                journal.write(np.array(records, JOURNAL).tobytes())
-                journal.flush()
-                os.fsync(journal.fileno())
-                records, pending = [], 0
+        results = each_image(dataset, work, workers, f"{split} images", done)
+        with contextlib.closing(results):  # the bar ends above any message
+            for number, result in enumerate(results, done + 1):
+                if isinstance(result, Exception):
+                    raise result
+                content, shape = result
+                images.write(content)
+                records.append((len(content), zlib.crc32(content), shape))
+                pending += len(content)
+                if pending > 2**26 or number == len(dataset):
+                    images.flush()
+                    os.fsync(images.fileno())
+                    journal.write(np.array(records, JOURNAL).tobytes())
+                    journal.flush()
+                    os.fsync(journal.fileno())
+                    records, pending = [], 0
 
 
 def _trim(images, journal, total):
@@ -336,4 +360,5 @@ def _write_index(part, facts, sets):
             os.fsync(file.fileno())
         checksum = None if name.endswith(".images") else _file_crc32(part / name)
         files[name] = (part / name).stat().st_size, checksum
-    write_json(part / "pack.json", facts | {"files": files})
+    facts = json.loads(json.dumps(facts | {"files": files}))
+    write_json(part / "pack.json", facts | {"crc32": _facts_crc32(facts)})

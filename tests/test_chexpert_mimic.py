@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from conftest import refuses, save
 from PIL import Image
 
 import data
@@ -100,25 +101,9 @@ PADCHEST_HEADER = (
 )
 
 
-def refuses(error, call, *words):
-    """The error is of exactly this type, one line long, and has these words."""
-    with pytest.raises(error) as caught:
-        call()
-    assert caught.type is error
-    message = str(caught.value)
-    assert "\n" not in message and "\r" not in message
-    for word in words:
-        assert str(word) in message, message
-
-
 def marks(*rows):
     """A row a text: 1, 0, and . for NaN."""
     return np.array([[{"1": 1, "0": 0, ".": np.nan}[c] for c in row] for row in rows], np.float32)
-
-
-def save(path, pixels):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
 
 
 def write(path, content):

@@ -17,24 +17,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torchvision
-from conftest import ROOT, env
+from conftest import ROOT, env, refuses
 from PIL import Image
 
 import data
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 END = bytes(1024)  # two blocks of zeros end a tar
-
-
-def refuses(error, call, *words):
-    """The error is of exactly this type, one line long, and has these words."""
-    with pytest.raises(error) as caught:
-        call()
-    assert caught.type is error
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert str(word) in message
 
 
 def jpeg(seed, height=1, width=1):

@@ -13,26 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import refuses, save
 from PIL import Image
 
 import data
 from data import load_dataset
-
-
-def refuses(error, call, *words):
-    """The error is of exactly this type, one line long, and has these words."""
-    with pytest.raises(error) as caught:
-        call()
-    assert caught.type is error
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert str(word) in message
-
-
-def save(path, pixels):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
 
 
 def names(dataset):

@@ -1,0 +1,105 @@
+"""Decoding: every kind of pixel file, and what is none."""
+
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import luma, noise, pixels_of, refuses, save
+from PIL import Image
+
+from images import read_image
+
+GREY = np.array([[0, 1, 128], [200, 254, 255]], np.uint8)
+COLOUR = np.stack([GREY, GREY[::-1], GREY[:, ::-1]], -1)
+ALPHA = np.array([[0, 0, 7], [255, 3, 0]], np.uint8)
+DEEP = np.array([[0, 128, 129], [257, 32896, 65535]], np.uint16)
+
+
+def as_palette():
+    image = Image.new("P", (3, 2))
+    image.putpalette([*range(10, 28)])
+    image.putdata([0, 1, 2, 3, 4, 5])
+    return image, np.arange(10, 28, dtype=np.uint8).reshape(2, 3, 3)
+
+
+@pytest.mark.parametrize(
+    "image, rgb, grey",
+    [
+        (Image.fromarray(GREY), GREY, GREY),
+        (Image.fromarray(DEEP), *[np.array([[0, 0, 1], [1, 128, 255]], np.uint8)] * 2),
+        (Image.fromarray(np.stack([GREY, ALPHA], -1)), GREY, GREY),
+        (Image.fromarray(COLOUR), COLOUR, luma(COLOUR)),
+        (Image.fromarray(np.dstack([COLOUR, ALPHA])), COLOUR, luma(COLOUR)),
+        (as_palette()[0], as_palette()[1], luma(as_palette()[1])),
+        (Image.fromarray(GREY > 127), *[np.where(GREY > 127, 255, 0).astype(np.uint8)] * 2),
+    ],
+    ids=["grey", "grey16", "grey+alpha", "rgb", "rgba", "palette", "one-bit"],
+)
+def test_read_image_modes(tmp_path, image, rgb, grey):
+    image.save(tmp_path / "x.png")
+    colour, single = read_image(tmp_path / "x.png", "RGB"), read_image(tmp_path / "x.png", "L")
+    assert colour.dtype == single.dtype == torch.uint8
+    assert colour.shape == (3, 2, 3) and single.shape == (1, 2, 3)
+    rgb = rgb if rgb.ndim == 3 else np.stack([rgb] * 3, -1)
+    np.testing.assert_array_equal(colour.permute(1, 2, 0), rgb)
+    np.testing.assert_array_equal(single[0], grey)
+
+
+def test_read_image_cmyk_jpeg(tmp_path, rng):
+    inks = noise(rng, 16, 24, 4)
+    Image.fromarray(inks, "CMYK").save(tmp_path / "x.jpg", quality=95)
+    colour, single = (read_image(tmp_path / "x.jpg", mode) for mode in ("RGB", "L"))
+    assert colour.shape == (3, 16, 24) and single.shape == (1, 16, 24)
+    np.testing.assert_array_equal(colour, pixels_of(tmp_path / "x.jpg"))
+    np.testing.assert_array_equal(single, pixels_of(tmp_path / "x.jpg", "L"))
+    Image.new("CMYK", (8, 8), (255, 0, 0, 0)).save(tmp_path / "cyan.jpg")
+    assert read_image(tmp_path / "cyan.jpg", "RGB")[:, 4, 4].tolist() == [0, 255, 255]
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg"])
+def test_read_image_refuses_truncated(tmp_path, rng, ending):
+    path = tmp_path / f"x.{ending}"
+    save(path, noise(rng, 64, 64, 3))
+    whole = path.read_bytes()
+    for part in (1, 20, len(whole) // 2, len(whole) - 100):
+        path.write_bytes(whole[:part])
+        refuses(ValueError, lambda: read_image(path, "RGB"), path, "unreadable")
+
+
+def test_read_image_refuses_what_is_no_image(tmp_path):
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("no image\n" * 100)
+    (tmp_path / "folder.png").mkdir()
+    for name in ("empty.png", "text.png", "folder.png"):
+        refuses(ValueError, lambda name=name: read_image(tmp_path / name, "L"), tmp_path / name)
+    refuses(
+        FileNotFoundError, lambda: read_image(tmp_path / "none.png", "L"), tmp_path / "none.png"
+    )
+
+
+def test_read_image_refuses_float_and_wide_pixels(tmp_path):
+    for pixels in (np.full((2, 2), 0.5, np.float32), np.full((2, 2), 70000, np.int32)):
+        save(tmp_path / "x.tif", pixels)
+        refuses(ValueError, lambda: read_image(tmp_path / "x.tif", "L"), "x.tif", "16-bit")
+
+
+def test_read_image_refuses_bombs(tmp_path, monkeypatch):
+    def chunk(kind, body):
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 50000, 50000, 8, 0, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(bytes(10**6))) + chunk(b"IEND", b"")
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + body)
+    refuses(ValueError, lambda: read_image(tmp_path / "bomb.png", "L"), "bomb.png", "bomb")
+    # Pillow refuses from twice its limit on and merely warns below that.
+    save(tmp_path / "x.png", np.zeros((10, 15), np.uint8))
+    assert read_image(tmp_path / "x.png", "L").shape == (1, 10, 15)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        refuses(ValueError, lambda: read_image(tmp_path / "x.png", "L"), "x.png", "15 x 10", "bomb")

@@ -1,0 +1,274 @@
+"""Folders of one's own, and what torchvision reads."""
+
+import os
+import pickle
+from functools import partial
+
+import numpy as np
+import pytest
+import scipy.io
+import torch
+import torchvision
+from conftest import load_folder, noise, pixels_of, refuses, save
+
+import data
+from data import load_dataset
+
+
+def test_folder(pets_at_home):
+    train, test = load_folder(pets_at_home), load_folder(pets_at_home, "test")
+    assert train.classes == test.classes == ("Dog", "cat")  # sorted as torchvision sorts
+    assert train.labels.tolist() == [0, 0, 0, 1, 1] and test.labels.tolist() == [0, 1]
+    assert train.labels.dtype == np.int64
+    assert (train.task, train.domain, train.groups) == ("multiclass", "natural", None)
+    image, label = train[4]
+    np.testing.assert_array_equal(image, pixels_of(pets_at_home / "train" / "cat" / "1.png"))
+    assert label.dtype == torch.int64 and label.item() == 1
+
+
+def test_folder_passes_hidden_entries_over(pets_at_home):
+    (pets_at_home / "train" / "cat" / ".DS_Store").touch()
+    (pets_at_home / "train" / ".thumbnails").mkdir()
+    (pets_at_home / "test" / ".thumbnails").mkdir()
+    assert load_folder(pets_at_home).labels.tolist() == [0, 0, 0, 1, 1]
+    assert load_folder(pets_at_home, "test").classes == ("Dog", "cat")
+
+
+def test_folder_odd_names(pets_at_home, rng):
+    names = ["A B.PNG", "new\nline.JpEg", "é漢.png", "-rf.TIFF", "'q\".bmp", "a%d{}.png"]
+    expected = []
+    for i, name in enumerate(sorted(names)):
+        save(pets_at_home / "train" / "Ünï 漢" / name, noise(rng, 3 + i, 4, 3))
+        expected.append(pixels_of(pets_at_home / "train" / "Ünï 漢" / name))
+    dataset = load_folder(pets_at_home)
+    assert dataset.classes == ("Dog", "cat", "Ünï 漢")
+    for i, pixels in enumerate(expected):
+        np.testing.assert_array_equal(dataset.read(5 + i), pixels)
+
+
+def test_folder_names_that_are_not_utf8(pets_at_home, rng):
+    path = os.fsencode(pets_at_home / "train" / "cat" / "0.png")
+    odd = path.replace(b"cat", b"c\xff\xfet").replace(b"0.png", b"\xe9.png")
+    try:
+        os.mkdir(os.path.dirname(odd))
+    except OSError:
+        pytest.skip("the file system takes UTF-8 alone")
+    os.rename(path, odd)
+    dataset = load_folder(pets_at_home)
+    assert dataset.classes == ("Dog", "cat", "c\udcff\udcfet")
+    assert dataset.labels.tolist() == [0, 0, 0, 1, 2]
+    np.testing.assert_array_equal(dataset.read(4), pixels_of(odd))
+    os.truncate(odd, 30)
+    refuses(ValueError, lambda: dataset.read(4), "c\udcff\udcfet")
+
+
+def test_folder_refusals(pets_at_home):
+    train, test = pets_at_home / "train", pets_at_home / "test"
+    (test / "cow").mkdir()
+    refuses(ValueError, partial(load_folder, pets_at_home, "test"), test / "cow", "no class")
+    (test / "cow").rename(train / "cow")
+    refuses(ValueError, partial(load_folder, pets_at_home), train / "cow", "no image")
+    (train / "cow").rmdir()
+    (train / "cat" / "notes.txt").touch()
+    refuses(
+        ValueError, partial(load_folder, pets_at_home), train / "cat" / "notes.txt", "not an image"
+    )
+    (train / "cat" / "notes.txt").rename(train / "notes.txt")
+    refuses(ValueError, partial(load_folder, pets_at_home), train / "notes.txt", "class directory")
+    (train / "notes.txt").unlink()
+    (test / "cat" / "0.png").unlink()
+    refuses(ValueError, partial(load_folder, pets_at_home, "test"), test / "cat", "no image")
+    train.rename(pets_at_home / "training")
+    refuses(FileNotFoundError, partial(load_folder, pets_at_home), train, "PATH/train/CLASS")
+    train.mkdir()
+    refuses(ValueError, partial(load_folder, pets_at_home), train, "no class directory")
+
+
+def test_folder_symlinks(pets_at_home):
+    train = pets_at_home / "train"
+    (train / "cat" / "9.png").symlink_to("1.png")
+    assert torch.equal(load_folder(pets_at_home).read(5), load_folder(pets_at_home).read(4))
+    (train / "cat" / "loop.png").symlink_to("loop.png")
+    with pytest.raises((ValueError, OSError), match="loop.png"):
+        load_folder(pets_at_home).read(6)
+    (train / "round").symlink_to(train)  # a class that holds the classes
+    refuses(ValueError, partial(load_folder, pets_at_home), train / "round" / "Dog", "not an image")
+    (train / "round").unlink()
+    (train / "round").symlink_to("round")
+    with pytest.raises(OSError, match="round"):
+        load_folder(pets_at_home)
+
+
+@pytest.mark.parametrize("split, count", [("train", 2000), ("test", 1000)])
+def test_folder_real_equals_torchvision(real_data, split, count):
+    dataset = load_folder(real_data / "cifar10-folder", split)
+    reference = torchvision.datasets.ImageFolder(real_data / "cifar10-folder" / split)
+    assert len(dataset) == len(reference) == count
+    assert dataset.classes == tuple(reference.classes) and len(dataset.classes) == 10
+    assert dataset.labels.tolist() == reference.targets
+    for i in range(0, count, 7):
+        np.testing.assert_array_equal(dataset.read(i), pixels_of(reference.samples[i][0]))
+
+
+def test_subset_keeps_labels_and_groups_together(chests):
+    part = chests.load().subset([2, 0])
+    assert part.groups.tolist() == [3, 1]
+    assert [np.flatnonzero(row).tolist() for row in part.labels] == [[0, 11, 13], [1, 4]]
+    np.testing.assert_array_equal(part.read(1)[0], chests.pixels["00000001_000.png"])
+
+
+def test_subset(pets_at_home):
+    dataset = load_folder(pets_at_home)
+    for indices in ([4, 0], np.array([False, True, False, False, True]), torch.tensor([3, 3])):
+        part = dataset.subset(indices)
+        places = np.arange(5)[indices]
+        assert len(part) == len(places) and part.labels.tolist() == dataset.labels[places].tolist()
+        for i, place in enumerate(places):
+            assert torch.equal(part.read(i), dataset.read(place))
+    with pytest.raises(IndexError):
+        dataset.subset([5])
+
+
+def test_slug():
+    assert data.dataset_slug("nih") == "nih"
+    assert data.dataset_slug("folder:/a/b/") == "folder-b"
+
+
+def whole(monkeypatch, module):
+    """torchvision's checksums are of the real files: any file that exists will do here."""
+    monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: os.path.isfile(path))
+
+
+def write_pickle(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pickle.dumps(content))
+
+
+def test_cifar10(tmp_path, rng, monkeypatch):
+    whole(monkeypatch, torchvision.datasets.cifar)
+    base = tmp_path / "cifar-10-batches-py"
+    pixels, labels = noise(rng, 12, 3, 32, 32), rng.integers(10, size=12).tolist()
+    for i, file in enumerate([*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]):
+        part = slice(2 * i, 2 * i + 2)
+        write_pickle(base / file, {"data": pixels[part].reshape(2, 3072), "labels": labels[part]})
+    names = [f"class {i}" for i in range(10)]
+    write_pickle(base / "batches.meta", {"label_names": names})
+    for split, part in (("train", slice(10)), ("test", slice(10, 12))):
+        dataset = load_dataset("cifar10", tmp_path, split)
+        assert dataset.classes == tuple(names)
+        assert dataset.labels.dtype == np.int64 and dataset.labels.tolist() == labels[part]
+        for i, expected in enumerate(pixels[part]):
+            np.testing.assert_array_equal(dataset.read(i), expected)
+
+
+def test_cifar100(tmp_path, rng, monkeypatch):
+    whole(monkeypatch, torchvision.datasets.cifar)
+    base = tmp_path / "cifar-100-python"
+    pixels = noise(rng, 5, 3, 32, 32)
+    for file, part, fine in (("train", slice(3), [99, 0, 5]), ("test", slice(3, 5), [7, 7])):
+        flat = pixels[part].reshape(-1, 3072)
+        write_pickle(base / file, {"data": flat, "fine_labels": fine, "coarse_labels": [1] * 3})
+    write_pickle(base / "meta", {"fine_label_names": [f"f{i}" for i in range(100)]})
+    train, test = (load_dataset("cifar100", tmp_path, split) for split in ("train", "test"))
+    assert train.labels.tolist() == [99, 0, 5] and test.labels.tolist() == [7, 7]
+    assert train.classes[99] == "f99" and len(train.classes) == 100
+    np.testing.assert_array_equal(test.read(1), pixels[4])
+
+
+@pytest.fixture
+def flowers(tmp_path, rng, monkeypatch):
+    whole(monkeypatch, torchvision.datasets.flowers102)
+    base = tmp_path / "flowers-102"
+    for image in range(1, 8):
+        save(base / "jpg" / f"image_{image:05d}.jpg", noise(rng, 6, 4 + image, 3))
+    labels = np.array([[77, 1, 102, 3, 3, 50, 2]])  # counted from 1
+    scipy.io.savemat(base / "imagelabels.mat", {"labels": labels})
+    sets = {"trnid": [[2, 1]], "valid": [[7, 5]], "tstid": [[6, 3, 4]]}
+    scipy.io.savemat(base / "setid.mat", {name: np.array(ids) for name, ids in sets.items()})
+    return tmp_path
+
+
+def test_flowers(flowers):
+    train, test = (load_dataset("flowers102", flowers, split) for split in ("train", "test"))
+    # The study's rule: the official test list is trained on, train + validation is tested on.
+    assert train.labels.tolist() == [49, 101, 2] and test.labels.tolist() == [0, 76, 1, 2]
+    assert train.labels.dtype == np.int64
+    for dataset, images in ((train, (6, 3, 4)), (test, (2, 1, 7, 5))):
+        assert len(dataset.classes) == 102 and dataset.classes[76] == "passion flower"
+        for i, image in enumerate(images):
+            path = flowers / "flowers-102" / "jpg" / f"image_{image:05d}.jpg"
+            np.testing.assert_array_equal(dataset.read(i), pixels_of(path))
+
+
+def test_flowers_names_a_missing_image(flowers):
+    path = flowers / "flowers-102" / "jpg" / "image_00003.jpg"
+    path.unlink()
+    refuses(FileNotFoundError, lambda: load_dataset("flowers102", flowers), "flowers102", path)
+
+
+def test_pets(tmp_path, rng):
+    base = tmp_path / "oxford-iiit-pet"
+    lists = {"trainval": ["Abyssinian_2 1 1 1", "great_pyrenees_9 2 2 1", "Abyssinian_5 1 1 1"]}
+    lists["test"] = ["great_pyrenees_1 2 2 1", "Abyssinian_7 1 1 1"]
+    for file, lines in lists.items():
+        (base / "annotations").mkdir(parents=True, exist_ok=True)
+        (base / "annotations" / f"{file}.txt").write_text("\n".join(lines) + "\n")
+        for line in lines:
+            save(base / "images" / f"{line.split()[0]}.jpg", noise(rng, 7, 5, 3))
+    train, test = (load_dataset("pets", tmp_path, split) for split in ("train", "test"))
+    assert train.classes == test.classes == ("Abyssinian", "Great Pyrenees")
+    assert train.labels.tolist() == [0, 1, 0] and test.labels.tolist() == [1, 0]
+    np.testing.assert_array_equal(
+        train.read(1), pixels_of(base / "images" / "great_pyrenees_9.jpg")
+    )
+    (base / "annotations" / "test.txt").write_text("half a line")
+    refuses(FileNotFoundError, lambda: load_dataset("pets", tmp_path, "test"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "flowers102", "pets"])
+def test_missing_data_names_directory_and_mend(tmp_path, name):
+    where = tmp_path / "nowhere"
+    for split in ("train", "test"):
+        call = partial(load_dataset, name, where, split)
+        refuses(FileNotFoundError, call, name, where, "--data-dir", "--download")
+
+
+def test_failed_download_says_so(tmp_path, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", unreachable)
+    call = partial(load_dataset, "cifar10", tmp_path, download=True)
+    refuses(FileNotFoundError, call, "download", tmp_path, "no route to host")
+
+
+@pytest.mark.parametrize("name, near", [("cifar11", "cifar10"), ("NIH", "nih"), ("pet", "pets")])
+def test_unknown_dataset(name, near):
+    words = f"{name!r}; did you mean {near!r}", "folder:PATH", *data.DATASETS
+    refuses(ValueError, lambda: load_dataset(name), *words)
+
+
+def test_nameless_dataset():
+    refuses(ValueError, lambda: load_dataset(""), "unknown dataset ''")
+
+
+def test_unknown_split_and_bad_options():
+    refuses(ValueError, lambda: load_dataset("nih", split="val"), "'val'", "train, test")
+    for options in ({"seed": -1}, {"seed": 2**70}, {"size": 0}, {"size": -8}):
+        refuses(ValueError, partial(load_dataset, "synthetic-xray", **options), "synthetic-xray")
+
+
+def test_synthetic_equals_its_renderer():
+    for name, size, seed in (("synthetic-xray", None, 0), ("synthetic-natural-target", 20, 7)):
+        dataset = load_dataset(name, split="test", size=size, seed=seed)
+        world = data.synthetic.WORLDS[name]
+        assert (dataset.task, dataset.domain) == (world.task, world.domain)
+        assert len(dataset) == world.test and dataset.classes == tuple(world.classes)
+        expected = data.synthetic.render(name, "test", 3, size or world.size, seed)
+        np.testing.assert_array_equal(dataset.read(3), expected)
+        labels = data.synthetic.labels(name, "test", world.test, seed)
+        np.testing.assert_array_equal(dataset.labels, labels)
+        assert dataset.size == (size or world.size) == dataset.read(0).shape[-1]
+        assert torch.equal(dataset[-1][0], dataset.read(world.test - 1))
+        with pytest.raises(IndexError):  # a renderer has no end of its own
+            dataset.read(world.test)

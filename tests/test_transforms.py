@@ -1,0 +1,238 @@
+"""The study's transforms beside torchvision, Pillow and exact arithmetic."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import random_image, refuses
+from PIL import Image
+from scipy.stats import chisquare, ks_2samp
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+
+import transforms
+from transforms import (
+    area_resize,
+    hyperrule_pipeline,
+    keep,
+    pretraining_pipeline,
+    random_affine_flip,
+    random_crop_flip,
+    random_flip,
+    random_resized_crop_flip,
+    random_shift_flip,
+    resize_center_crop,
+    resize_shorter,
+    resize_square,
+    xray_square,
+)
+
+SHAPES = [(3, 40, 61), (1, 61, 40), (3, 32, 32), (1, 1, 1), (3, 1, 9)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("size", [16, 32, 50])
+def test_resizes_equal_torchvision(rng, shape, size):
+    image = random_image(rng, *shape)
+    assert torch.equal(resize_shorter(image, size), v2.Resize(size, antialias=True)(image))
+    square = resize_square(image, size)
+    assert square.shape == (shape[0], size, size)
+    assert torch.equal(square, v2.Resize((size, size), antialias=True)(image))
+    reference = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)])
+    assert torch.equal(resize_center_crop(image, size), reference(image))
+
+
+def test_resize_equals_pillow(rng):
+    image = random_image(rng, 1, 50, 70)
+    expected = Image.fromarray(image[0].numpy()).resize((24, 24), Image.Resampling.BILINEAR)
+    difference = resize_square(image, 24)[0].int() - torch.from_numpy(np.array(expected)).int()
+    assert difference.abs().max() <= 1
+    assert resize_shorter(image, 25).shape == (1, 25, 35)
+
+
+def exact_area(pixels, size):
+    """Every pixel repeated until the areas hold whole pixels; then their means."""
+    channels, side, _ = pixels.shape
+    repeats = size // math.gcd(side, size)
+    for axis in (1, 2):
+        wide = np.repeat(pixels, repeats, axis)
+        shape = (channels, size, -1, side) if axis == 1 else (channels, size, size, -1)
+        pixels = wide.reshape(shape).sum(axis + 1, dtype=np.int64)
+    return pixels / (repeats * side // size) ** 2
+
+
+@pytest.mark.parametrize(
+    "side, size",
+    [(7, 3), (10, 4), (9, 9), (5, 1), (256, 224), (225, 224), (300, 224), (1024, 224)],
+)
+def test_area_resize_is_exact(rng, side, size):
+    image = random_image(rng, 2 if side < 500 else 1, side, side)
+    before = image.clone()
+    small = area_resize(image, size)
+    assert small.dtype == torch.uint8 and small.shape == (len(image), size, size)
+    np.testing.assert_array_equal(small, np.rint(exact_area(image.numpy(), size)))
+    assert torch.equal(image, before)
+
+
+def test_area_resize_extremes(rng):
+    for side, value in ((1024, 255), (3000, 255), (31, 0)):  # sums that would leave 32 bits
+        assert (
+            area_resize(torch.full((1, side, side), value, dtype=torch.uint8), 7) == value
+        ).all()
+    # Integer ratios: Pillow's box filter, which rounds once more between the axes.
+    image = random_image(rng, 1, 96, 96)
+    for size in (48, 32, 12):
+        box = np.array(Image.fromarray(image[0].numpy()).resize((size, size), Image.Resampling.BOX))
+        assert np.abs(area_resize(image, size)[0].numpy().astype(int) - box).max() <= 1
+    small = random_image(rng, 1, 5, 5)
+    assert torch.equal(area_resize(small, 8), resize_square(small, 8))
+
+
+def test_xray_square_takes_the_centre():
+    image = torch.zeros(1, 20, 32, dtype=torch.uint8)
+    image[..., 6:26] = 200
+    assert (xray_square(image, 10) == 200).all()
+    assert (xray_square(image.transpose(1, 2), 10) == 200).all()
+    assert xray_square(image[:, :1, :1], 10).shape == (1, 10, 10)
+
+
+def windows(height, width, count, rng):
+    return np.array([transforms._resized_crop_window(height, width, rng) for _ in range(count)])
+
+
+@pytest.mark.parametrize("height, width", [(300, 400), (256, 256)])
+def test_resized_crop_is_torchvisions(rng, height, width):
+    torch.manual_seed(0)
+    image = torch.empty(1, height, width)
+    draw = torchvision.transforms.RandomResizedCrop.get_params
+    theirs = np.array([draw(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(6000)])
+    ours = windows(height, width, 6000, rng)
+
+    def properties(boxes):
+        top, left, h, w = boxes.T
+        # Where a window has room to move, its place in that room.
+        room = (height > h + 20) & (width > w + 20)
+        places = (top / np.maximum(height - h, 1))[room], (left / np.maximum(width - w, 1))[room]
+        return h * w, w / h, *places
+
+    for mine, reference in zip(properties(ours), properties(theirs)):
+        assert ks_2samp(mine, reference).pvalue > 0.01
+    top, left, h, w = ours.T
+    assert (top >= 0).all() and (left >= 0).all()
+    assert (top + h <= height).all() and (left + w <= width).all()
+
+
+@pytest.mark.parametrize("height, width", [(10, 1000), (1000, 10), (1, 1), (1, 50), (3, 200)])
+def test_resized_crop_of_elongated_images(rng, height, width):
+    draw = torchvision.transforms.RandomResizedCrop.get_params
+    expected = draw(torch.empty(1, height, width), (0.08, 1.0), (3 / 4, 4 / 3))
+    for box in windows(height, width, 50, rng):
+        assert tuple(box) == tuple(expected)
+    image = random_image(rng, 3, height, width)
+    assert random_resized_crop_flip(image, rng, 24).shape == (3, 24, 24)
+
+
+def test_resized_crop_pixels(rng):
+    image, seen = random_image(rng, 3, 50, 40), set()
+    for seed in range(20):
+        crop = random_resized_crop_flip(image, np.random.default_rng(seed), 16)
+        top, left, h, w = transforms._resized_crop_window(50, 40, np.random.default_rng(seed))
+        expected = v2.Resize((16, 16))(image[:, top : top + h, left : left + w])
+        flipped = torch.equal(crop, expected.flip(-1))
+        assert flipped or torch.equal(crop, expected)
+        seen.add(flipped)
+    assert seen == {True, False}
+
+
+def test_crop_and_flip_windows_are_equally_likely(rng):
+    image = torch.arange(42, dtype=torch.uint8).reshape(1, 6, 7)
+    views = [image[:, t : t + 4, l : l + 4] for t in range(3) for l in range(4)]
+    views = [tuple(v.flatten().tolist()) for view in views for v in (view, view.flip(-1))]
+    drawn = [tuple(random_crop_flip(image, rng, 4).flatten().tolist()) for _ in range(4800)]
+    counts = [drawn.count(view) for view in views]
+    assert sum(counts) == 4800 and chisquare(counts).pvalue > 0.001
+    flips = sum(torch.equal(random_flip(image, rng), image.flip(-1)) for _ in range(1000))
+    assert 430 < flips < 570
+
+
+def test_shift_flip_windows(rng):
+    image = random_image(rng, 1, 16, 16)
+    framed = torch.zeros(1, 18, 18, dtype=torch.uint8)
+    framed[:, 1:17, 1:17] = image
+    views = [framed[:, t : t + 16, l : l + 16] for t in range(3) for l in range(3)]
+    views = {v.numpy().tobytes() for view in views for v in (view, view.flip(-1))}
+    drawn = {random_shift_flip(image, rng).numpy().tobytes() for _ in range(400)}
+    assert drawn == views  # a sixteenth of the side, here one pixel, each way
+
+
+def test_affine_draws_and_pixels(rng, monkeypatch):
+    drawn, affine = [], TF.affine
+
+    def record(image, angle, translate, scale, shear, interpolation, fill):
+        assert shear == [0, 0] and fill == 0
+        assert interpolation == TF.InterpolationMode.BILINEAR
+        drawn.append((angle, *translate, scale))
+        return image
+
+    image = random_image(rng, 1, 40, 60)
+    monkeypatch.setattr(transforms.TF, "affine", record)
+    for seed in range(3000):
+        random_affine_flip(image, np.random.default_rng(seed))
+    angles, across, down, scales = np.array(drawn).T
+    for values, bound in ((angles, 45), (across, 15), (down, 10), (scales - 1, 0.1)):
+        # Within the bounds, near to both of them, and even between.
+        assert np.abs(values).max() <= bound + 1e-9
+        assert values.max() > 0.95 * bound and values.min() < -0.95 * bound
+        assert abs(values.mean()) < 0.05 * bound
+        assert abs(values.std() / (bound / math.sqrt(3)) - 1) < 0.06
+    monkeypatch.undo()
+    seen = set()
+    for seed in range(12):
+        angle, x, y, scale = drawn[seed]
+        bilinear = TF.InterpolationMode.BILINEAR
+        expected = affine(image, angle, [int(x), int(y)], scale, [0.0, 0.0], bilinear, fill=0)
+        result = random_affine_flip(image, np.random.default_rng(seed))
+        flipped = torch.equal(result, expected.flip(-1))
+        assert flipped or torch.equal(result, expected)
+        seen.add(flipped)
+    assert seen == {True, False}
+
+
+def test_pretraining_pipelines(rng):
+    natural, xray = random_image(rng, 3, 50, 70), random_image(rng, 1, 50, 70)
+    generator = np.random.default_rng
+    prepare, augment, _ = pretraining_pipeline("medical", 24, train=True)
+    assert torch.equal(prepare(xray), area_resize(xray[..., 10:60], 24))
+    square = prepare(xray)
+    assert torch.equal(augment(square, generator(1)), random_affine_flip(square, generator(1)))
+    prepare, augment, _ = pretraining_pipeline("medical", 24, train=False)
+    assert torch.equal(prepare(xray), square) and augment is keep
+    prepare, augment, _ = pretraining_pipeline("natural", 24, train=True)
+    assert prepare(natural) is natural
+    crop = random_resized_crop_flip(natural, generator(1), 24)
+    assert torch.equal(augment(natural, generator(1)), crop)
+    prepare, augment, _ = pretraining_pipeline("natural", 24, train=False)
+    assert torch.equal(prepare(natural), resize_center_crop(natural, 24)) and augment is keep
+    for domain in ("natural", "medical"):
+        assert pretraining_pipeline(domain, 24, False, own_size=True) == (keep, keep, None)
+        own = pretraining_pipeline(domain, 24, True, own_size=True)
+        assert own == (keep, random_shift_flip, None)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_hyperrule_pipeline(rng, shape):
+    image = random_image(rng, *shape)
+    prepare, augment, _ = hyperrule_pipeline(20, 16, train=True)
+    assert min(prepare(image).shape[1:]) == 20
+    assert augment(prepare(image), rng).shape == (shape[0], 16, 16)
+    prepare, augment, _ = hyperrule_pipeline(20, 16, train=True, square=True)
+    assert prepare(image).shape == (shape[0], 20, 20)
+    assert augment(prepare(image), rng).shape == (shape[0], 16, 16)
+    prepare, augment, _ = hyperrule_pipeline(20, 16, train=False)
+    assert torch.equal(prepare(image), resize_square(image, 16)) and augment is keep
+
+
+def test_hyperrule_refuses_a_crop_that_does_not_fit():
+    refuses(ValueError, lambda: hyperrule_pipeline(16, 20, train=True), "20", "16")
