@@ -341,7 +341,8 @@ def compute_metrics(logits, labels, classes):
     at probability 0.5). mean_auc, mean_ap: means over the classes for which they are defined, one
     against the rest. loss: mean over valid labels. Raises ValueError for non-finite logits.
     """
-    logits, labels = torch.as_tensor(logits).double(), torch.as_tensor(labels)
+    logits = torch.as_tensor(logits).double()
+    labels = torch.as_tensor(np.array(labels))  # a copy: those of a pack cannot be written
     if not logits.isfinite().all():
         raise ValueError("the network's outputs are not finite; a smaller --lr may mend it")
     task = "multilabel" if labels.ndim == 2 else "multiclass"
