@@ -41,6 +41,7 @@ import synthetic
 import transforms
 import xrays
 from images import Array, ImageDataset
+from optimizer import make_optimizer
 
 # ------------------------------------------------------------------------------------------------
 # Measuring
@@ -162,7 +163,7 @@ def train(args, env):
                 )  # fmt: skip
     arms[DEFAULTS] = _our_loop(args, env)
     for name, run in arms.items():
-        engine.say(env, f"warming up: {name}")
+        console.say(env, f"warming up: {name}")
         run(2)  # compiles, and lets cuDNN choose its kernels
     speeds = best_speeds(arms, args.rounds, args.steps, args.batch_size, env)
     return speed_report(speeds, PEER, REQUIRED)
@@ -200,14 +201,15 @@ def _our_loop(args, env):
     batches = loading.Batches(dataset, pipeline, args.batch_size)
     model = models.place(models.create_model(args.model, NUM_CLASSES), env.device)
     lr = LR * args.batch_size
-    optimizer = engine.make_optimizer(model, lr, WEIGHT_DECAY, CLIPPING)
+    optimizer = make_optimizer(model, lr, WEIGHT_DECAY, CLIPPING)
     forward = engine.parallel(model, env)
     training = engine.Run(None, model, optimizer, {})
 
     def run(steps):
+        stop = training.step + steps
         engine.train(
-            training, forward, batches, lambda step: lr, training.step + steps, env,
-            transforms.NORMALIZATION["natural"],
+            training, forward, batches, loading.loader(batches, training.step, stop),
+            lambda step: lr, stop, env, transforms.NORMALIZATION["natural"],
         )  # fmt: skip
 
     return run

@@ -1,12 +1,16 @@
 """What every script needs to talk to its user: options, one-line errors, tables, whole files."""
 
 import argparse
+import contextlib
 import difflib
+import errno
 import json
 import math
 import os
 import sys
 from pathlib import Path
+
+from tqdm import tqdm
 
 EXIT_BAD_INPUT, EXIT_STOPPED = 2, 75  # 75 is EX_TEMPFAIL: run the same command again
 
@@ -76,8 +80,14 @@ def positive(kind, or_zero=False):
 
 
 # ------------------------------------------------------------------------------------------------
-# Errors
+# Lines
 # ------------------------------------------------------------------------------------------------
+
+
+def say(env, text):
+    """Prints a line above any progress bar, on the main rank only."""
+    if env.main:
+        tqdm.write(text)
 
 
 def complain(error):
@@ -106,16 +116,36 @@ def print_table(rows, header):
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
 
 
+@contextlib.contextmanager
+def writing(path):
+    """Errors of writing become an OSError that names the file."""
+    try:
+        yield
+    # torch.save says so with a RuntimeError when the disk is full.
+    except (OSError, RuntimeError) as error:
+        reasons = (error, error.__context__)
+        full = any(getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for e in reasons)
+        reason = "the disk is full" if full else " ".join(str(error).split())
+        raise OSError(
+            f"{path}: cannot be written ({reason}); free some space or give another --out, and "
+            "run the same command again"
+        ) from error
+
+
 def write_atomically(path, write):
-    """Calls write(temporary path) and renames it to `path`: whole or not at all."""
+    """Calls write(temporary path) and renames it to `path`: whole or not at all.
+
+    Raises OSError naming the file; what was there before stays.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")  # one that a killed run left is overwritten
     try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -6,29 +6,32 @@ Under torchrun each process runs the same script; without it, one process does a
 import argparse
 import contextlib
 import functools
-import json
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import torchvision
 from tqdm import tqdm
 
 import data
+import hardware
 import loading
 import models
-from console import EXIT_STOPPED, complain, one_of, positive, write_atomically
+from console import EXIT_STOPPED, complain, one_of, positive
+from metrics import average_precision, compute_metrics, loss_sum, roc_auc  # noqa: F401
+from optimizer import SGD_AGC  # noqa: F401
+from records import save_tensors
 
 PRECISIONS = ("auto", "fp32", "bf16")
+BEGAN = time.monotonic()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -36,7 +39,7 @@ PRECISIONS = ("auto", "fp32", "bf16")
 # ------------------------------------------------------------------------------------------------
 
 
-def add_common_options(parser, out):
+def add_common_options(parser, out, auto_batch=False):
     """The options that mean the same in every training script."""
     add = parser.add_argument
     add("--data-dir", default="datasets", help="directory that holds the real datasets")
@@ -55,11 +58,11 @@ def add_common_options(parser, out):
     add("--out", default=out, help="directory to write to")
     add("--seed", type=positive(int, or_zero=True), default=0, help="of initialisation, order and "
         "augmentation (transfer: the first of --seeds)")  # fmt: skip
-    add(
-        "--batch-size",
-        type=positive(int),
-        help="images a step, over all processes (default: recipe)",
-    )
+    batch_help = "images a step, over all processes"
+    if auto_batch:
+        batch_help += "; auto: the recipe's, in as few parts as fit into memory"
+    add("--batch-size", type=batch_size if auto_batch else positive(int), metavar="N",
+        help=f"{batch_help} (default: recipe)")  # fmt: skip
     add("--lr", type=positive(float), help="learning rate (pretrain.py: at a batch "
         "of 256, scaled linearly) (default: recipe)")  # fmt: skip
     add("--image-size", type=positive(int), help="side in pixels (default: recipe)")
@@ -74,6 +77,13 @@ def add_common_options(parser, out):
     )
     add("--log-every", type=positive(int), default=50, help="steps")
     add("--save-minutes", type=positive(float), default=10.0, help="minutes between checkpoints")
+    add("--time-limit", type=positive(float), metavar="MINUTES", help="then save and leave with "
+        "status 75, or 0 under torchrun; the same command continues (default: none)")  # fmt: skip
+
+
+def batch_size(text):
+    """An argparse type: a number of images, or "auto"."""
+    return text if text == "auto" else positive(int)(text)
 
 
 def run(main):
@@ -84,8 +94,9 @@ def run(main):
     except (ValueError, OSError) as error:
         status = complain(error)
     except Stopped as stop:
-        print(stop, file=sys.stderr)
-        status = EXIT_STOPPED
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{stop}; the same command continues", file=sys.stderr)
+        status = stop.status
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(status)
@@ -168,14 +179,22 @@ def environment(env):
 
 
 class Stopped(Exception):
-    """The run was asked to stop; its state is saved."""
+    """The run was asked to stop; its state is saved. status: of the process."""
+
+    def __init__(self, message, status=EXIT_STOPPED):
+        super().__init__(message)
+        self.status = status
 
 
 class StopSignal:
-    """SIGTERM, SIGUSR1 and SIGINT ask for a stop after the current step; a second SIGINT kills."""
+    """SIGTERM, SIGUSR1 and SIGINT ask for a stop after the current step; a second SIGINT kills.
 
-    def __init__(self, env):
+    minutes: since the script began, after which it asks for a stop itself.
+    """
+
+    def __init__(self, env, minutes=None):
         self.env, self.name, self.pending = env, None, None
+        self.deadline = BEGAN + 60 * minutes if minutes else math.inf
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._receive)
 
@@ -184,213 +203,23 @@ class StopSignal:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def agreed(self):
-        """True on all ranks at the same step, once any of them was asked.
+        """(why, exit status) on all ranks at the same step, once any of them was asked; else None.
 
         The ranks' answers are added up while the next step runs, and read after it.
         """
-        if self.env.ranks == 1:
-            return self.name is not None
-        flag, work = self.pending or (torch.zeros(1), None)
-        if work:
-            work.wait()
-        asked = torch.tensor([float(self.name is not None)])
-        self.pending = None if flag > 0 else (asked, dist.all_reduce(asked, async_op=True))
-        return bool(flag > 0)
-
-
-# ------------------------------------------------------------------------------------------------
-# Optimiser
-# ------------------------------------------------------------------------------------------------
-
-
-class SGD_AGC(torch.optim.SGD):
-    """SGD with adaptive gradient clipping (Brock et al. 2021, arXiv:2102.06171, section 4.1).
-
-    The gradient G of a unit with weights W is scaled to norm clipping * max(|W|, eps) when it is
-    longer. A unit is an output filter, or a whole vector. Groups with clipping=None are not
-    clipped. Nothing here waits for the device.
-    """
-
-    def __init__(
-        self,
-        params,
-        lr,
-        momentum=0.9,
-        weight_decay=0.0,
-        nesterov=True,
-        clipping=0.01,
-        eps=1e-3,
-    ):
-        settings = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
-        super().__init__(params, **settings)
-        self.defaults.update(clipping=clipping, eps=eps)
-        for group in self.param_groups:
-            group.setdefault("clipping", clipping)
-            group.setdefault("eps", eps)
-        self._choose_kernels()
-
-    def _choose_kernels(self):
-        for group in self.param_groups:
-            on_cpu = all(p.device.type == "cpu" for p in group["params"])
-            group.update(fused=on_cpu, foreach=not on_cpu)
-
-    def load_state_dict(self, state_dict):
-        super().load_state_dict(state_dict)
-        self._choose_kernels()
-        # The fused kernel reads memory in order: the momentum takes its parameter's memory format.
-        for p, state in self.state.items():
-            if state.get("momentum_buffer") is not None:
-                state["momentum_buffer"] = torch.empty_like(p).copy_(state["momentum_buffer"])
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if group["clipping"] is not None and params:
-                clip_units(params, group["clipping"], group["eps"])
-        super().step()
-        return loss
-
-
-def clip_units(params, clipping, eps):
-    """Scales the gradients of these parameters in place, unit by unit."""
-    grads = [p.grad for p in params]
-    bounds = _unit_norms(params).clamp_(min=eps).mul_(clipping)
-    # At most 1, and exactly 1 where nothing is clipped.
-    scales = bounds.div_(_unit_norms(grads).clamp_(min=1e-30)).clamp_(max=1)
-    units = [len(p) if p.ndim > 1 else 1 for p in params]
-    shapes = [(-1,) + (1,) * (p.ndim - 1) for p in params]
-    scales = [scale.view(shape) for scale, shape in zip(scales.split(units), shapes)]
-    torch._foreach_mul_(grads, scales)
-
-
-def _unit_norms(tensors):
-    """The norms of all units of all tensors, one vector."""
-    norms = [
-        torch.linalg.vector_norm(t, dim=tuple(range(1, t.ndim)) if t.ndim > 1 else None).view(-1)
-        for t in tensors
-    ]
-    return torch.cat(norms)
-
-
-def make_optimizer(model, lr, weight_decay=0.0, clipping=None, nesterov=True):
-    """SGD, momentum 0.9, with AGC if clipping is a number; the head is never clipped."""
-    head = list(model.head.conv.parameters())
-    body = [p for p in model.parameters() if all(p is not q for q in head)]
-    groups = [{"params": body}, {"params": head, "clipping": None}]
-    return SGD_AGC(groups, lr, weight_decay=weight_decay, nesterov=nesterov, clipping=clipping)
-
-
-# ------------------------------------------------------------------------------------------------
-# Loss and metrics
-# ------------------------------------------------------------------------------------------------
-
-
-def loss_sum(logits, labels, task):
-    """Sum over valid labels, in fp32: cross-entropy for labels (N,) int64; binary cross-entropy
-    over what is not NaN for labels (N,C). Divide by the count of valid labels for the mean.
-    """
-    logits = logits.float()
-    if task == "multiclass":
-        return F.cross_entropy(logits, labels, reduction="sum")
-    valid = ~labels.isnan()
-    targets = torch.where(valid, labels, 0)
-    losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    return torch.where(valid, losses, 0).sum()
-
-
-def roc_auc(scores, targets):
-    """Area under the ROC curve: the chance that a positive outscores a negative, ties half.
-
-    scores: (N,) numbers. targets: (N,) in {0,1}. nan when one class is absent.
-    """
-    scores, targets = np.asarray(scores), np.asarray(targets) == 1
-    positives, negatives = int(targets.sum()), int((~targets).sum())
-    if positives == 0 or negatives == 0:
-        return math.nan
-    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]  # tied scores share their mean rank
-    return float((ranks[targets].sum() / positives - (positives + 1) / 2) / negatives)
-
-
-def average_precision(scores, targets):
-    """Sum over thresholds of (recall gained) * precision, tied scores entering together.
-
-    scores: (N,) numbers. targets: (N,) in {0,1}. nan when one class is absent.
-    """
-    scores, targets = np.asarray(scores), np.asarray(targets) == 1
-    if targets.all() or not targets.any():
-        return math.nan
-    order = np.argsort(-scores, kind="stable")
-    scores, targets = scores[order], targets[order]
-    last = np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1)
-    hits = np.cumsum(targets)[last]
-    precision, gained = hits / (last + 1), np.diff(hits, prepend=0) / hits[-1]
-    return float((precision * gained).sum())
-
-
-def compute_metrics(logits, labels, classes):
-    """Metrics of a whole test set as fractions; what is undefined is None.
-
-    logits: (N,C). labels: (N,) int64 for multi-class, (N,C) in {0,1,nan} for multi-label.
-    accuracy: share of right answers (multi-label: of right yes/no answers over all valid labels,
-    at probability 0.5). mean_auc, mean_ap: means over the classes for which they are defined, one
-    against the rest. loss: mean over valid labels. Raises ValueError for non-finite logits.
-    """
-    logits = torch.as_tensor(logits).double()
-    labels = torch.as_tensor(np.array(labels))  # a copy: those of a pack cannot be written
-    if not logits.isfinite().all():
-        raise ValueError("the network's outputs are not finite; a smaller --lr may mend it")
-    task = "multilabel" if labels.ndim == 2 else "multiclass"
-    top5 = None
-    if task == "multiclass":
-        scores = logits.softmax(1).numpy()
-        targets = F.one_hot(labels, len(classes)).double()
-        predicted = F.one_hot(logits.argmax(1), len(classes)).numpy() == 1
-        accuracy = float((logits.argmax(1) == labels).double().mean())
-        if len(classes) > 5:
-            top5 = float((logits.topk(5).indices == labels[:, None]).any(1).double().mean())
-    else:
-        scores, targets, predicted = logits.numpy(), labels.double(), (logits > 0).numpy()
-        valid = ~labels.isnan().numpy()
-        accuracy = float((predicted == (targets.numpy() == 1))[valid].mean())
-    targets = targets.numpy()
-    per_class = {
-        name: _class_metrics(scores[:, c], predicted[:, c], targets[:, c])
-        for c, name in enumerate(classes)
-    }
-    count = int((~labels.isnan()).sum()) if task == "multilabel" else len(labels)
-    return {
-        "accuracy": accuracy,
-        "top5": top5,
-        "mean_auc": _mean([m["auc"] for m in per_class.values()]),
-        "mean_ap": _mean([m["ap"] for m in per_class.values()]),
-        "loss": float(loss_sum(logits, labels, task)) / count,
-        "per_class": per_class,
-    }
-
-
-def _class_metrics(scores, predicted, targets):
-    valid = ~np.isnan(targets)
-    scores, predicted, truth = scores[valid], predicted[valid], targets[valid] == 1
-    hits, claims, positives = (predicted & truth).sum(), predicted.sum(), truth.sum()
-    auc, ap = roc_auc(scores, truth), average_precision(scores, truth)
-    return {
-        "auc": None if math.isnan(auc) else auc,
-        "ap": None if math.isnan(ap) else ap,
-        "f1": float(2 * hits / (claims + positives)) if claims + positives else None,
-        "positives": int(positives),
-        "negatives": int(len(truth) - positives),
-    }
-
-
-def _mean(values):
-    values = [value for value in values if value is not None]
-    return float(np.mean(values)) if values else None
+        asked = torch.tensor([self.name is not None, time.monotonic() > self.deadline]).float()
+        found = asked
+        if self.env.ranks > 1:
+            found, work = self.pending or (torch.zeros(2), None)
+            if work:
+                work.wait()
+            self.pending = None if found.any() else (asked, dist.all_reduce(asked, async_op=True))
+        signalled, late = found > 0
+        if signalled:
+            return self.name or "a signal to another rank", EXIT_STOPPED
+        # torchrun would start failed processes again, for which the time is up no less.
+        status = 0 if "TORCHELASTIC_RUN_ID" in os.environ else EXIT_STOPPED
+        return ("--time-limit", status) if late else None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -436,40 +265,76 @@ class Run:
     def __init__(self, path, model, optimizer, config, state=None):
         self.path, self.model, self.optimizer, self.config = path, model, optimizer, config
         self.step, self.seconds = 0, 0.0
+        self._writer, self._writing = ThreadPoolExecutor(1, "checkpoint"), None
         if state:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             self.step, self.seconds = state["step"], state["seconds"]
 
-    def summary(self, images):
-        """What a result file says of a training on so many images."""
-        speed = self.step * self.config["batch_size"] / self.seconds
+    def save(self, env, wait=True):
+        """Writes the checkpoint, on the main rank; the one before is kept until it is whole.
+
+        wait=False: the device waits only while the state is copied to the host's memory, and a
+        thread writes. Raises OSError, also for the write before, when the disk is full.
+        """
+        if not (self.path and env.main):
+            return
+        self.finish_saving()
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state |= {"step": self.step, "seconds": self.seconds, "config": self.config}
+        self._writing = self._writer.submit(save_tensors, self.path, _on_host(state))
+        if wait:
+            self.finish_saving()
+
+    def finish_saving(self):
+        """Waits for the checkpoint that is being written."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def summary(self, images, env):
+        """What a result file says of a training on so many images.
+
+        flops_per_second: of the model (3 times the forward pass: forward, and backward for inputs
+        and weights), 2 a multiply-add, recomputation not counted. peak_share: of what the devices
+        can do.
+        """
+        config = self.config
+        speed = self.step * config["batch_size"] / self.seconds
+        size = config.get("crop") or config["image_size"]
+        classes = self.model.head.conv.out_channels
+        flops = 3 * models.forward_flops(config["model"], classes, size) * speed
         return {
             "images": images,
             "steps": self.step,
             "seconds": self.seconds,
             "images_per_second": speed,
+            "flops_per_second": flops,
+            "peak_share": flops / (env.ranks * hardware.peak_flops(env.device, env.precision)),
         }
 
-    def save(self, env):
-        """Writes the checkpoint, on the main rank."""
-        if self.path and env.main:
-            state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-            state |= {"step": self.step, "seconds": self.seconds, "config": self.config}
-            save_tensors(self.path, state)
+
+def _on_host(state):
+    """A copy of nested dicts and lists with every tensor in the host's memory."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: _on_host(value) for key, value in state.items()}
+    return [_on_host(value) for value in state] if isinstance(state, list) else state
 
 
 def train(
     run,
     forward,
     batches,
+    stream,
     learning_rate,
     stop,
     env,
     normalization,
     *,
+    accumulate=1,
     mixup=0.0,
-    workers=0,
     signals=None,
     save_minutes=10.0,
     log=None,
@@ -478,90 +343,157 @@ def train(
 ):
     """Trains from run.step to before step `stop`.
 
-    forward: what `parallel` returned. batches: loading.Batches of this rank. learning_rate: step ->
-    float. log(step, loss, lr, images_per_second): called on every rank every log_every steps, with
-    the mean loss since the last call. The run is saved every save_minutes, and before Stopped is
-    raised. Raises ValueError when the loss is no longer finite.
+    forward: what `parallel` returned. batches: loading.Batches of this rank. stream: iterator of
+    them from run.step on (loading.loader), which may go beyond `stop`. learning_rate: step ->
+    float. accumulate: parts of a rank's batch that are computed one after the other. log(step,
+    lr, readings of the Meter): called on every rank every log_every steps. The run is saved every
+    save_minutes in the background, and before Stopped is raised. Raises ValueError on all ranks
+    when a loss or gradient was no longer finite; what is saved is always finite.
     """
     forward.train()
-    meter, saved, clock = Meter(env, batches.batch_size), time.monotonic(), time.monotonic()
-    loader = loading.loader(batches, run.step, stop, workers, env.device.type == "cuda")
-    for step, (images, labels, count) in zip(range(run.step, stop), loader):
+    meter = Meter(env, batches.batch_size)
+    saved = clock = time.monotonic()
+    for step in range(run.step, stop):
+        asked = time.monotonic()
+        images, labels, count = next(stream)
+        waited = time.monotonic() - asked
         lr = learning_rate(step)
         share = mixup_lambda(mixup, batches.seed, step) if mixup else None
-        images = to_input(images, normalization, env.device)
-        labels = labels.to(env.device, non_blocking=True)
         loss = train_step(
-            forward, run.optimizer, images, labels, count, lr, batches.dataset.task, env, share
-        )
-        meter.add(loss, count)
+            forward, run.optimizer, images, labels, count, lr, batches.dataset.task, env,
+            normalization, share, accumulate,
+        )  # fmt: skip
+        meter.add(step, loss, count, run.optimizer, waited)
         now = time.monotonic()
         run.step, run.seconds, clock = step + 1, run.seconds + now - clock, now
         if progress is not None:
             progress.update()
-        if log and (run.step % log_every == 0 or run.step == stop):
-            log(run.step, *meter.read(step, lr))
-        if signals and signals.agreed():
+        if run.step % log_every == 0 or run.step == stop:
+            readings = meter.read(learning_rate)
+            if log:
+                log(run.step, lr, readings)
+        if signals and (stop_now := signals.agreed()):
+            meter.refuse_nonfinite(learning_rate)
             run.save(env)
             if env.ranks > 1:
                 dist.barrier()  # torchrun kills the others soon after the first one leaves
-            raise Stopped(f"stopped by {signals.name or 'another rank'} after step {run.step}")
-        if now - saved > 60 * save_minutes and math.isfinite(loss):
-            run.save(env)
+            reason, status = stop_now
+            raise Stopped(f"stopped by {reason} after step {run.step}", status)
+        if now - saved > 60 * save_minutes and meter.finite():
+            run.save(env, wait=False)
             saved = time.monotonic()
-    if not log:
-        meter.read(stop - 1, lr=learning_rate(stop - 1))  # refuses a loss that is not finite
 
 
-def train_step(forward, optimizer, images, labels, count, lr, task, env, share=None):
+def train_step(
+    forward,
+    optimizer,
+    images,
+    labels,
+    count,
+    lr,
+    task,
+    env,
+    normalization,
+    share=None,
+    accumulate=1,
+):
     """One step; returns this rank's sum of the losses. count: valid labels of the global batch.
 
-    share: MixUp's coefficient; neighbours in the batch are mixed.
+    images: uint8 (N,C,H,W) of this rank, in `accumulate` parts. share: MixUp's coefficient;
+    neighbours in the batch are mixed.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
+    optimizer.zero_grad(set_to_none=True)
+    unit = 2 if share else 1  # neighbours stay together
+    size = math.ceil(len(images) / accumulate / unit) * unit
+    images = images.to(env.device, non_blocking=True)
+    labels = labels.to(env.device, non_blocking=True)
+    parts, total = list(zip(images.split(size), labels.split(size))), 0
+    for number, (images, labels) in enumerate(parts, 1):
+        whole = env.ranks == 1 or number == len(parts)
+        with contextlib.nullcontext() if whole else forward.no_sync():
+            inputs = to_input(images, normalization, env.device)
+            loss = _loss(forward, inputs, labels, task, env, share)
+            # DDP averages over ranks; the mean over the global batch is a sum over ranks.
+            (loss * (env.ranks / max(count, 1))).backward()
+        total = total + loss.detach()
+    optimizer.step()
+    return total
+
+
+def _loss(forward, images, labels, task, env, share):
     if share is None:
         with env.autocast():
             logits = forward(images)
-        loss = loss_sum(logits, labels, task)
-    else:
-        partner = torch.arange(len(images), device=env.device).bitwise_xor(1)
-        partner = partner.clamp(max=len(images) - 1)
-        with env.autocast():
-            logits = forward(share * images + (1 - share) * images[partner])
-        loss = share * loss_sum(logits, labels, task)
-        loss = loss + (1 - share) * loss_sum(logits, labels[partner], task)
-    optimizer.zero_grad(set_to_none=True)
-    # DDP averages over ranks; the mean over the global batch is a sum over ranks.
-    (loss * (env.ranks / max(count, 1))).backward()
-    optimizer.step()
-    return loss.detach()
+        return loss_sum(logits, labels, task)
+    partner = torch.arange(len(images), device=env.device).bitwise_xor(1)
+    partner = partner.clamp(max=len(images) - 1)
+    with env.autocast():
+        logits = forward(share * images + (1 - share) * images[partner])
+    mixed = share * loss_sum(logits, labels, task)
+    return mixed + (1 - share) * loss_sum(logits, labels[partner], task)
 
 
 class Meter:
-    """Mean loss over all ranks and speed, since the last reading."""
+    """What is read every so many steps: kept on the device until then, so that it never waits."""
 
     def __init__(self, env, batch_size):
         self.env, self.batch_size = env, batch_size
+        self.bad = torch.full((), math.inf, dtype=torch.float64, device=env.device)
         self._reset()
 
     def _reset(self):
-        self.loss, self.count, self.steps = 0.0, 0, 0
+        self.loss, self.norm, self.clipped = 0.0, 0.0, 0.0
+        self.count, self.steps, self.waited = 0, 0, 0.0
         self.since = time.monotonic()
 
-    def add(self, loss, count):
-        self.loss, self.count, self.steps = self.loss + loss, self.count + count, self.steps + 1
+    def add(self, step, loss, count, optimizer, waited):
+        """A step: this rank's sum of losses, the global count, seconds waited for the batch."""
+        finite = loss.isfinite() & optimizer.grad_norm.isfinite()
+        self.bad = torch.where(finite, self.bad, self.bad.clamp(max=step))
+        self.loss, self.norm = self.loss + loss, self.norm + optimizer.grad_norm
+        self.clipped = self.clipped + optimizer.clipped
+        self.count, self.steps = self.count + count, self.steps + 1
+        self.waited += waited
 
-    def read(self, step, lr):
-        """(mean loss, lr, images a second); waits for the device."""
+    def finite(self):
+        """Whether every gradient so far was finite (which all ranks see alike)."""
+        return math.isinf(self.bad)
+
+    def refuse_nonfinite(self, learning_rate):
+        """Raises ValueError on all ranks when the loss or gradient of any step was not finite."""
+        if self.env.ranks > 1:
+            dist.all_reduce(self.bad, dist.ReduceOp.MIN)
+        step = float(self.bad)
+        if math.isfinite(step):
+            raise ValueError(
+                f"loss or gradient is not finite at step {step:.0f}, learning rate "
+                f"{learning_rate(step):g}; lower --lr (the last checkpoint is from before)"
+            )
+
+    def read(self, learning_rate):
+        """Means over the steps since the last reading; waits for the device.
+
+        Returns {"loss", "grad_norm" (before clipping), "clipped" (share of the units that AGC
+        scales, None without), "images_per_second" of all ranks, "data_wait" (share of the time
+        that the host waited for a batch), "memory" (bytes, the peak of this process)}.
+        """
+        self.refuse_nonfinite(learning_rate)
         if self.env.ranks > 1:
             dist.all_reduce(self.loss)
-        loss = float(self.loss) / max(self.count, 1)
-        speed = self.steps * self.batch_size / (time.monotonic() - self.since)
-        if not math.isfinite(loss):
-            raise ValueError(f"the loss is {loss} at step {step}, learning rate {lr:g}; lower --lr")
+        loss, norm, clipped = float(self.loss), float(self.norm), float(self.clipped)
+        seconds = time.monotonic() - self.since
+        readings = {
+            "loss": loss / max(self.count, 1),
+            "grad_norm": norm / self.steps,
+            "clipped": None if math.isnan(clipped) else clipped / self.steps,
+            "images_per_second": self.steps * self.batch_size / seconds,
+            "data_wait": self.waited / seconds,
+            "memory": hardware.peak_memory(self.env.device),
+        }
         self._reset()
-        return loss, lr, speed
+        return readings
 
 
 @torch.inference_mode()
@@ -579,6 +511,41 @@ def evaluate(model, dataset, pipeline, env, normalization, batch_size=256, worke
     if env.ranks > 1:
         dist.all_reduce(logits)  # every row is zero but on one rank
     return compute_metrics(logits, dataset.labels, dataset.classes)
+
+
+def largest_batch(model, image_size, limit, env):
+    """The largest power of two of images, up to `limit`, whose training step fits on every rank.
+
+    Found by doing it: on CUDA until memory runs out, else until twice as many would take more than
+    four fifths of what is available. A tenth is left free, and room for the momentum.
+    """
+    momentum = [torch.empty_like(p).zero_() for p in model.parameters()]
+    fits, batch = 1, 1
+    while batch <= limit and _step_fits(model, image_size, batch, env):
+        fits, batch = batch, 2 * batch
+    del momentum
+    model.zero_grad(set_to_none=True)
+    if env.ranks > 1:
+        least = torch.tensor([fits])
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        fits = int(least)
+    return fits
+
+
+def _step_fits(model, image_size, batch, env):
+    """Whether forward and backward of so many images leave a fifth of the memory free."""
+    images = torch.zeros(batch, 3, image_size, image_size, device=env.device)
+    free = hardware.free_memory(env.device) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    hardware.reset_peak_memory(env.device)
+    before = hardware.peak_memory(env.device)
+    try:
+        with env.autocast():
+            logits = model(images)
+        logits.float().sum().backward()
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return False
+    return hardware.peak_memory(env.device) - before < 0.8 * free
 
 
 # Options that shape a dataset: given to load_dataset where it takes them. The datasets' own
@@ -620,134 +587,3 @@ def progress_bar(env, total, start=0, title="", unit="step"):
         return
     with tqdm(total=total, initial=start, desc=title, unit=unit, dynamic_ncols=True) as bar:
         yield bar
-
-
-# ------------------------------------------------------------------------------------------------
-# Files
-# ------------------------------------------------------------------------------------------------
-
-
-def save_tensors(path, state):
-    """torch.save, atomically. Equal states give equal files: none names its temporary path."""
-
-    def write(temporary):
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-
-    write_atomically(path, write)
-
-
-def load_checkpoint(path, config):
-    """The state of an interrupted run, or None if there is none.
-
-    Raises ValueError when it was made with another config.
-    """
-    if path is None or not Path(path).exists():
-        return None
-    state = models.read_weights(path)
-    check_same_config(path, state["config"], config)
-    return state
-
-
-def same_step(step, env):
-    """Raises ValueError on all ranks unless they all continue after the same step."""
-    if env.ranks > 1:
-        steps = [None] * env.ranks
-        dist.all_gather_object(steps, step)
-        if len(set(steps)) > 1:
-            raise ValueError(f"the ranks would continue after steps {steps}: share --out")
-
-
-# What may differ between a run and its continuation, because it changes no result.
-LAYOUT_OPTIONS = {
-    "cache_dir",
-    "checkpoint",
-    "checkpoint_activations",
-    "data_dir",
-    "download",
-    "log_every",
-    "out",
-    "save_minutes",
-    "workers",
-}
-
-
-def check_same_config(path, theirs, ours):
-    """Raises ValueError naming the first option that differs between two runs."""
-    theirs, ours = json.loads(json.dumps([theirs, ours]))  # tuples become lists, as in the file
-    for key in sorted((theirs.keys() | ours.keys()) - LAYOUT_OPTIONS):
-        if theirs.get(key) != ours.get(key):
-            raise ValueError(
-                f"{path} was made with {key} = {theirs.get(key)}, not {ours.get(key)}; "
-                "use the same options, give another --out, or remove it"
-            )
-
-
-def say(env, text):
-    """Prints a line, on the main rank only."""
-    if env.main:
-        tqdm.write(text)
-
-
-class Log:
-    """log.jsonl (if path is given), and for the eye: the bar on a terminal, else plain lines."""
-
-    def __init__(self, env, path, start, last, bar, title):
-        self.env, self.path, self.bar, self.title = env, path, bar, title
-        self.start, self.last, self.began = start, last, time.monotonic()
-
-    def __call__(self, step, loss, lr, speed):
-        """What `train` calls: mean loss, learning rate, images a second over all ranks."""
-        self._append({"step": step, "loss": loss, "lr": lr, "images_per_second": speed})
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.4g}, {speed:.0f} images/s")
-            return
-        pace = (time.monotonic() - self.began) / max(step - self.start, 1)
-        left = tqdm.format_interval(pace * (self.last - step))
-        text = f"loss {loss:.4f}  lr {lr:.4g}  {speed:.0f} images/s  {left} left"
-        say(self.env, f"{self.title}  step {step}/{self.last}  {text}")
-
-    def evaluation(self, step, metrics):
-        """A line of test metrics."""
-        shown = {k: v for k, v in metrics.items() if k != "per_class" and v is not None}
-        self._append({"step": step, "test": shown})
-        say(
-            self.env,
-            f"{self.title}  step {step}  test  "
-            + "  ".join(f"{k} {v:.4f}" for k, v in shown.items()),
-        )
-
-    def _append(self, record):
-        if self.env.main and self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a") as file:
-                file.write(json.dumps(record, allow_nan=False) + "\n")
-
-
-def trim_log(env, path, step):
-    """Drops the lines after `step`, which a continued run will write again."""
-    if env.main and path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        # The last epoch's evaluation is made again.
-        records = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
-        kept = [line for line, r in records if r["step"] < step + ("loss" in r)]
-        write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
-
-
-def read_result(path, kind, config=None):
-    """A finished result of this kind, or None if there is none yet.
-
-    Raises ValueError for a file that is broken or of another kind or, with config, made otherwise.
-    """
-    if not Path(path).exists():
-        return None
-    try:
-        record = json.loads(Path(path).read_text())
-        found = record["kind"], record["schema"]
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a result file; remove it, or give another --out") from error
-    if found != (kind, 1):
-        raise ValueError(f"{path}: a result of kind and schema {found}, not {(kind, 1)}")
-    if config is not None:
-        check_same_config(path, record["config"], config)
-    return record

@@ -33,17 +33,17 @@ def main():
     todo = transfer.unfinished(cells, "fewshot")
     if env.ranks > 1:
         dist.barrier()  # every process has its list before the first result is written
-    engine.say(env, f"{len(cells)} cells, {len(cells) - len(todo)} finished already")
-    run_cells(todo, targets, env)
+    console.say(env, f"{len(cells)} cells, {len(cells) - len(todo)} finished already")
+    run_cells(todo, targets, env, args.time_limit)
     if env.ranks > 1:
         dist.barrier()
     if env.main:
         transfer.report(cells, "fewshot")
 
 
-def run_cells(cells, targets, env):
+def run_cells(cells, targets, env, minutes=None):
     """This process's share of the grid, one cell after the other."""
-    signals, share = engine.StopSignal(env.alone()), range(env.rank, len(cells), env.ranks)
+    signals, share = engine.StopSignal(env.alone(), minutes), range(env.rank, len(cells), env.ranks)
     with engine.progress_bar(env, len(share), title="cells", unit="cell") as bar:
         for number in share:
             cell, began = cells[number], time.monotonic()

@@ -168,12 +168,14 @@ def _end_workers():
 
 
 def loader(batches, start, stop, workers=0, pin_memory=False):
-    """Iterates over batches[start:stop]; `workers` processes read ahead (0: none)."""
-    return torch.utils.data.DataLoader(
-        batches,
-        batch_size=None,
-        sampler=range(start, stop),
-        num_workers=workers,
-        worker_init_fn=_worker_init,
-        pin_memory=pin_memory,
+    """Iterator over batches[start:stop]; `workers` processes read ahead (0: none)."""
+    return iter(
+        torch.utils.data.DataLoader(
+            batches,
+            batch_size=None,
+            sampler=range(start, stop),
+            num_workers=workers,
+            worker_init_fn=_worker_init,
+            pin_memory=pin_memory,
+        )
     )

@@ -5,6 +5,7 @@ from Qiao et al. 2019, arXiv:1903.10520; group normalisation from Wu & He 2018, 
 """
 
 import difflib
+import functools
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 # name: (blocks a stage, width factor). The small ones are ours, for tests and for laptops.
 MODELS = {
@@ -160,6 +162,14 @@ def create_model(name, num_classes, checkpoint_activations=False):
         )
     blocks, width = MODELS[name]
     return ResNetV2(blocks, width, num_classes, checkpoint_activations)
+
+
+@functools.lru_cache
+def forward_flops(name, num_classes, image_size):
+    """Floating-point operations of one image's forward pass, two a multiply-add (convolutions)."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        create_model(name, num_classes)(torch.empty(1, 3, image_size, image_size))
+    return counter.get_total_flops()
 
 
 def memory_format(device):

@@ -17,7 +17,9 @@ import data
 import engine
 import loading
 import models
+import records
 import transforms
+from optimizer import make_optimizer
 
 # ------------------------------------------------------------------------------------------------
 # Recipes (the study's, arXiv:2106.00116, section 3 and appendix)
@@ -29,7 +31,6 @@ class Recipe(NamedTuple):
     None for plain SGD. worker_batch: warm-up starts from the learning rate of this batch.
     """
 
-    name: str
     lr: float
     clipping: float | None
     warmup: float
@@ -37,30 +38,44 @@ class Recipe(NamedTuple):
     schedule: str = "step"
     batch_size: int = 256
     worker_batch: int = 32
-    image_size: int = 224
+    image_size: int | None = 224
     weight_decay: float = 1e-4
+    rand_augment: bool = False
 
 
-# (source, is the network larger than R50x1?)
+# {recipe: {source: (of R50x1 and smaller networks, of larger ones)}}; "natural" and "medical" are
+# all other sources of the domain.
 RECIPES = {
-    ("imagenet1k", False): Recipe("paper", lr=0.1, clipping=None, warmup=5, epochs=90),
-    ("imagenet1k", True): Recipe("paper", 0.03, 0.01, 15, 90, worker_batch=16),
-    ("imagenet21k", False): Recipe("paper", 0.01, 0.01, 2, 90),
-    ("imagenet21k", True): Recipe("paper", 0.01, 0.01, 2, 90, worker_batch=16),
-    ("xray", False): Recipe("paper", 0.01, 0.01, 15, 90),
-    ("xray", True): Recipe("paper", 0.01, 0.01, 15, 90, worker_batch=16),
+    "paper": {
+        "imagenet21k": (Recipe(0.01, 0.01, 2, 90), Recipe(0.01, 0.01, 2, 90, worker_batch=16)),
+        "natural": (Recipe(0.1, None, 5, 90), Recipe(0.03, 0.01, 15, 90, worker_batch=16)),
+        "medical": (Recipe(0.01, 0.01, 15, 90), Recipe(0.01, 0.01, 15, 90, worker_batch=16)),
+    },
+    "optimised": {
+        "natural": (
+            Recipe(0.03, 0.01, 15, 120, "cosine", rand_augment=True),
+            Recipe(0.03, 0.01, 15, 90, "cosine", worker_batch=16, rand_augment=True),
+        ),
+    },
+    "synthetic": {
+        domain: (Recipe(0.12, None, 0.3, 6, "cosine", 64, image_size=None),) * 2
+        for domain in ("natural", "medical")
+    },
 }
-SYNTHETIC = Recipe("synthetic", 0.12, None, 0.3, 6, "cosine", 64, image_size=None)
 SMALL = ("R14x0.5", "R26x0.5", "R26x1", "R50x1")
 
 
-def choose_recipe(source, domain, model):
-    """The study's recipe for a source and a network; ImageNet-1k's for other natural sources."""
+def choose_recipe(name, source, domain, model):
+    """(name, Recipe) for a source and a network; name None: synthetic for the made worlds, else
+    the study's. Raises ValueError where the recipe is not for such a source.
+    """
     source = data.base_name(source)
-    if source in ("synthetic-natural", "synthetic-xray"):
-        return SYNTHETIC
-    family = {"natural": "imagenet1k", "medical": "xray"}[domain]
-    return RECIPES["imagenet21k" if source == "imagenet21k" else family, model not in SMALL]
+    name = name or ("synthetic" if source in ("synthetic-natural", "synthetic-xray") else "paper")
+    families = RECIPES[name]
+    family = source if source in families else domain
+    if family not in families:
+        raise ValueError(f"--recipe {name} is for {', '.join(families)} sources, not {source}")
+    return name, families[family][model not in SMALL]
 
 
 def learning_rate(epoch, lr, start_lr, warmup, epochs, schedule):
@@ -85,6 +100,8 @@ def parse_args():
     add = parser.add_argument
     add("--source", default="synthetic-natural", help="dataset to pre-train on")
     add("--model", default="R14x0.5", help=f"network: {', '.join(models.MODELS)}")
+    add("--recipe", type=console.one_of(*RECIPES), help=f"{', '.join(RECIPES)} (default: synthetic "
+        "for the made worlds, else paper)")  # fmt: skip
     add("--epochs", type=console.positive(float), help="passes over the source (default: recipe)")
     add(
         "--warmup",
@@ -101,21 +118,24 @@ def parse_args():
     add(
         "--checkpoint-activations", action="store_true", help="less memory, a third more arithmetic"
     )
+    add("--accumulate", type=console.positive(int), default=1, help="parts in which a process "
+        "computes its share of a batch")  # fmt: skip
     add("--fraction", type=console.positive(float), default=1.0, help="of the source's images, "
         "up to 1; by --seed, and 0.1 inside 0.3")  # fmt: skip
-    engine.add_common_options(parser, out="runs")
+    engine.add_common_options(parser, out="runs", auto_batch=True)
     return parser.parse_args()
 
 
 def resolve(args, env, source):
     """The settings of this run: the options, and the recipe where an option was not given."""
-    recipe = choose_recipe(args.source, source.domain, args.model)
+    name, recipe = choose_recipe(args.recipe, args.source, source.domain, args.model)
     config = {key: value for key, value in vars(args).items() if key not in engine.DATA_OPTIONS}
-    config |= {"precision": env.precision, "source_options": source.options}
+    config |= {"precision": env.precision, "source_options": source.options, "recipe": name}
+    if args.batch_size == "auto":
+        config |= {"batch_size": None, "accumulate": None}
     for key, value in recipe._asdict().items():
         if key != "warmup" and config.get(key) is None:
             config[key] = value
-    config["recipe"] = config.pop("name")
     config["image_size"] = config["image_size"] or source.size
     config["clipping"] = config["clipping"] or None
     config["images"], config["num_classes"] = len(source), len(source.classes)
@@ -125,8 +145,11 @@ def resolve(args, env, source):
         raise ValueError(
             f"--warmup {config['warmup']:g} is not within --epochs {config['epochs']:g}"
         )
-    if config["batch_size"] < env.ranks:
-        raise ValueError(f"--batch-size {config['batch_size']} is less than {env.ranks} processes")
+    if config["batch_size"] < env.ranks * (config["accumulate"] or 1):
+        raise ValueError(
+            f"--batch-size {config['batch_size']} is less than {env.ranks} processes x "
+            f"--accumulate {args.accumulate}"
+        )
     return config
 
 
@@ -145,13 +168,13 @@ def main():
         raise ValueError(f"--balanced: {args.source} is multi-label; it has no one class an image")
     config = resolve(args, env, train_set)
     folder = Path(args.out) / f"{data.dataset_slug(train_set.name)}-{args.model}"
-    finished = engine.read_result(folder / "result.json", "pretrain", config)
+    finished = records.read_result(folder / "result.json", "pretrain", config)
     if finished:
         if env.main:
             print(f"{folder}: finished already; remove that folder to train anew")
             report(finished)
         return
-    state = engine.load_checkpoint(folder / "checkpoint.pt", config)
+    state = records.load_checkpoint(folder / "checkpoint.pt", config)
     record = pretrain(train_set, test_set, config, state, folder, env)
     if env.main:
         report(record)
@@ -165,14 +188,14 @@ def pretrain(train_set, test_set, config, state, folder, env):
         config["model"], len(train_set.classes), config["checkpoint_activations"]
     )
     model = models.place(model, env.device)
-    optimizer = engine.make_optimizer(
-        model, config["lr"], config["weight_decay"], config["clipping"]
-    )
+    optimizer = make_optimizer(model, config["lr"], config["weight_decay"], config["clipping"])
+    if config["accumulate"] is None:
+        config["accumulate"] = parts_that_fit(model, config, env)
     run = engine.Run(folder / "checkpoint.pt", model, optimizer, config, state)
-    engine.same_step(run.step, env)
+    records.same_step(run.step, env)
     if state:
-        engine.say(env, f"{folder}: continues after step {run.step}")
-    engine.trim_log(env, folder / "log.jsonl", run.step)
+        console.say(env, f"{folder}: continues after step {run.step}")
+    records.trim_log(env, folder / "log.jsonl", run.step)
     metrics = run_epochs(run, train_set, test_set, folder, env)
     record = make_record(run, train_set, metrics, env)
     if env.main:
@@ -180,18 +203,28 @@ def pretrain(train_set, test_set, config, state, folder, env):
         facts = {"name": config["model"], "classes": train_set.classes, "task": train_set.task}
         facts |= {"source": train_set.name, "domain": train_set.domain, "mean": mean, "std": std}
         facts |= {"images": len(train_set), "image_size": config["image_size"]}
-        engine.save_tensors(folder / "model.pt", {"model": model.state_dict(), **facts})
+        records.save_tensors(folder / "model.pt", {"model": model.state_dict(), **facts})
         console.write_json(folder / "result.json", record)
     return record
+
+
+def parts_that_fit(model, config, env):
+    """--batch-size auto: in how many parts the recipe's batch is computed, by what fits."""
+    share = math.ceil(config["batch_size"] / env.ranks)
+    fits = engine.largest_batch(model, config["image_size"], share, env)
+    console.say(env, f"--batch-size auto: {fits} images at a time on each process")
+    return math.ceil(share / fits)
 
 
 def run_epochs(run, train_set, test_set, folder, env):
     """Trains epoch by epoch, evaluating and saving after each; returns the last test metrics."""
     config, domain = run.config, train_set.domain
-    how = domain, config["image_size"]
-    own_size = train_set.size is not None
+    own_size, augment = train_set.size is not None, config["rand_augment"]
     (train_set, pipeline), (test_set, test_pipeline) = (
-        loading.preload(dataset, transforms.pretraining_pipeline(*how, train, own_size))
+        loading.preload(
+            dataset,
+            transforms.pretraining_pipeline(domain, config["image_size"], train, own_size, augment),
+        )
         for dataset, train in ((train_set, True), (test_set, False))
     )
     images, batch_size = len(train_set), config["batch_size"]
@@ -200,27 +233,31 @@ def run_epochs(run, train_set, test_set, folder, env):
         train_set, pipeline, batch_size, config["seed"], sampling, env.rank, env.ranks
     )
     forward = engine.parallel(run.model, env, config["compile"])
-    signals = engine.StopSignal(env)
+    signals = engine.StopSignal(env, config["time_limit"])
     rate = rate_of_step(config, images)
     last = math.ceil(config["epochs"] * images / batch_size)
     title = f"{train_set.name} {config['model']}"
+    pinned = env.device.type == "cuda"
+    stream = loading.loader(batches, run.step, last, config["workers"], pinned)
     with engine.progress_bar(env, last, run.step, title) as bar:
-        log = engine.Log(env, folder / "log.jsonl", run.step, last, bar, title)
+        log = records.Log(env, folder / "log.jsonl", run.step, last, bar, title)
         epoch = max(run.step - 1, 0) * batch_size // images  # at an epoch's end: evaluate it again
         while True:
             stop = min(last, math.ceil((epoch + 1) * images / batch_size))
             engine.train(
-                run, forward, batches, rate, stop, env, transforms.NORMALIZATION[domain],
-                workers=config["workers"], signals=signals, save_minutes=config["save_minutes"],
-                log=log, log_every=config["log_every"], progress=bar,
+                run, forward, batches, stream, rate, stop, env, transforms.NORMALIZATION[domain],
+                accumulate=config["accumulate"], signals=signals,
+                save_minutes=config["save_minutes"], log=log, log_every=config["log_every"],
+                progress=bar,
             )  # fmt: skip
-            run.save(env)
+            run.save(env, wait=False)
             metrics = engine.evaluate(
                 run.model, test_set, test_pipeline, env, transforms.NORMALIZATION[domain],
                 workers=config["workers"],
             )  # fmt: skip
             log.evaluation(stop, metrics)
             if stop == last:
+                run.finish_saving()
                 return metrics
             epoch = stop * batch_size // images
 
@@ -249,7 +286,7 @@ def make_record(run, train_set, metrics, env):
         "model": run.config["model"],
         "recipe": run.config["recipe"],
         "metrics": metrics,
-        "train": run.summary(len(train_set)),
+        "train": run.summary(len(train_set), env),
         "config": run.config,
         "environment": engine.environment(env),
     }
@@ -262,7 +299,9 @@ def report(record):
     console.print_table(
         [[name, f"{metrics[name]:.4f}"] for name in shown if metrics[name] is not None]
         + [["seconds", f"{train['seconds']:.0f}"]]
-        + [["images/s", f"{train['images_per_second']:.0f}"]],
+        + [["images/s", f"{train['images_per_second']:.0f}"]]
+        + [["GFLOP/s", f"{train['flops_per_second'] / 1e9:.1f}"]]
+        + [["share of the device's peak", f"{train['peak_share']:.3f}"]],
         [f"{record['source']} {record['model']} (test)", "value"],
     )
 

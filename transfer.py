@@ -21,7 +21,9 @@ import data
 import engine
 import loading
 import models
+import records
 import transforms
+from optimizer import make_optimizer
 
 # ------------------------------------------------------------------------------------------------
 # BiT-HyperRule (Kolesnikov et al. 2020, arXiv:1912.11370, section 3.3)
@@ -324,9 +326,9 @@ def cell_config(args, env, name, target, pretrained, shots, seed, images):
 
 def unfinished(cells, kind):
     """The cells without a result. Raises ValueError for a file made with other settings."""
-    todo = [cell for cell in cells if not engine.read_result(cell.path, kind, cell.config)]
+    todo = [cell for cell in cells if not records.read_result(cell.path, kind, cell.config)]
     for cell in todo:
-        engine.load_checkpoint(checkpoint_path(cell), cell.config)
+        records.load_checkpoint(checkpoint_path(cell), cell.config)
     return todo
 
 
@@ -399,28 +401,30 @@ def fine_tune(cell, train_set, pipeline, target, env, signals, log=None, bar=Non
     model = prepare_model(
         cell.pretrained, len(train_set.classes), cell.seed, recipe.zero_head, env.device
     )
-    optimizer = engine.make_optimizer(
+    optimizer = make_optimizer(
         model, config["lr"], clipping=config["clipping"], nesterov=recipe.nesterov
     )
     path = checkpoint_path(cell)
-    run = engine.Run(path, model, optimizer, config, engine.load_checkpoint(path, config))
-    engine.same_step(run.step, env)
+    run = engine.Run(path, model, optimizer, config, records.load_checkpoint(path, config))
+    records.same_step(run.step, env)
     batches = loading.Batches(
         train_set, pipeline, config["batch_size"], cell.seed, config["sampling"],
         env.rank, env.ranks, pairs=rule.mixup > 0,
     )  # fmt: skip
+    pinned = env.device.type == "cuda"
     engine.train(
         run, engine.parallel(model, env, config["compile"]), batches,
+        loading.loader(batches, run.step, rule.steps, config["workers"], pinned),
         lambda step: rule.learning_rate(step, config["lr"]), rule.steps, env, normalization,
-        mixup=rule.mixup, workers=config["workers"], signals=signals,
-        save_minutes=config["save_minutes"], log=log, log_every=config["log_every"], progress=bar,
+        mixup=rule.mixup, signals=signals, save_minutes=config["save_minutes"], log=log,
+        log_every=config["log_every"], progress=bar,
     )  # fmt: skip
     run.save(env)
     metrics = engine.evaluate(
         model, target.test_set, target.test_pipeline, env, normalization,
         max(config["batch_size"], 2**22 // rule.crop**2), config["workers"],
     )  # fmt: skip
-    return metrics, run.summary(len(train_set))
+    return metrics, run.summary(len(train_set), env)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -432,7 +436,7 @@ def report(cells, kind):
     """Mean and standard deviation over seeds, a row a target and network, a column a shot count."""
     values, columns = {}, []
     for cell in cells:
-        record = engine.read_result(cell.path, kind)
+        record = records.read_result(cell.path, kind)
         metric = "mean_auc" if record["target_domain"] == "medical" else "accuracy"
         column = f"{cell.shots} shots" if cell.shots else "full"
         if column not in columns:
@@ -465,15 +469,15 @@ def main():
     targets = open_targets(args, env)
     cells = make_grid(args, env, targets, [None])
     todo = unfinished(cells, "transfer")
-    engine.say(env, f"{len(cells)} runs, {len(cells) - len(todo)} finished already")
-    signals = engine.StopSignal(env)
+    console.say(env, f"{len(cells)} runs, {len(cells) - len(todo)} finished already")
+    signals = engine.StopSignal(env, args.time_limit)
     for number, cell in enumerate(todo):
         title = (
             f"[{number + 1}/{len(todo)}] {cell.pretrained.name} to {cell.target}, seed {cell.seed}"
         )
         steps = cell.config["steps"]
         with engine.progress_bar(env, steps, title=title) as bar:
-            log = engine.Log(env, None, 0, steps, bar, title)
+            log = records.Log(env, None, 0, steps, bar, title)
             record = run_cell(cell, targets[cell.target], "transfer", env, signals, log, bar)
             log.evaluation(steps, record["metrics"])
     if env.main:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torchvision.transforms.v2 import RandAugment
 from torchvision.transforms.v2 import functional as TF
 
 # Mean and standard deviation of pixels in [0,1], by the domain of the pre-training source.
@@ -159,10 +160,27 @@ def random_shift_flip(image, rng):
     return random_crop_flip(F.pad(image, (edge,) * 4), rng, size)
 
 
-def pretraining_pipeline(domain, size, train, own_size=False):
+RAND_AUGMENT = RandAugment(num_ops=2, magnitude=9)
+
+
+def random_augment(image, rng):
+    """RandAugment(2, 9) as torchvision has it (Cubuk et al. 2019, arXiv:1909.13719)."""
+    with torch.random.fork_rng(devices=[]):
+        # torchvision draws from PyTorch's own generator, whatever drew from it before.
+        torch.default_generator.manual_seed(int(rng.integers(2**63)))
+        return RAND_AUGMENT(image)
+
+
+def random_augment_crop_flip(image, rng, size):
+    """RandAugment, then Inception-style crop and flip, in the study's order."""
+    return random_resized_crop_flip(random_augment(image, rng), rng, size)
+
+
+def pretraining_pipeline(domain, size, train, own_size=False, rand_augment=False):
     """Pre-training at size x size pixels, for a "natural" or a "medical" source.
 
     own_size: the images have that size already (the synthetic worlds), and are only shifted.
+    rand_augment: natural training images go through RandAugment first.
     """
     at_size = functools.partial
     if own_size:
@@ -171,7 +189,8 @@ def pretraining_pipeline(domain, size, train, own_size=False):
         augment = random_affine_flip if train else keep
         return Pipeline(at_size(xray_square, size=size), augment, size)
     if train:
-        return Pipeline(keep, at_size(random_resized_crop_flip, size=size))
+        crop = random_augment_crop_flip if rand_augment else random_resized_crop_flip
+        return Pipeline(keep, at_size(crop, size=size))
     return Pipeline(at_size(resize_center_crop, size=size), keep, round(size * 256 / 224))
 
 

@@ -13,6 +13,9 @@ import console
 import data
 import engine
 import models
+import records
+from metrics import loss_sum
+from optimizer import make_optimizer
 from transforms import NORMALIZATION, Pipeline, keep
 
 nan = math.nan
@@ -127,7 +130,7 @@ def test_outputs_that_are_not_finite_are_refused(value):
 
 def test_multiclass_loss_is_a_sum_in_fp32():
     logits, labels = torch.randn(9, 4).bfloat16(), torch.arange(9) % 4
-    found = engine.loss_sum(logits, labels, "multiclass")
+    found = loss_sum(logits, labels, "multiclass")
     assert found.dtype == torch.float32
     expected = F.cross_entropy(logits.double(), labels) * 9
     assert float(found) == pytest.approx(float(expected), rel=1e-5)
@@ -136,7 +139,7 @@ def test_multiclass_loss_is_a_sum_in_fp32():
 def test_multilabel_loss_and_its_gradient_pass_over_nan():
     logits = torch.tensor([[0.5, -2.0, 3.0], [1.0, 40.0, -40.0]], requires_grad=True)
     labels = torch.tensor([[1, nan, 0], [0, nan, nan]])
-    found = engine.loss_sum(logits, labels, "multilabel")
+    found = loss_sum(logits, labels, "multilabel")
     expected = math.log1p(math.exp(-0.5)) + math.log1p(math.exp(3.0)) + math.log1p(math.e)
     assert float(found.detach()) == pytest.approx(expected, rel=1e-6)
     found.backward()
@@ -227,7 +230,7 @@ def test_groups_without_clipping_are_left_alone():
 
 def test_optimizer_exempts_the_head_alone():
     model = models.create_model("R14x0.5", 32)  # as many outputs as the root has filters
-    groups = engine.make_optimizer(model, 0.1, clipping=0.01).param_groups
+    groups = make_optimizer(model, 0.1, clipping=0.01).param_groups
     unclipped = {id(p) for group in groups if group["clipping"] is None for p in group["params"]}
     assert unclipped == {id(p) for p in model.head.conv.parameters()}
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
@@ -359,11 +362,11 @@ def test_nan_is_never_written(tmp_path):
 
 def test_a_run_of_other_options_is_refused_by_the_option():
     theirs = {"lr": 0.1, "decays": (3, 6), "workers": 0}
-    engine.check_same_config("file", theirs, {"lr": 0.1, "decays": [3, 6], "workers": 8})
+    records.check_same_config("file", theirs, {"lr": 0.1, "decays": [3, 6], "workers": 8})
     with pytest.raises(ValueError, match=r"file was made with lr = 0\.1, not 0\.2; use the same"):
-        engine.check_same_config("file", theirs, {**theirs, "lr": 0.2})
+        records.check_same_config("file", theirs, {**theirs, "lr": 0.2})
     with pytest.raises(ValueError, match="made with clipping = None, not 0.01"):
-        engine.check_same_config("file", theirs, {**theirs, "clipping": 0.01})
+        records.check_same_config("file", theirs, {**theirs, "clipping": 0.01})
 
 
 @pytest.mark.parametrize(

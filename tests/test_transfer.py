@@ -98,10 +98,23 @@ def test_pretraining_schedule():
     ],
 )
 def test_recipes_of_the_study(source, domain, model, expected):
-    recipe = pretrain.choose_recipe(source, domain, model)
+    name, recipe = pretrain.choose_recipe(None, source, domain, model)
     found = recipe.lr, recipe.clipping, recipe.warmup, recipe.epochs, recipe.worker_batch
     assert found == expected
     assert (recipe.schedule, recipe.weight_decay, recipe.image_size) == ("step", 1e-4, 224)
+    assert (name, recipe.batch_size, recipe.rand_augment) == ("paper", 256, False)
+
+
+@pytest.mark.parametrize("model, epochs, worker_batch", [("R50x1", 120, 32), ("R152x4", 90, 16)])
+def test_optimised_recipe(model, epochs, worker_batch):
+    name, recipe = pretrain.choose_recipe("optimised", "imagenet1k", "natural", model)
+    found = name, recipe.lr, recipe.clipping, recipe.warmup, recipe.schedule, recipe.rand_augment
+    assert found == ("optimised", 0.03, 0.01, 15, "cosine", True)
+    assert (recipe.epochs, recipe.worker_batch) == (epochs, worker_batch)
+    with pytest.raises(ValueError, match="--recipe optimised is for natural sources, not nih"):
+        pretrain.choose_recipe("optimised", "nih", "medical", model)
+    assert pretrain.choose_recipe(None, "synthetic-xray", "medical", model)[0] == "synthetic"
+    assert pretrain.choose_recipe("paper", "synthetic-xray", "medical", model)[1].epochs == 90
 
 
 @pytest.fixture

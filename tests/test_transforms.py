@@ -19,6 +19,7 @@ from transforms import (
     keep,
     pretraining_pipeline,
     random_affine_flip,
+    random_augment,
     random_crop_flip,
     random_flip,
     random_resized_crop_flip,
@@ -236,3 +237,25 @@ def test_hyperrule_pipeline(rng, shape):
 
 def test_hyperrule_refuses_a_crop_that_does_not_fit():
     refuses(ValueError, lambda: hyperrule_pipeline(16, 20, train=True), "20", "16")
+
+
+def test_random_augment_is_torchvisions_and_leaves_its_generator_alone(rng):
+    image = random_image(rng, 3, 40, 30)
+    state = torch.random.get_rng_state()
+    found = [random_augment(image, np.random.default_rng(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    torch.manual_seed(int(np.random.default_rng(1).integers(2**63)))
+    assert torch.equal(found[0], v2.RandAugment(2, 9)(image))
+    torch.random.set_rng_state(state)
+
+
+def test_random_augment_comes_before_the_crop(rng):
+    image = random_image(rng, 3, 40, 30)
+    pipeline = pretraining_pipeline("natural", 24, train=True, rand_augment=True)
+    mine, same = np.random.default_rng(5), np.random.default_rng(5)
+    expected = random_resized_crop_flip(random_augment(image, same), same, 24)
+    assert torch.equal(pipeline.augment(image, mine), expected)
+    assert (
+        pretraining_pipeline("medical", 24, True, rand_augment=True).augment is random_affine_flip
+    )

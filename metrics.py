@@ -1,0 +1,110 @@
+"""Loss and metrics of the study: over valid labels only, ties handled, undefined is None."""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+def loss_sum(logits, labels, task):
+    """Sum over valid labels, in fp32: cross-entropy for labels (N,) int64; binary cross-entropy
+    over what is not NaN for labels (N,C). Divide by the count of valid labels for the mean.
+    """
+    logits = logits.float()
+    if task == "multiclass":
+        return F.cross_entropy(logits, labels, reduction="sum")
+    valid = ~labels.isnan()
+    targets = torch.where(valid, labels, 0)
+    losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return torch.where(valid, losses, 0).sum()
+
+
+def roc_auc(scores, targets):
+    """Area under the ROC curve: the chance that a positive outscores a negative, ties half.
+
+    scores: (N,) numbers. targets: (N,) in {0,1}. nan when one class is absent.
+    """
+    scores, targets = np.asarray(scores), np.asarray(targets) == 1
+    positives, negatives = int(targets.sum()), int((~targets).sum())
+    if positives == 0 or negatives == 0:
+        return math.nan
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]  # tied scores share their mean rank
+    return float((ranks[targets].sum() / positives - (positives + 1) / 2) / negatives)
+
+
+def average_precision(scores, targets):
+    """Sum over thresholds of (recall gained) * precision, tied scores entering together.
+
+    scores: (N,) numbers. targets: (N,) in {0,1}. nan when one class is absent.
+    """
+    scores, targets = np.asarray(scores), np.asarray(targets) == 1
+    if targets.all() or not targets.any():
+        return math.nan
+    order = np.argsort(-scores, kind="stable")
+    scores, targets = scores[order], targets[order]
+    last = np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1)
+    hits = np.cumsum(targets)[last]
+    precision, gained = hits / (last + 1), np.diff(hits, prepend=0) / hits[-1]
+    return float((precision * gained).sum())
+
+
+def compute_metrics(logits, labels, classes):
+    """Metrics of a whole test set as fractions; what is undefined is None.
+
+    logits: (N,C). labels: (N,) int64 for multi-class, (N,C) in {0,1,nan} for multi-label.
+    accuracy: share of right answers (multi-label: of right yes/no answers over all valid labels,
+    at probability 0.5). mean_auc, mean_ap: means over the classes for which they are defined, one
+    against the rest. loss: mean over valid labels. Raises ValueError for non-finite logits.
+    """
+    logits = torch.as_tensor(logits).double()
+    labels = torch.as_tensor(np.array(labels))  # a copy: those of a pack cannot be written
+    if not logits.isfinite().all():
+        raise ValueError("the network's outputs are not finite; a smaller --lr may mend it")
+    task = "multilabel" if labels.ndim == 2 else "multiclass"
+    top5 = None
+    if task == "multiclass":
+        scores = logits.softmax(1).numpy()
+        targets = F.one_hot(labels, len(classes)).double()
+        predicted = F.one_hot(logits.argmax(1), len(classes)).numpy() == 1
+        accuracy = float((logits.argmax(1) == labels).double().mean())
+        if len(classes) > 5:
+            top5 = float((logits.topk(5).indices == labels[:, None]).any(1).double().mean())
+    else:
+        scores, targets, predicted = logits.numpy(), labels.double(), (logits > 0).numpy()
+        valid = ~labels.isnan().numpy()
+        accuracy = float((predicted == (targets.numpy() == 1))[valid].mean())
+    targets = targets.numpy()
+    per_class = {
+        name: _class_metrics(scores[:, c], predicted[:, c], targets[:, c])
+        for c, name in enumerate(classes)
+    }
+    count = int((~labels.isnan()).sum()) if task == "multilabel" else len(labels)
+    return {
+        "accuracy": accuracy,
+        "top5": top5,
+        "mean_auc": _mean([m["auc"] for m in per_class.values()]),
+        "mean_ap": _mean([m["ap"] for m in per_class.values()]),
+        "loss": float(loss_sum(logits, labels, task)) / count,
+        "per_class": per_class,
+    }
+
+
+def _class_metrics(scores, predicted, targets):
+    valid = ~np.isnan(targets)
+    scores, predicted, truth = scores[valid], predicted[valid], targets[valid] == 1
+    hits, claims, positives = (predicted & truth).sum(), predicted.sum(), truth.sum()
+    auc, ap = roc_auc(scores, truth), average_precision(scores, truth)
+    return {
+        "auc": None if math.isnan(auc) else auc,
+        "ap": None if math.isnan(ap) else ap,
+        "f1": float(2 * hits / (claims + positives)) if claims + positives else None,
+        "positives": int(positives),
+        "negatives": int(len(truth) - positives),
+    }
+
+
+def _mean(values):
+    values = [value for value in values if value is not None]
+    return float(np.mean(values)) if values else None
