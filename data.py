@@ -136,12 +136,14 @@ def load_dataset(
         dataset = keep_single_label(dataset)
     images = len(dataset) if split == "test" else round(fraction * len(dataset))
     if not images:
-        options = dataset.options | ({"fraction": fraction} if fraction < 1 else {})
-        raise ValueError(f"{name}: no image of the {split} split is left by the options {options}")
+        share = f"--fraction {fraction:g} of " if fraction < 1 else ""
+        raise ValueError(
+            f"{name}: no image of the {split} split is left by {share}the options {dataset.options}"
+        )
     if images < len(dataset):
         chosen = generator(fraction_seed, Stream.FRACTION).permutation(len(dataset))
         dataset = dataset.subset(np.sort(chosen[:images]))
-    if fraction < 1:
+    if split == "train" and fraction < 1:
         changed = dataset.options | {"fraction": fraction, "fraction_seed": fraction_seed}
         dataset = dataset.replace(name=f"{name}-{fraction:g}", options=changed)
     return dataset
@@ -156,10 +158,14 @@ def _builder(name):
     """The function that makes the dataset of this name: (name, root, split, **its options)."""
     original, size, _ = packs.pack_of(name)
     if size:
+        if packs.pack_of(original)[1]:
+            raise ValueError(f"{name}: {original} is a pack already; pack the original")
         _builder(original)
         return packs.open_pack
     if name.startswith("folder:"):
         return natural.folder
+    if not name:
+        raise ValueError("a dataset's name is missing (before or after a +?)")
     if name not in DATASETS:
         near = difflib.get_close_matches(name.lower(), DATASETS, n=1, cutoff=0)[0]
         raise ValueError(
@@ -222,6 +228,8 @@ def _union(parts, root, split, verify, labels="intersection", **options):
     members = []
     for part in parts:
         own = {key: value for key, value in options.items() if key in dataset_options(part)}
+        if "views" in own:
+            own["views"] = xrays.views_in_union(base_name(part), own["views"])
         members.append(load_dataset(part, root, split, verify=verify, **own))
         if members[-1].task != "multilabel":
             raise ValueError(f"{name}: {part} is not multi-label; a union joins labels by name")
@@ -301,9 +309,18 @@ def few_shot_indices(labels, shots, seed, classes=None):
 
 def _both(args, **options):
     """{split: dataset}, with the options that were given."""
-    given = {key: getattr(args, key) for key in ("views", "split_by", "labels", "cache_dir")}
+    given = {key: getattr(args, key) for key in ("views", "split_by", "labels")}
     options |= {key: value for key, value in given.items() if value is not None}
+    if args.command == "info":
+        options |= {"single_label": args.single_label, "fraction": args.fraction}
+    options |= _cache_dir(args, args.name)
     return {split: load_dataset(args.name, args.data_dir, split, **options) for split in SPLITS}
+
+
+def _cache_dir(args, name):
+    """The option, where the dataset has an index to keep."""
+    takes = args.cache_dir and "cache_dir" in dataset_options(name)
+    return {"cache_dir": args.cache_dir} if takes else {}
 
 
 def list_datasets(args):
@@ -315,12 +332,15 @@ def list_datasets(args):
         if size:
             packed.append(folder.name if original in DATASETS else f"folder:{folder}")
     for name in (*DATASETS, *packed):
-        folder = DATASETS[name].folder if name in DATASETS else os.path.basename(name)
+        folder = (
+            DATASETS[name].folder
+            if name in DATASETS
+            else os.path.basename(name.removeprefix("folder:"))
+        )
         row = [name, "(made)" if folder is None else folder, "no", "", "", ""]
         if folder is None or (root / folder).is_dir():
             try:
-                takes = args.cache_dir and "cache_dir" in dataset_options(name)
-                options = {"cache_dir": args.cache_dir} if takes else {}
+                options = _cache_dir(args, name)
                 sets = {s: load_dataset(name, root, s, verify=False, **options) for s in SPLITS}
                 counts = " + ".join(f"{len(dataset):,}" for dataset in sets.values())
                 train = sets["train"]
@@ -334,6 +354,7 @@ def list_datasets(args):
 
 def info(args):
     """What a dataset holds: counts, marks by class, patients, image sizes; a sheet of examples."""
+    _refuse_unwritable("--sheet", args.sheet)
     if args.sheet and Path(args.sheet).suffix.lower() != ".png":
         raise ValueError(f"--sheet {args.sheet}: must end in .png")
     sets = _both(args)
@@ -363,6 +384,14 @@ def info(args):
     if args.sheet:
         contact_sheet(train).save(args.sheet)
         print(f"wrote {args.sheet}")
+
+
+def _refuse_unwritable(option, path):
+    """Before the work whose outcome goes there."""
+    if path:
+        folder = Path(path).parent
+        if Path(path).is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise ValueError(f"{option} {path}: not a file in a directory that can be written")
 
 
 def _left_out(dataset):
@@ -397,16 +426,14 @@ def contact_sheet(dataset, columns=8, rows=20, side=96):
 def check(args):
     """Opens every image; lists what is broken, missing, or there twice. 1 where anything is."""
     sets = _both(args, verify=False)
-    folder = Path(args.report or ".").parent
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise ValueError(f"--report {args.report}: its directory cannot be written")
+    _refuse_unwritable("--report", args.report)
     found = {"missing": [], "broken": [], "duplicated": [], "in train and test": []}
     prints, firsts = {}, {}
     for split, dataset in sets.items():
         prints[split] = np.zeros(len(dataset), np.uint64)
         good = np.ones(len(dataset), bool)
-        workers = args.workers or os.cpu_count()
-        with contextlib.closing(packs.each_image(dataset, _fingerprint, workers, split)) as results:
+        results = packs.each_image(dataset, _fingerprint, args.workers, split)
+        with contextlib.closing(results):
             for i, result in enumerate(results):
                 if isinstance(result, Exception):
                     good[i] = False
@@ -504,6 +531,9 @@ def parse(argv):
             "intersection)")  # fmt: skip
         if command == "info":
             add("--sheet", metavar="PNG", help="write a contact sheet of examples there")
+            add("--single-label", action="store_true", help="images with exactly one positive "
+                "label, as a multi-class dataset")  # fmt: skip
+            add("--fraction", type=positive(float), default=1.0, help="of the training images")
         if command == "check":
             add("--report", metavar="JSON", help="write all that was found there")
         if command == "pack":
@@ -523,7 +553,7 @@ def main(argv=None):
     try:
         args = parse(argv)
         return COMMANDS[args.command](args) or 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # of the last kind: a worker was killed
         return complain(error)
     except KeyboardInterrupt:
         print("stopped by SIGINT; run the same command again", file=sys.stderr)

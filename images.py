@@ -6,15 +6,13 @@ Images are uint8 tensors (C,H,W) until they are on the device; engine.py normali
 import functools
 import io
 import os
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
-from torchvision.io import decode_png
+from PIL import Image, UnidentifiedImageError
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
@@ -29,9 +27,9 @@ def read_image(file, mode, size=None, name=None):
 
     file: a path, or the bytes of a file called `name` in messages. Grey is copied to RGB; colour
     becomes luma for "L"; alpha is dropped; 16-bit grey is divided by 257, so that 65535 becomes
-    255. size: the shorter side that will be needed, in pixels: a JPEG is then decoded at 1/2, 1/4
-    or 1/8 where that leaves twice as much. Raises ValueError naming an unreadable or truncated
-    file.
+    255 (of 16-bit colour or alpha Pillow keeps the high byte). size: the shorter side that will be
+    needed, in pixels: a JPEG is then decoded at 1/2, 1/4 or 1/8 where that leaves twice as much.
+    Raises ValueError naming an unreadable or truncated file.
     """
     name = name or file
     try:
@@ -40,15 +38,16 @@ def read_image(file, mode, size=None, name=None):
             # Pillow only warns, and filters of warnings are not safe among preload's threads.
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, a decompression bomb?")
-            if mode == "L" and image.mode == "L" and _is_plain_png(content):
-                return decode_png(torch.frombuffer(bytearray(content), dtype=torch.uint8))
             if size:
                 image.draft(None, (2 * size, 2 * size))  # of all formats only JPEG has scales
             pixels = torch.from_numpy(_to_uint8(image, mode))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name}: no such image") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name}: unreadable image ({error}); mend or remove it") from error
+        reason = error
+        if isinstance(error, UnidentifiedImageError):
+            reason = "no known image format" if content else "an empty file"
+        raise ValueError(f"{name}: unreadable image ({reason}); mend or remove it") from error
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
@@ -60,24 +59,6 @@ def _to_uint8(image, mode):
         raise ValueError("neither 8- nor 16-bit pixels")
     grey = np.rint(pixels / 257).astype(np.uint8)
     return grey if mode == "L" else np.repeat(grey[..., None], 3, axis=2)
-
-
-def _is_plain_png(content):
-    """Whether this is an undamaged PNG of 8-bit grey, not interlaced, without transparency.
-
-    Most X-rays are. libpng decodes those faster than Pillow, but torchvision's binding crashes on
-    damaged data: every chunk's checksum is looked at first (PNG specification, section 5.3).
-    """
-    kinds, place, view = [], 8, memoryview(content)
-    if content[:8] != b"\x89PNG\r\n\x1a\n" or content[24:29] != b"\x08\0\0\0\0":
-        return False
-    while place + 12 <= len(content):
-        end = place + 8 + int.from_bytes(view[place : place + 4], "big")
-        if zlib.crc32(view[place + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
-            return False
-        kinds.append(content[place + 4 : place + 8])
-        place = end + 4
-    return kinds[-1] == b"IEND" and place == len(content) and b"tRNS" not in kinds
 
 
 # ------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ of it; `loader` reads ahead with worker processes.
 """
 
 import atexit
-import functools
 import math
 import multiprocessing
 import os
@@ -32,12 +31,18 @@ def generator(seed, *purpose):
     return np.random.default_rng([seed, *purpose])
 
 
-@functools.lru_cache(maxsize=1)
+_ORDER = {}  # {(images, seed, epoch): order}, of one epoch: every worker of every rank holds it
+
+
 def _permutation(num_images, seed, epoch):
-    """Half the memory of generator.permutation: every worker of every rank holds one."""
-    order = np.arange(num_images, dtype=np.int32 if num_images < 2**31 else np.int64)
-    generator(seed, Stream.ORDER, epoch).shuffle(order)
-    return order
+    """The order of an epoch; half the memory of generator.permutation."""
+    key = num_images, seed, epoch
+    if key not in _ORDER:
+        _ORDER.clear()  # before the next is made
+        order = np.arange(num_images, dtype=np.int32 if num_images < 2**31 else np.int64)
+        generator(seed, Stream.ORDER, epoch).shuffle(order)
+        _ORDER[key] = order
+    return _ORDER[key]
 
 
 def by_class(labels):

@@ -63,9 +63,6 @@ def pets(name, root, split, download=False):
 
 
 def _path_dataset(name, root, paths, labels, classes):
-    for path in paths:
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"{name}: no {path}; remove its directory, then --download")
     reader = Files(str(root), encoded(os.path.relpath(path, root) for path in paths), "RGB")
     return ImageDataset(name, reader, np.array(labels, np.int64), classes, "multiclass", "natural")
 
@@ -74,7 +71,7 @@ def _path_dataset(name, root, paths, labels, classes):
 # Folders of classes, and one archive a class
 # ------------------------------------------------------------------------------------------------
 
-CACHE_FROM = 50_000  # images: the index of a larger set is kept on disk
+CACHE_FROM = 50_000  # images: the index of such a set, and of any archives, is kept on disk
 
 
 def imagenet1k(name, root, split, cache_dir=None):
@@ -159,9 +156,9 @@ def class_index(folder, cache_dir=None, held_out=None):
 
     Returns {"classes": (C,) bytes, "names": (N,) bytes, "labels": (N,) int64} and, when classes
     are archives, "starts" and "sizes" (N,) int64: the bytes of the archive that an image takes.
-    held_out: function of a name; such images come last, from "held_from" on. From CACHE_FROM
-    images on, the arrays are kept in a directory beside the data, or below cache_dir, and mapped
-    into memory; they are made anew when a class directory or archive has changed.
+    held_out: function of a name; such images come last, from "held_from" on. The arrays of
+    archives, and from CACHE_FROM images on of directories, are kept in a directory beside the data,
+    or below cache_dir, and mapped into memory; they are made anew when one of them has changed.
     """
     entries = _class_entries(folder)
     key = hashlib.sha256(f"1 {held_out and held_out.__name__} {bool(cache_dir)}\n".encode())
@@ -180,7 +177,7 @@ def class_index(folder, cache_dir=None, held_out=None):
     index = _open_arrays(cache, columns)
     if index is None:
         index = _build_index(entries, held_out)
-        if len(index["names"]) >= CACHE_FROM:
+        if "starts" in index or len(index["names"]) >= CACHE_FROM:
             index = _keep_arrays(cache, stem, index, required=cache_dir is not None)
     return index
 

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import textwrap
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -133,7 +134,9 @@ def _facts_crc32(facts):
 
 def pack_name(name):
     """What a pack is called inside: the place of a folder does not matter."""
-    return f"folder:{Path(name).name}" if name.startswith("folder:") else name
+    if not name.startswith("folder:"):
+        return name
+    return f"folder:{Path(name.removeprefix('folder:')).resolve().name}"
 
 
 def _file_crc32(path):
@@ -142,6 +145,13 @@ def _file_crc32(path):
         while block := file.read(2**20):
             checksum = zlib.crc32(block, checksum)
     return checksum
+
+
+def available_cores():
+    """Those that this process may use (fewer than the machine's under SLURM, say)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 class Each(torch.utils.data.Dataset):
@@ -167,6 +177,7 @@ class Each(torch.utils.data.Dataset):
 def each_image(dataset, work, workers, title, first=0):
     """Yields work(dataset, i), or its error, for i from `first` (a multiple of PACK_CHUNK) on."""
     each, start = Each(dataset, work), first // PACK_CHUNK
+    workers = min(workers or available_cores(), max(1, len(each) - start))
     with tqdm(total=len(dataset), initial=first, desc=title, unit="image", disable=None) as bar:
         for results in loader(each, start, len(each), workers):
             yield from results
@@ -231,7 +242,7 @@ def _fill(part, sets, facts, size, codec, quality, workers):
         work = functools.partial(_encode, size=size, codec=codec, quality=quality)
         _refuse_small_disk(part, sets, work)
         for split, dataset in sets.items():
-            _write_images(part, split, dataset, work, workers or os.cpu_count())
+            _write_images(part, split, dataset, work, workers)
         _write_index(part, facts, sets)
     for name in ("train.journal", "test.journal", "begun.json", "lock"):
         (part / name).unlink(missing_ok=True)
@@ -271,16 +282,24 @@ def _same_facts(place, theirs, ours):
     for key, value in json.loads(json.dumps(ours)).items():
         if theirs.get(key) != value:
             raise ValueError(
-                f"{place} was packed from another {key} ({theirs.get(key)}, now {value}); remove "
-                "it, or give another --out"
+                f"{place} was packed from another {key} ({_short(theirs.get(key))}, now "
+                f"{_short(value)}); remove it, or give another --out"
             )
+
+
+def _short(value):
+    return textwrap.shorten(str(value), 100)
 
 
 def _begin(part, facts):
     """Notes what is packed; a packing that was begun goes on only with the same."""
     for path in (part / "pack.json", part / "begun.json"):
         if path.exists():
-            return _same_facts(part, json.loads(path.read_text()), facts)
+            try:
+                begun = json.loads(path.read_text())
+            except ValueError as error:
+                raise ValueError(f"{path}: damaged ({error}); remove {part}") from error
+            return _same_facts(part, begun, facts)
     write_json(path, facts)
 
 
@@ -289,7 +308,10 @@ def _refuse_small_disk(part, sets, work):
     needed = 0
     for dataset in sets.values():
         sample = np.unique(np.linspace(0, len(dataset) - 1, 32).astype(int))
-        sizes = [len(content) for content, _ in (work(dataset, int(i)) for i in sample)]
+        samples = [Each(dataset, work)._one(int(i)) for i in sample]
+        sizes = [len(result[0]) for result in samples if not isinstance(result, Exception)]
+        if not sizes:
+            raise ValueError(str(samples[0]))
         index = JOURNAL.itemsize * 2 + dataset.labels[:1].nbytes + _names(dataset).itemsize
         needed += len(dataset) * (np.mean(sizes) + index)
     written = sum(file.stat().st_size for file in part.iterdir())
@@ -312,8 +334,8 @@ def _write_images(part, split, dataset, work, workers):
         results = each_image(dataset, work, workers, f"{split} images", done)
         with contextlib.closing(results):  # the bar ends above any message
             for number, result in enumerate(results, done + 1):
-                if isinstance(result, Exception):
-                    raise result
+                if isinstance(result, Exception):  # of the source, not of the disk
+                    raise ValueError(str(result)) from result
                 content, shape = result
                 images.write(content)
                 records.append((len(content), zlib.crc32(content), shape))

@@ -169,10 +169,10 @@ def _read_list(path):
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error})") from error
+        raise ValueError(f"{path}: not UTF-8 text ({error}); save it as such") from error
     lines = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not lines:
-        raise ValueError(f"{path}: lists no image")
+        raise ValueError(f"{path}: lists no image; fetch it again")
     return lines
 
 
@@ -192,6 +192,12 @@ def _positions(keys, table, where):
     order = np.argsort(table)
     places = order[np.minimum(np.searchsorted(table, keys, sorter=order), len(table) - 1)]
     return np.where(table[places] == keys, places, -1)
+
+
+def views_in_union(name, views):
+    """Of the views that all datasets of a union were given, those that this one may have."""
+    others = {view for known in VIEWS.values() for view in known} - set(VIEWS.get(name, ()))
+    return [view for view in views if view not in others] or views
 
 
 def _of_views(table, found, views, known):
@@ -229,6 +235,12 @@ PADCHEST_CLASSES = (
     "Pleural_Thickening", "Pneumonia", "Pneumothorax", "Scoliosis", "Support Devices",
     "Tuberculosis",
 )  # fmt: skip
+VIEWS = {
+    "chexpert": ("PA", "AP", "LL", "RL", "L"),
+    "mimic": ("PA", "AP", "LATERAL", "LL"),
+    "nih": ("PA", "AP"),
+    "padchest": ("PA", "AP", "AP Supine", "L", "COSTAL"),
+}
 PADCHEST_SYNONYMS = {
     "Consolidation": ("air bronchogram",),
     "Hilar Enlargement": ("adenopathy", "pulmonary artery enlargement"),
@@ -337,7 +349,7 @@ def chexpert(name, root, split, views=("PA", "AP")):
     columns |= {"Frontal/Lateral": _one_of("Frontal", "Lateral")}
     paths, frontal, side, *findings = read_table(table, columns | FINDING_COLUMNS)
     found = np.where(side == b"Frontal", frontal, b"L")
-    kept, other = _of_views(table, found, views, ("PA", "AP", "LL", "RL", "L"))
+    kept, other = _of_views(table, found, views, VIEWS["chexpert"])
     paths = paths[kept]
     _refuse_repeats(paths, table)
     patients = np.array([int(path.split(b"/")[1][len("patient") :]) for path in paths], np.int64)
@@ -374,11 +386,13 @@ def mimic_rows(name, folder, split, views):
     ids, subjects, studies, found = read_table(metadata, ids | {"ViewPosition": TEXT})
     place = _positions(ids, dicoms, split_table)
     if (place < 0).any():
-        raise ValueError(f"{split_table}: has no row of {ids[place < 0][0].decode()}")
+        raise ValueError(
+            f"{split_table}: has no row of {ids[place < 0][0].decode()}; fetch both of one release"
+        )
     mine = parts[place] == {"train": b"train", "test": b"validate"}[split]
     del dicoms, parts, place
     _refuse_repeats(ids, metadata)
-    kept, other = _of_views(metadata, found, views, ("PA", "AP", "LATERAL", "LL"))
+    kept, other = _of_views(metadata, found, views, VIEWS["mimic"])
     dropped = {other: int((mine & ~kept).sum())}
     kept &= mine
     ids, subjects, studies = ids[kept], subjects[kept], studies[kept]
@@ -415,10 +429,10 @@ def nih(name, root, split, views=None):
     place = _positions(listed[split], names, table)
     if (place < 0).any():
         image = listed[split][place < 0][0].decode()
-        raise ValueError(f"{lists[split]}: {image} has no row in {table.name}")
+        raise ValueError(f"{lists[split]}: {image} has no row in {table.name}; fetch both again")
     rows, dropped = np.sort(place), {}
     if views is not None:
-        kept, other = _of_views(table, found[0], views, ("PA", "AP"))
+        kept, other = _of_views(table, found[0], views, VIEWS["nih"])
         rows, dropped = rows[kept[rows]], {other: int((~kept[rows]).sum())}
     return _xray(
         name, folder / "images", names[rows], labels[rows], NIH_CLASSES, patients[rows],
@@ -445,10 +459,7 @@ NIH_FINDINGS = Column(
 )  # fmt: skip
 
 
-PADCHEST_VIEWS = ("PA", "AP", "AP Supine", "L", "COSTAL")
-
-
-def padchest(name, root, split, views=PADCHEST_VIEWS, split_by="patient"):
+def padchest(name, root, split, views=VIEWS["padchest"], split_by="patient"):
     """PadChest (Bustos et al. 2020, arXiv:1901.07441), a tenth of it held out.
 
     split_by: "patient" keeps each patient on one side; "image" is the study's split, which does
@@ -464,7 +475,7 @@ def padchest(name, root, split, views=PADCHEST_VIEWS, split_by="patient"):
     names, patients, found, labels, folders = read_table(table, columns, optional=("ImageDir",))
     _refuse_repeats(names, table)
     found = np.where(found == b"AP_horizontal", b"AP Supine", found)
-    kept, other = _of_views(table, found, views, PADCHEST_VIEWS)
+    kept, other = _of_views(table, found, views, VIEWS["padchest"])
     unlabelled = kept & np.isnan(labels[:, 0])
     broken = np.isin(names, [file.encode() for file in PADCHEST_BROKEN]) & kept & ~unlabelled
     rows = np.flatnonzero(kept & ~unlabelled & ~broken)

@@ -1,7 +1,5 @@
 """Decoding: every kind of pixel file, and what is none."""
 
-import io
-import random
 import struct
 import warnings
 import zlib
@@ -11,9 +9,7 @@ import pytest
 import torch
 from conftest import luma, noise, pixels_of, refuses, save
 from PIL import Image
-from torchvision.io import decode_png
 
-import images
 from images import read_image
 
 GREY = np.array([[0, 1, 128], [200, 254, 255]], np.uint8)
@@ -107,50 +103,3 @@ def test_read_image_refuses_bombs(tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         refuses(ValueError, lambda: read_image(tmp_path / "x.png", "L"), "x.png", "15 x 10", "bomb")
-
-
-# ------------------------------------------------------------------------------------------------
-# The faster way for plain grey PNGs
-# ------------------------------------------------------------------------------------------------
-
-
-def png(image, **options):
-    content = io.BytesIO()
-    image.save(content, "PNG", **options)
-    return content.getvalue()
-
-
-def grey_image(rng):
-    """Smooth, so that every filter of PNG is used."""
-    rows, columns = np.mgrid[:90, :70]
-    wave = 120 + 60 * np.sin(rows / 9) + 50 * np.cos(columns / 7) + rng.normal(0, 4, rows.shape)
-    return Image.fromarray(wave.clip(0, 255).astype(np.uint8))
-
-
-def test_grey_pngs_equal_pillow(rng, monkeypatch):
-    image = grey_image(rng)
-    plain, transparent = png(image), png(image, transparency=7)
-    few = png(image.quantize(16).convert("L").convert("1"))
-    decoded = []
-    monkeypatch.setattr(images, "decode_png", lambda x: decoded.append(1) or decode_png(x))
-    for content, fast in ((plain, 1), (transparent, 0), (few, 0), (plain + b"more", 0)):
-        decoded.clear()
-        found = read_image(content, "L", name="x")
-        expected = np.asarray(Image.open(io.BytesIO(content)).convert("L"))
-        assert found.dtype == torch.uint8
-        np.testing.assert_array_equal(found, expected[None])
-        assert len(decoded) == fast
-
-
-def test_damaged_grey_pngs_are_named(rng):
-    """libpng itself would end the process."""
-    content, pick = png(grey_image(rng)), random.Random(0)
-    for _ in range(400):
-        damaged = bytearray(content)
-        damaged[pick.randrange(8, len(content))] ^= 1 << pick.randrange(8)
-        if pick.random() < 0.3:
-            del damaged[pick.randrange(len(content)) :]
-        try:
-            read_image(bytes(damaged), "L", name="x.png")
-        except ValueError as error:
-            assert str(error).startswith("x.png: unreadable")

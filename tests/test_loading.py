@@ -46,7 +46,7 @@ def test_batches_depend_on_seed_and_step_alone():
     for sampling in ("shuffle", "replacement", "balanced"):
         call = partial(batch_indices, sampling=sampling, classes=loading.by_class(labels))
         forth = [call(step, 50, 8, 2)[0] for step in range(30)]
-        loading._permutation.cache_clear()
+        loading._ORDER.clear()
         back = [call(step, 50, 8, 2)[0] for step in reversed(range(30))][::-1]
         np.testing.assert_array_equal(forth, back)
         assert (call(0, 50, 8, 3)[0] != forth[0]).any()

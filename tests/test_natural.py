@@ -249,7 +249,7 @@ def test_unknown_dataset(name, near):
 
 
 def test_nameless_dataset():
-    refuses(ValueError, lambda: load_dataset(""), "unknown dataset ''")
+    refuses(ValueError, lambda: load_dataset(""), "name is missing")
 
 
 def test_unknown_split_and_bad_options():

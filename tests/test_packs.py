@@ -1317,7 +1317,7 @@ def test_download_is_no_option_of_a_pack(tmp_path, rng):
         (["info"], ["name"]),
         (["info", "nih", "--sheets", "x.png"], ["--sheets", "--sheet"]),
         (["info", "folder:"], ["folder:"]),
-        (["info", ""], ["unknown dataset"]),
+        (["info", ""], ["name is missing"]),
         (["check", "nih", "--data-dir", "nowhere"], ["nowhere", "--data-dir"]),
         (["check", "cifar10", "--data-dir", "nowhere"], ["cifar10", "download"]),
     ],

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.ndimage
 import torch
 import torchvision
 from conftest import random_image, refuses
@@ -168,19 +169,19 @@ def test_shift_flip_windows(rng):
     assert drawn == views  # a sixteenth of the side, here one pixel, each way
 
 
-def test_affine_draws_and_pixels(rng, monkeypatch):
-    drawn, affine = [], TF.affine
+def test_affine_draws(rng, monkeypatch):
+    drawn = []
 
-    def record(image, angle, translate, scale, shear, interpolation, fill):
-        assert shear == [0, 0] and fill == 0
-        assert interpolation == TF.InterpolationMode.BILINEAR
-        drawn.append((angle, *translate, scale))
+    def record(image, angle, shift, scale):
+        drawn.append((angle, *shift, scale))
         return image
 
     image = random_image(rng, 1, 40, 60)
-    monkeypatch.setattr(transforms.TF, "affine", record)
+    monkeypatch.setattr(transforms, "affine", record)
+    flips = 0
     for seed in range(3000):
-        random_affine_flip(image, np.random.default_rng(seed))
+        flipped = random_affine_flip(image, np.random.default_rng(seed))
+        flips += torch.equal(flipped, image.flip(-1))
     angles, across, down, scales = np.array(drawn).T
     for values, bound in ((angles, 45), (across, 15), (down, 10), (scales - 1, 0.1)):
         # Within the bounds, near to both of them, and even between.
@@ -188,17 +189,37 @@ def test_affine_draws_and_pixels(rng, monkeypatch):
         assert values.max() > 0.95 * bound and values.min() < -0.95 * bound
         assert abs(values.mean()) < 0.05 * bound
         assert abs(values.std() / (bound / math.sqrt(3)) - 1) < 0.06
-    monkeypatch.undo()
-    seen = set()
-    for seed in range(12):
-        angle, x, y, scale = drawn[seed]
-        bilinear = TF.InterpolationMode.BILINEAR
-        expected = affine(image, angle, [int(x), int(y)], scale, [0.0, 0.0], bilinear, fill=0)
-        result = random_affine_flip(image, np.random.default_rng(seed))
-        flipped = torch.equal(result, expected.flip(-1))
-        assert flipped or torch.equal(result, expected)
-        seen.add(flipped)
-    assert seen == {True, False}
+    assert abs(flips / 3000 - 0.5) < 0.04
+
+
+def mapped(image, angle, shift, scale):
+    """The affine map in the plane by scipy, mirrored at the centres of the border's pixels."""
+    height, width = image.shape
+    turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    rows, columns = np.mgrid[:height, :width].astype(float)
+    center = np.array([(width - 1) / 2, (height - 1) / 2])
+    points = np.stack([columns.ravel(), rows.ravel()]) - (center + shift)[:, None]
+    x, y = turn @ points / scale + center[:, None]
+    return scipy.ndimage.map_coordinates(image.astype(float), [y, x], order=1, mode="mirror")
+
+
+@pytest.mark.parametrize("height, width", [(40, 60), (33, 33)])
+@pytest.mark.parametrize("degrees, shift, scale", [(30, (7.5, -4), 1.1), (-45, (0, 9), 0.9)])
+def test_affine_mirrors_beyond_the_border(rng, height, width, degrees, shift, scale):
+    image = random_image(rng, 1, height, width)
+    expected = mapped(image[0].numpy(), math.radians(degrees), np.array(shift), scale)
+    found = transforms.affine(image, degrees, shift, scale)
+    assert found.dtype == torch.uint8 and found.shape == image.shape
+    np.testing.assert_allclose(found.numpy().ravel(), expected, atol=0.51)
+
+
+def test_affine_inside_is_torchvisions(rng):
+    smooth = TF.resize(random_image(rng, 1, 8, 8), [64, 64], antialias=True)
+    expected = TF.affine(smooth, 20.0, [5, -3], 1.05, [0.0, 0.0], TF.InterpolationMode.BILINEAR)
+    found = transforms.affine(smooth, 20.0, (5, -3), 1.05)
+    inside = (..., slice(20, 44), slice(20, 44))
+    assert (found[inside].int() - expected[inside].int()).abs().max() <= 1
+    assert torch.equal(transforms.affine(smooth, 0, (0, 0), 1), smooth)
 
 
 def test_pretraining_pipelines(rng):
