@@ -1,4 +1,4 @@
-"""What every training script shares: processes, optimiser, training and evaluation, files.
+"""What every training script shares: processes, training steps, evaluation, options.
 
 Under torchrun each process runs the same script; without it, one process does all of it.
 """
@@ -144,6 +144,13 @@ def setup(precision="auto", timeout=None):
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if ranks > 1 and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # The agent's store outlives the processes and holds the addresses of dead ones.
+        raise ValueError(
+            "--max-restarts: processes that torchrun starts again may not find each other; set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started"
+        )
     if ranks > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timeout)
