@@ -282,20 +282,23 @@ class Run:
         """Writes the checkpoint, on the main rank; the one before is kept until it is whole.
 
         wait=False: the device waits only while the state is copied to the host's memory, and a
-        thread writes. Raises OSError, also for the write before, when the disk is full.
+        thread writes. Weights that are not finite are not saved: the next loss will say so. Raises
+        OSError, also for the write before, when the disk is full.
         """
         if not (self.path and env.main):
             return
         self.finish_saving()
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            return
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         state |= {"step": self.step, "seconds": self.seconds, "config": self.config}
         self._writing = self._writer.submit(save_tensors, self.path, _on_host(state))
         if wait:
             self.finish_saving()
 
-    def finish_saving(self):
-        """Waits for the checkpoint that is being written."""
-        if self._writing is not None:
+    def finish_saving(self, wait=True):
+        """Waits for the checkpoint that is being written; raises what went wrong with it."""
+        if self._writing is not None and (wait or self._writing.done()):
             writing, self._writing = self._writing, None
             writing.result()
 
@@ -376,6 +379,7 @@ def train(
         if progress is not None:
             progress.update()
         if run.step % log_every == 0 or run.step == stop:
+            run.finish_saving(wait=False)
             readings = meter.read(learning_rate)
             if log:
                 log(run.step, lr, readings)
@@ -476,7 +480,8 @@ class Meter:
         if math.isfinite(step):
             raise ValueError(
                 f"loss or gradient is not finite at step {step:.0f}, learning rate "
-                f"{learning_rate(step):g}; lower --lr (the last checkpoint is from before)"
+                f"{learning_rate(step):g}; lower --lr and give another --out (the last checkpoint "
+                "is from before)"
             )
 
     def read(self, learning_rate):

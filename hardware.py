@@ -17,7 +17,7 @@ PEAKS = {
 
 @functools.lru_cache
 def peak_flops(device, precision):
-    """Of the maker for bf16 on a GPU in PEAKS; elsewhere the best of five products of 2048 x 2048.
+    """Of the maker for bf16 on a GPU in PEAKS; elsewhere the best of five products of 1024 x 1024.
 
     precision: "fp32" or "bf16".
     """
@@ -26,7 +26,7 @@ def peak_flops(device, precision):
         for known, peak in PEAKS.items():
             if known in name:
                 return peak
-    side, best = 2048, 0.0
+    side, best = 1024, 0.0
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     matrix = torch.ones(side, side, dtype=dtype, device=device)
     for _ in range(5):

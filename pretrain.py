@@ -132,6 +132,8 @@ def resolve(args, env, source):
     config = {key: value for key, value in vars(args).items() if key not in engine.DATA_OPTIONS}
     config |= {"precision": env.precision, "source_options": source.options, "recipe": name}
     if args.batch_size == "auto":
+        if args.accumulate != 1:
+            raise ValueError("--accumulate: --batch-size auto chooses it; leave out one of them")
         config |= {"batch_size": None, "accumulate": None}
     for key, value in recipe._asdict().items():
         if key != "warmup" and config.get(key) is None:

@@ -110,9 +110,16 @@ def trim_log(env, path, step):
     """Drops the lines after `step`, which a continued run will write again."""
     if env.main and path.exists():
         lines = path.read_text().splitlines(keepends=True)
-        # The last epoch's evaluation is made again.
-        records = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
-        kept = [line for line, r in records if r["step"] < step + ("loss" in r)]
+        kept = []
+        for number, line in enumerate(lines, 1):
+            if not line.endswith("\n"):
+                continue  # cut by a kill
+            try:
+                record = json.loads(line)
+                if record["step"] < step + ("loss" in record):  # the evaluation is made again
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}, line {number}: damaged; remove that line") from error
         write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
 
 
