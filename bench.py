@@ -191,15 +191,15 @@ def peers(args, env, folder):
 
 def _timm_loop(args, env, folder, precision, channels_last=False, compiled=False):
     """timm's network, loader and optimiser, in the steps of its training script."""
-    timm = import_peer("timm")
+    optim, timm_data = import_peer("timm.optim"), import_peer("timm.data")
     network = _timm_network(args).to(env.device).train()
     if channels_last:
         network = network.to(memory_format=torch.channels_last)
-    optimizer = timm.optim.create_optimizer_v2(
+    optimizer = optim.create_optimizer_v2(
         network, "sgd", lr=LR * args.batch_size, momentum=0.9, weight_decay=WEIGHT_DECAY
     )
-    loader = timm.data.create_loader(
-        timm.data.ImageDataset(str(Path(folder) / "train")), (3, args.image_size, args.image_size),
+    loader = timm_data.create_loader(
+        timm_data.ImageDataset(str(Path(folder) / "train")), (3, args.image_size, args.image_size),
         args.batch_size, is_training=True, use_prefetcher=False, color_jitter=0.4,
         num_workers=os.cpu_count(), persistent_workers=True,
     )  # fmt: skip
@@ -278,7 +278,7 @@ def scaling_options(parser):
     add = parser.add_argument
     add("--model", default="R50x1", help=f"network: {', '.join(models.MODELS)}")
     add("--image-size", type=console.positive(int), default=64, help="side in pixels")
-    add("--batch-size", type=console.positive(int), default=64, help="images a step, of all ranks")
+    add("--batch-size", type=console.positive(int), default=32, help="images a step and process")
     add("--steps", type=console.positive(int), default=10, help="steps of a turn")
     add("--rounds", type=console.positive(int), default=3, help="turns an arm; the best counts")
 
@@ -286,24 +286,29 @@ def scaling_options(parser):
 def scaling(args, env):
     """Images a second of pretrain.py under torchrun with one process and with two, a thread each.
 
-    The global batch is the same, as the results are.
+    Each process has the same batch, as each GPU has in the study. One process with the batch of
+    two shows what of the rest is owed to larger batches.
     """
-    best = {}
+    arms = {
+        "1 process": (1, args.batch_size),
+        "2 processes": (2, 2 * args.batch_size),
+        "twice the batch on 1 process": (1, 2 * args.batch_size),
+    }
+    speeds = dict.fromkeys(arms, 0.0)
     with tempfile.TemporaryDirectory() as folder:
-        for turn, ranks in itertools.product(range(args.rounds), (1, 2)):
-            speed = _pretrain_speed(args, ranks, Path(folder) / f"{turn}-{ranks}")
-            best[ranks] = max(best.get(ranks, 0.0), speed)
-    speeds = {f"{ranks} x 1 thread": speed for ranks, speed in best.items()}
-    return speed_report(speeds, "1 x 1 thread", (("2 x 1 thread", "1 x 1 thread", 1.8),))
+        for turn, (name, arm) in itertools.product(range(args.rounds), arms.items()):
+            speed = _pretrain_speed(args, *arm, Path(folder) / f"{turn} {name}")
+            speeds[name] = max(speeds[name], speed)
+    return speed_report(speeds, "1 process", (("2 processes", "1 process", 1.8),))
 
 
-def _pretrain_speed(args, ranks, out):
+def _pretrain_speed(args, ranks, batch_size, out):
     """The fastest two steps of a short run, after the first two."""
-    epochs = (args.steps + 2) * args.batch_size / synthetic.WORLDS["synthetic-natural"].train
+    epochs = (args.steps + 2) * batch_size / synthetic.WORLDS["synthetic-natural"].train
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
         str(Path(__file__).parent / "pretrain.py"), "--model", args.model, "--image-size",
-        str(args.image_size), "--batch-size", str(args.batch_size), "--epochs", str(epochs),
+        str(args.image_size), "--batch-size", str(batch_size), "--epochs", str(epochs),
         "--warmup", "0", "--log-every", "2", "--out", str(out),
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
