@@ -55,32 +55,6 @@ def folder_args(folder, out, *more):
 
 
 # ------------------------------------------------------------------------------------------------
-# Property 1: the same run in any layout
-# ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("source", ["folder", "nih"])
-def test_two_ranks_give_the_same_losses(source, undisturbed, folder, nih_root, tmp_path):
-    args = {
-        "folder": folder_args(folder, tmp_path / "out"),
-        "nih": pretrain_args("nih", tmp_path / "out", "--epochs", "8", "--data-dir", nih_root),
-    }[source]
-    run("pretrain.py", *args, ranks=2, cwd=tmp_path)
-    one, two = losses(undisturbed / source), losses(tmp_path / "out")
-    assert len(one) >= 19
-    assert two == pytest.approx(one, rel=1e-4)
-    a, b = result(undisturbed / source), result(tmp_path / "out")
-    assert b["environment"]["world_size"] == 2
-    assert b["metrics"]["loss"] == pytest.approx(a["metrics"]["loss"], rel=1e-4)
-
-
-def test_two_workers_give_the_same_weights(undisturbed, folder, tmp_path):
-    run("pretrain.py", *folder_args(folder, tmp_path / "out", "--workers", "2"), cwd=tmp_path)
-    assert_same_weights(weights(tmp_path / "out"), weights(undisturbed / "folder"))
-    assert losses(tmp_path / "out") == losses(undisturbed / "folder")
-
-
-# ------------------------------------------------------------------------------------------------
 # Property 2: stop anywhere
 # ------------------------------------------------------------------------------------------------
 
@@ -99,26 +73,15 @@ def interrupt(args, out, number, after, ranks=1, script="pretrain.py"):
     return process.returncode, output
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_saves_and_leaves(number, undisturbed, folder, tmp_path):
+def test_a_signal_saves_and_leaves(undisturbed, folder, tmp_path):
     args = folder_args(folder, tmp_path / "out", "--workers", "2")
-    status, output = interrupt(args, tmp_path / "out", number, 6)
+    status, output = interrupt(args, tmp_path / "out", signal.SIGTERM, 6)
     assert status == 75, output
-    assert number.name in output and "Traceback" not in output
+    assert "SIGTERM" in output and "Traceback" not in output
     (checkpoint,) = (tmp_path / "out").glob("*/checkpoint.pt")
     assert 6 <= torch.load(checkpoint, weights_only=True)["step"] < 19
     stdout, _ = run("pretrain.py", *args, cwd=tmp_path)
     assert "continues after step" in stdout
-    assert_same_weights(weights(tmp_path / "out"), weights(undisturbed / "folder"))
-    assert losses(tmp_path / "out") == losses(undisturbed / "folder")
-
-
-def test_killed_runs_continue_bitwise(undisturbed, folder, tmp_path):
-    args = folder_args(folder, tmp_path / "out", "--save-minutes", "1e-6")  # saves every step
-    for after in (3, 9, 17):
-        status, _ = interrupt(args, tmp_path / "out", signal.SIGKILL, after)
-        assert status == -signal.SIGKILL
-    run("pretrain.py", *args, cwd=tmp_path)
     assert_same_weights(weights(tmp_path / "out"), weights(undisturbed / "folder"))
     assert losses(tmp_path / "out") == losses(undisturbed / "folder")
 
