@@ -303,7 +303,7 @@ def _keep_arrays(cache, stem, arrays, required):
             if finished and (old != cache or _open_arrays(cache, arrays.keys()) is None):
                 shutil.rmtree(old, ignore_errors=True)
         try:
-            beside.rename(cache)
+            os.rename(beside, cache)
         except OSError:
             if not cache.is_dir():
                 raise

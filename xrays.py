@@ -14,6 +14,7 @@ import itertools
 import math
 import os
 import re
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -93,13 +94,15 @@ def read_table(path, columns, optional=()):
     """
     chunks = []
     try:
-        with _open_table(path) as file:
+        with _open_table(path) as file, warnings.catch_warnings():
             lines = filter(str.strip, file)
             header = _header(path, lines, columns, optional)
             present = {name: kind for name, kind in columns.items() if name in header}
             # All columns are read, though most to one character, so that none may be missing.
             kinds = [present[name].dtype if name in present else "U1" for name in header]
             dtype = [(str(place), kind) for place, kind in enumerate(kinds)]
+            # An older numpy only warns when it cuts 1.5 down to the integer 1.
+            warnings.simplefilter("error", DeprecationWarning)
             for line in lines:
                 rows = np.loadtxt(
                     itertools.chain([line], lines), dtype, comments=None, delimiter=",",
@@ -108,7 +111,7 @@ def read_table(path, columns, optional=()):
                 chunks.append(
                     [kind.convert(rows[str(header.index(name))]) for name, kind in present.items()]
                 )
-    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (ValueError, DeprecationWarning, EOFError, zlib.error, gzip.BadGzipFile) as error:
         _refuse_bad_line(path, columns)
         raise ValueError(f"{path}: {error}; mend it or fetch it again") from error
     if not chunks:
@@ -160,6 +163,8 @@ def _refuse_bad_line(path, columns):
                         text = row[place].encode("latin-1").decode(errors="replace")
                         raise ValueError(f"{where}: {name} {text!r} must {columns[name].must}")
     except (csv.Error, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        if "NUL" in str(error):
+            return  # UTF-16 again, as Python 3.10 says it
         line = reader.line_num if reader else 0
         raise ValueError(f"{path}: unreadable after line {line} ({error}); mend it") from error
 
