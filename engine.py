@@ -146,7 +146,7 @@ def setup(precision="auto", timeout=None):
         torch.backends.cudnn.benchmark = True
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     if ranks > 1 and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # The agent's store outlives the processes and holds the addresses of dead ones.
+        # torchrun's store outlives the processes and holds the addresses of dead ones.
         raise ValueError(
             "--max-restarts: processes that torchrun starts again may not find each other; set "
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started"
