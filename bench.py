@@ -201,7 +201,7 @@ def _timm_loop(args, env, folder, precision, channels_last=False, compiled=False
     loader = timm_data.create_loader(
         timm_data.ImageDataset(str(Path(folder) / "train")), (3, args.image_size, args.image_size),
         args.batch_size, is_training=True, use_prefetcher=False, color_jitter=0.4,
-        num_workers=os.cpu_count(), persistent_workers=True,
+        num_workers=hardware.available_cores(), persistent_workers=True,
     )  # fmt: skip
     forward = torch.compile(network) if compiled else network
     batches = itertools.chain.from_iterable(itertools.repeat(loader))

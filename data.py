@@ -326,17 +326,13 @@ def _cache_dir(args, name):
 def list_datasets(args):
     """Every name that can be had below --data-dir, packs included."""
     root, rows = Path(args.data_dir), []
-    packed = []
+    folders = {name: known.folder for name, known in DATASETS.items()}
     for folder in sorted(path.parent for path in root.glob("*@*/pack.json")):
         original, size, _ = packs.pack_of(folder.name)
         if size:
-            packed.append(folder.name if original in DATASETS else f"folder:{folder}")
-    for name in (*DATASETS, *packed):
-        folder = (
-            DATASETS[name].folder
-            if name in DATASETS
-            else os.path.basename(name.removeprefix("folder:"))
-        )
+            name = folder.name if original in DATASETS else f"folder:{folder}"
+            folders[name] = folder.name
+    for name, folder in folders.items():
         row = [name, "(made)" if folder is None else folder, "no", "", "", ""]
         if folder is None or (root / folder).is_dir():
             try:

@@ -36,12 +36,19 @@ def peak_flops(device, precision):
     return best
 
 
+def available_cores():
+    """Those that this process may use (fewer than the machine's under SLURM, say)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
 def peak_memory(device):
     """The most that this process has taken: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if os.path.exists("/proc/self/status"):
-        return _proc("/proc/self/status", "VmHWM")
+        return proc_bytes("/proc/self/status", "VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
@@ -61,9 +68,10 @@ def free_memory(device):
         return torch.cuda.mem_get_info(device)[0] + reserved
     if not os.path.exists("/proc/meminfo"):
         raise ValueError("--batch-size auto: this system does not tell its memory; give a number")
-    return _proc("/proc/meminfo", "MemAvailable")
+    return proc_bytes("/proc/meminfo", "MemAvailable")
 
 
-def _proc(path, field):
+def proc_bytes(path, field):
+    """A figure in kB of a file like /proc/meminfo, in bytes."""
     with open(path) as file:
         return int(re.search(rf"{field}:\s+(\d+) kB", file.read())[1]) * 1024

@@ -7,13 +7,13 @@ of it; `loader` reads ahead with worker processes.
 import atexit
 import math
 import multiprocessing
-import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
+from hardware import available_cores
 from images import Decoded
 from transforms import keep
 
@@ -95,7 +95,7 @@ def preload(dataset, pipeline, limit=2**30):
         return pipeline.read(dataset, i).contiguous()
 
     images, total = [], 0
-    with ThreadPoolExecutor(min(16, os.cpu_count())) as pool:
+    with ThreadPoolExecutor(min(16, available_cores())) as pool:
         for image in pool.map(prepared, range(len(dataset))):
             images.append(image)
             total += image.numel()

@@ -3,14 +3,13 @@
 import importlib
 import math
 import multiprocessing
-import re
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 import engine
+import hardware
 
 
 def best_speeds(arms, rounds, steps, images, env, clock=time.perf_counter):
@@ -85,8 +84,7 @@ def apart(measure, *args):
 
 def memory(field):
     """A figure of this process's own, in MB: VmHWM is its peak, RssAnon what it alone holds."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024 / 1e6
+    return hardware.proc_bytes("/proc/self/status", field) / 1e6
 
 
 def timed(work, field="VmHWM"):

@@ -24,6 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from console import write_json
+from hardware import available_cores
 from images import ImageDataset, read_image
 from loading import loader
 from transforms import resize_shorter, xray_square
@@ -147,13 +148,6 @@ def _file_crc32(path):
     return checksum
 
 
-def available_cores():
-    """Those that this process may use (fewer than the machine's under SLURM, say)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
-
-
 class Each(torch.utils.data.Dataset):
     """[k] -> work(dataset, i) of the k-th PACK_CHUNK images; the error itself where it fails."""
 
@@ -165,9 +159,9 @@ class Each(torch.utils.data.Dataset):
 
     def __getitem__(self, k):
         last = min((k + 1) * PACK_CHUNK, len(self.dataset))
-        return [self._one(i) for i in range(k * PACK_CHUNK, last)]
+        return [self.one(i) for i in range(k * PACK_CHUNK, last)]
 
-    def _one(self, i):
+    def one(self, i):
         try:
             return self.work(self.dataset, i)
         except (ValueError, OSError) as error:
@@ -308,7 +302,7 @@ def _refuse_small_disk(part, sets, work):
     needed = 0
     for dataset in sets.values():
         sample = np.unique(np.linspace(0, len(dataset) - 1, 32).astype(int))
-        samples = [Each(dataset, work)._one(int(i)) for i in sample]
+        samples = [Each(dataset, work).one(int(i)) for i in sample]
         sizes = [len(result[0]) for result in samples if not isinstance(result, Exception)]
         if not sizes:
             raise ValueError(str(samples[0]))
