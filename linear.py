@@ -1,0 +1,350 @@
+"""Classifiers on frozen features: logistic regression and the nearest class mean.
+
+Labels are those of the datasets: (N,) int64 for multi-class, (N,C) float32 in {0,1,nan} for
+multi-label, where nan takes no part. Features are (N,D) float32, on the CPU or a GPU.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+# Of the L2 penalty, from strong to weak, for features of mean squared distance 1 to their mean.
+STRENGTHS = tuple(10.0 ** (-step / 2) for step in range(13))
+# With one image a class nothing can be held out.
+ONE_SHOT_STRENGTH = 0.01
+FOLDS = 5
+# Of more images one fifth is held out once: it tells strengths apart well enough.
+ONE_FOLD_FROM = 10_000
+# Norm of the gradient at which a fit is done, again for features of that scale and the mean loss.
+GRADIENT = 1e-6
+MAX_ITERATIONS = 2000
+HISTORY = 10  # steps that L-BFGS remembers
+# Mean square taken for each coordinate of features that are not along their principal axes: about
+# that of the axes that carry most of them, which decide how many steps a fit takes.
+SPREAD = 0.05
+TEMPERATURE = 2.0  # of the nearest mean
+CHUNK = 8192  # test images whose features are held in 64 bits at a time
+
+
+# ------------------------------------------------------------------------------------------------
+# Logistic regression
+# ------------------------------------------------------------------------------------------------
+
+
+def linear(train_features, train_labels, test_features, num_classes, seed=0):
+    """Logistic regression whose L2 strength is chosen on held-out training images.
+
+    Multinomial for multi-class, one binary regression a label for multi-label. Minimises, over the
+    weights W and the bias, mean cross-entropy + l2 * scale^2 / 2 * |W|^2, where scale^2 is the mean
+    squared distance of the training features to their mean. A label of which only one value is
+    known gets that value's smoothed log-odds, log((n1 + 1/2) / (n0 + 1/2)), for every image.
+
+    Returns (logits (M,C) float32, what was chosen): l2; folds (0: it is the default of one shot);
+    held_out, the least held-out cross-entropy, or None; iterations and gradient of the last fit.
+    """
+    space = _Space(train_features)
+    labels, known = _targets(train_labels, num_classes, space.device)
+    l2, folds, held_out, start = ONE_SHOT_STRENGTH, held_out_folds(train_labels, seed), None, None
+    if folds is not None:
+        l2, held_out, start = _choose_strength(space, labels, known, folds)
+    weights, iterations, gradient = _fit(space, labels, known, l2, start)
+    chosen = {
+        "l2": l2,
+        "folds": 0 if folds is None else len(folds),
+        "held_out": held_out,
+        "iterations": iterations,
+        "gradient": gradient,
+    }
+    return _logits(test_features, *space.in_features(weights.flatten(0, 1))), chosen
+
+
+def fit(features, labels, num_classes, l2):
+    """The regression of `linear` at one strength: (weights (C,D), bias (C,)), both float64."""
+    space = _Space(features)
+    weights, _, _ = _fit(space, *_targets(labels, num_classes, space.device), l2)
+    return space.in_features(weights.flatten(0, 1))
+
+
+def held_out_folds(labels, seed=0):
+    """(folds, N) bool: which images each fold holds out; None where classes have but one image.
+
+    min(5, images of the median class) folds, stratified: the images of a class (multi-label: those
+    of which it is the rarest finding) are dealt out in a random order. The only image of a class is
+    never held out. Over 10,000 images there is one fold, of a fifth.
+    """
+    if labels.ndim == 1:
+        group, counts = labels, np.bincount(labels)
+    else:
+        counts = (labels == 1).sum(0)
+        group = np.where(labels == 1, counts, len(labels) + 1).argmin(1)
+        group[(labels != 1).all(1)] = len(counts)
+        counts = np.append(counts, 0)
+    count = min(FOLDS, int(np.median(counts[counts > 0]))) if counts.any() else 0
+    if count < 2:
+        return None
+    order = np.random.default_rng(seed).permutation(len(labels))
+    order = order[np.argsort(group[order], kind="stable")]
+    fold = np.empty(len(labels), np.int64)
+    fold[order] = np.arange(len(labels)) % count
+    fold[counts[group] == 1] = count
+    folds = fold == np.arange(1 if len(labels) > ONE_FOLD_FROM else count)[:, None]
+    return folds if folds.any() else None
+
+
+def _choose_strength(space, labels, known, folds):
+    """(strength of the least held-out cross-entropy, that loss, mean weights of its folds).
+
+    All folds are fitted at once, from the strongest penalty to the weakest, each fit starting
+    where the two before it point. Beyond the least loss weak penalties are slow and of no use: the
+    search ends where the loss lies 1 % above the least. Held-out losses need no last digit: 32 bits
+    and a gradient of 0.003 sqrt(l2) keep them within 1e-4 of those of converged fits.
+    """
+    folds = torch.from_numpy(folds).to(space.device)
+    points, spread = space.points.float(), space.spread.float()
+    known_in = (known * ~folds[:, None, None]).flatten(0, 1).float()
+    known_out = (known * folds[:, None, None]).flatten(0, 1).float()
+    labels = labels.float().repeat(len(folds), 1, 1)
+    weights = before = _start(labels, known_in, points.shape[1])
+    best = None
+    for l2 in STRENGTHS:
+        ahead = weights + 0.7 * (weights - before)
+        before = weights
+        weights, _, _ = minimise(points, labels, known_in, l2, ahead, spread, 0.003 * l2**0.5)
+        losses = _cross_entropy(_scores(weights, points), labels)
+        loss = float((losses * known_out).sum() / known_out.sum())
+        if best is None or loss < best[1]:
+            best = l2, loss, weights
+        if loss > 1.01 * best[1]:
+            break
+    l2, loss, weights = best
+    return l2, loss, weights.unflatten(0, (len(folds), -1)).mean(0).double()
+
+
+def _fit(space, labels, known, l2, start=None):
+    """(weights (P,K,Q), iterations, norm of the gradient) of all images, in 64 bits."""
+    fresh = _start(labels, known, space.points.shape[1])
+    undecided = _shares(labels, known).sum(2, keepdim=True) == 0
+    start = fresh if start is None else torch.where(undecided, fresh, start)
+    return minimise(space.points, labels, known, l2, start, space.spread, GRADIENT)
+
+
+class _Space:
+    """Training features in coordinates that make the fit short; nothing of them is lost.
+
+    points (N,Q) float64: centred (the free bias takes that up), mean squared length 1, and a last
+    column of ones for the bias. Fewer images than half the features: in the span of the images,
+    along its principal axes (the best weights lie in it: representer theorem). spread (Q,): the
+    mean square of each coordinate, or SPREAD.
+    """
+
+    def __init__(self, features):
+        self.device = features.device
+        self.mean = features.mean(0, dtype=torch.float64)
+        count, width = features.shape
+        self.points = self.mean.new_ones(count, width + 1)  # made once: it may be large
+        points = self.points[:, :-1]
+        torch.sub(features, self.mean, out=points)
+        self.scale = torch.linalg.vector_norm(points) / count**0.5
+        self.scale = torch.where(self.scale > 0, self.scale, 1)
+        points /= self.scale
+        self.axes, self.spread = None, self.points.new_full((width + 1,), SPREAD)
+        self.spread[-1] = 1
+        if 2 * count <= width:
+            squares, vectors = torch.linalg.eigh(points @ points.T)
+            kept = squares > squares[-1] * count * torch.finfo(torch.float64).eps
+            squares, vectors = squares[kept], vectors[:, kept]
+            self.axes = points.T @ (vectors / squares.sqrt())
+            self.points = F.pad(vectors * squares.sqrt(), (0, 1), value=1.0)
+            self.spread = F.pad(squares / count, (0, 1), value=1.0)
+
+    def in_features(self, weights):
+        """(C,Q) to (weights (C,D), bias (C,)) of the features as they came."""
+        weights, bias = weights[:, :-1], weights[:, -1]
+        weights = (weights if self.axes is None else weights @ self.axes.T) / self.scale
+        return weights, bias - weights @ self.mean
+
+
+def _targets(labels, num_classes, device):
+    """(labels (P,K,N), which are known (P,1,N)) in float64, 0 for what is not known.
+
+    P problems of K outputs: one of all classes, or one of one output for each label.
+    """
+    labels = torch.as_tensor(np.array(labels), device=device)
+    if labels.ndim == 1:
+        one_hot = F.one_hot(labels, num_classes).T[None].double()
+        return one_hot, torch.ones_like(one_hot[:, :1])
+    labels = labels.T[:, None].double()
+    return labels.nan_to_num(0.0), (~labels.isnan()).double()
+
+
+def _start(labels, known, width):
+    """Weights 0, and as bias the log-frequencies of the classes, or a label's log-odds."""
+    positives = (labels * known).sum(2)
+    bias = (positives + 0.5).log()
+    if labels.shape[1] == 1:
+        bias -= (known.sum(2) - positives + 0.5).log()
+    else:
+        bias -= bias.mean(1, keepdim=True)
+    return F.pad(bias[..., None], (width - 1, 0))
+
+
+def _scores(weights, points):
+    """(P,K,Q) and (N,Q) to (P,K,N)."""
+    return (weights.flatten(0, 1) @ points.T).unflatten(0, weights.shape[:2])
+
+
+def _probabilities(scores):
+    return scores.softmax(1) if scores.shape[1] > 1 else scores.sigmoid()
+
+
+def _cross_entropy(scores, labels):
+    """(P,1,N): of each image."""
+    if scores.shape[1] > 1:
+        return -(scores.log_softmax(1) * labels).sum(1, keepdim=True)
+    return F.binary_cross_entropy_with_logits(scores, labels, reduction="none")
+
+
+def _logits(features, weights, bias):
+    chunks = features.split(CHUNK)
+    return torch.cat([(chunk.double() @ weights.T + bias).float() for chunk in chunks])
+
+
+# ------------------------------------------------------------------------------------------------
+# L-BFGS on many linear problems at once
+# ------------------------------------------------------------------------------------------------
+
+
+def minimise(points, labels, known, l2, weights, spread, tolerance):
+    """Minimises P separate regularised cross-entropies by L-BFGS (Nocedal & Wright, alg. 7.4).
+
+    points (N,Q), the last column ones; labels (P,K,N); known (P,1,N) in {0,1}; weights (P,K,Q),
+    where to start; spread (Q,). Each problem has its own step and history; one whose gradient is
+    shorter than `tolerance`, or that knows no two labels that differ, stays where it is. The
+    metric is the Hessian's diagonal as it were if all images had the mean curvature p (1 - p):
+    along principal axes there is little else. torch.optim.LBFGS would take one step length and one
+    history for all problems, and compute scores anew at each trial of the line search: along a
+    line they are linear.
+
+    Returns (weights, iterations, the longest gradient).
+    """
+    share = _shares(labels, known)
+    penalty = torch.full_like(spread, l2)
+    penalty[-1] = 0
+    scores = _scores(weights, points)
+    probabilities = _probabilities(scores)
+    curvature = (share * probabilities * (1 - probabilities)).sum(2, keepdim=True)
+    metric = 1 / (curvature.clamp(min=1e-3) * spread + penalty)
+    residuals, history = share * (probabilities - labels), []
+    gradient = _gradient(residuals, points, penalty, weights)
+    for iteration in range(MAX_ITERATIONS + 1):
+        lengths = gradient.flatten(1).norm(dim=1)
+        active = (lengths > tolerance)[:, None, None]
+        if iteration == MAX_ITERATIONS or not active.any():
+            return weights, iteration, float(lengths.max())
+        direction = -_precondition(gradient, metric, history) * active
+        along = _scores(direction, points)
+        slope = _dot(gradient, direction)
+        slopes = _dot(penalty * weights, direction), _dot(penalty * direction, direction)
+        step, residuals = _line_search(scores, along, labels, share, slope, slopes)
+        scores = scores + step * along
+        moved, last = step * direction, gradient
+        weights = weights + moved
+        gradient = _gradient(residuals, points, penalty, weights)
+        history = [*history[1 - HISTORY :], _pair(moved, gradient - last)]
+
+
+def _shares(labels, known):
+    """known as shares of the mean loss, 0 for a binary problem that knows one value only."""
+    total = known.sum(2, keepdim=True)
+    share = known / total.clamp(min=1)
+    if labels.shape[1] > 1:
+        return share
+    positives = (labels * known).sum(2, keepdim=True)
+    return share * ((positives > 0) & (positives < total))
+
+
+def _gradient(residuals, points, penalty, weights):
+    return (residuals.flatten(0, 1) @ points).unflatten(0, weights.shape[:2]) + penalty * weights
+
+
+def _dot(a, b):
+    return (a * b).sum((1, 2), keepdim=True)
+
+
+def _pair(moved, change):
+    """A step of L-BFGS's history; 1 / (moved . change) is 0 where the problem rests."""
+    product = _dot(moved, change)
+    return moved, change, torch.where(product > 0, 1 / product, 0)
+
+
+def _precondition(gradient, metric, history):
+    """The inverse Hessian of L-BFGS times the gradient: the two-loop recursion."""
+    result, factors = gradient.clone(), []
+    for moved, change, inverse in reversed(history):
+        factors.append(inverse * _dot(moved, result))
+        result.addcmul_(-factors[-1], change)
+    result *= metric
+    if history:
+        moved, change, inverse = history[-1]
+        result *= torch.where(inverse > 0, 1 / (inverse * _dot(change * metric, change)), 1)
+    for (moved, change, inverse), factor in zip(history, reversed(factors)):
+        result.addcmul_(factor - inverse * _dot(change, result), moved)
+    return result
+
+
+def _line_search(scores, along, labels, share, slope, penalty_slopes):
+    """Steps (P,1,1) at which the slope has become 0.9 times the first to -0.8 times: the
+    approximate Wolfe conditions of Hager & Zhang (2005), eq. 4.1; and the residuals there.
+
+    The slope grows along the line, so that the step is found by the secant, between bounds.
+    """
+    step, low, high = torch.ones_like(slope), torch.zeros_like(slope), 10 * torch.ones_like(slope)
+    for _ in range(20):
+        residuals = share * (_probabilities(scores + step * along) - labels)
+        reached = _dot(residuals, along) + penalty_slopes[0] + step * penalty_slopes[1]
+        good = (reached >= 0.9 * slope) & (reached <= -0.8 * slope)
+        if good.all():
+            break
+        low, high = torch.where(reached < 0, step, low), torch.where(reached > 0, step, high)
+        high = torch.where(reached < 0, torch.maximum(high, 10 * step), high)
+        secant = step * slope / (slope - reached)
+        inside = (secant > low) & (secant < high)
+        step = torch.where(good, step, torch.where(inside, secant, (low + high) / 2))
+    return step, residuals
+
+
+# ------------------------------------------------------------------------------------------------
+# Nearest class mean
+# ------------------------------------------------------------------------------------------------
+
+
+def nearest_mean(train_features, train_labels, test_features, num_classes):
+    """The nearest class mean (Mensink et al. 2013; the prototypes of Snell et al. 2017).
+
+    Features are centred by the training mean and brought to length 1, as SimpleShot's CL2N (Wang
+    et al. 2019, arXiv:1911.04623): without it, the direction that all images share and the lengths
+    of the features decide, which one image a class cannot tell.
+
+    Returns logits (M,C) float32: -2 times the squared distance to the mean of class c; for
+    multi-label 2 times (that to the mean without the label - that to the mean with it). The factor
+    changes no decision; 1 leaves the loss of many images too near that of guessing, 10 makes that
+    of one image a class worse than guessing. A class without images is as far away as can be; a
+    label of which one value only is known gets the constant of `linear`.
+    """
+    mean = train_features.mean(0, dtype=torch.float64)
+    train, test = (F.normalize(features - mean) for features in (train_features, test_features))
+    labels, known = _targets(train_labels, num_classes, train.device)
+    distances, counts = _distances(train, labels.flatten(0, 1), test)
+    if len(labels) == 1 and labels.shape[1] > 1:
+        return -TEMPERATURE * torch.where(counts > 0, distances, 4).float()
+    without, others = _distances(train, (known - labels).flatten(0, 1), test)
+    undecided = ((counts + 0.5) / (others + 0.5)).log()
+    logits = TEMPERATURE * (without - distances)
+    return torch.where((counts > 0) & (others > 0), logits, undecided).float()
+
+
+def _distances(train, members, test):
+    """(squared distances (M,C) of test to the mean of each class's members (C,N), counts (C,))."""
+    counts = members.sum(1)
+    means = members @ train / counts.clamp(min=1)[:, None]
+    return torch.cdist(test, means).square(), counts
