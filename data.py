@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import inspect
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -44,24 +45,51 @@ class Rendered(NamedTuple):
     split: str
     side: int
     seed: int
+    gap: float = 0.0
 
     def __call__(self, i, size=None):
+        world = base_name(self.name)
         return torch.from_numpy(
-            synthetic.render(self.name, self.split, int(i), self.side, self.seed)
+            synthetic.render(world, self.split, int(i), self.side, self.seed, self.gap)
         )
 
     def where(self, i):
         return f"{self.name} {self.split} image {i}"
 
 
-def _synthetic(name, root, split, seed=0, size=None):
-    world = synthetic.WORLDS[name]
+def _synthetic(name, root, split, seed=0, size=None, gap=None):
     if not 0 <= seed < 2**63 or (size is not None and size < 1):
         raise ValueError(f"{name}: seed {seed} or size {size} is out of range")
+    if gap is not None:
+        if not 0 <= gap <= 1 or "~" in name:
+            raise ValueError(f"{name}: gap {gap} must be 0 to 1, and not in the name (~) too")
+        name = f"{name}~{np.format_float_positional(gap, trim='-')}"
+    gap = _gap(name)
+    base = base_name(name)
+    world = synthetic.WORLDS[base]
     size = size or world.size
-    labels = synthetic.labels(name, split, getattr(world, split), seed)
-    reader = Rendered(name, split, size, seed)
-    return ImageDataset(name, reader, labels, world.classes, world.task, world.domain, size=size)
+    labels = synthetic.labels(base, split, getattr(world, split), seed)
+    reader = Rendered(name, split, size, seed, gap or 0.0)
+    options = {} if gap is None else {"gap": gap}
+    return ImageDataset(
+        name, reader, labels, world.classes, world.task, world.domain, size=size, options=options
+    )
+
+
+def _gap(name):
+    """The gap that a synthetic dataset's name states behind "~", None where it states none.
+
+    One number has one spelling, so that no dataset has two names.
+    """
+    world, tilde, gap = name.partition("~")
+    if not tilde:
+        return None
+    if not re.fullmatch(r"0|1|0\.\d*[1-9]", gap):
+        raise ValueError(
+            f"{name}: {gap!r} is no gap; write a decimal from 0 to 1 without needless digits, "
+            f"like {world}~0, {world}~0.4 or {world}~1"
+        )
+    return float(gap)
 
 
 class Known(NamedTuple):
@@ -105,13 +133,14 @@ def load_dataset(
 ):
     """The dataset of that name.
 
-    name: a key of DATASETS, folder:PATH, NAME@SIZE (a pack), or several joined by "+" (a union).
+    name: a key of DATASETS, folder:PATH, NAME@SIZE (a pack), NAME~GAP (a synthetic dataset towards
+    the other world), or several joined by "+" (a union).
     root: directory that holds the real datasets. split: "train" or "test". verify: refuse a
     dataset of which a listed file is missing. single_label: of a multi-label dataset keep the
     images with exactly one positive label, as a multi-class one. fraction: of the training
     images, in (0,1]; a smaller one lies inside a larger one of the same fraction_seed. options:
     those of the dataset (`dataset_options`), e.g. views, split_by, labels, cache_dir, download,
-    and for the synthetic worlds seed and size (pixels).
+    and for the synthetic worlds seed, size (pixels) and gap (0 to 1, or in the name: NAME~0.4).
     Raises ValueError for an unknown name, split, option, column or label, FileNotFoundError for a
     missing directory or file; each names it and the mend.
     """
@@ -166,11 +195,18 @@ def _builder(name):
         return natural.folder
     if not name:
         raise ValueError("a dataset's name is missing (before or after a +?)")
+    world, tilde, _ = name.partition("~")
+    if tilde and base_name(name) in DATASETS:
+        if world not in synthetic.WORLDS:
+            raise ValueError(f"{name}: only synthetic datasets have a gap (~); write {world}")
+        _gap(name)
+        name = world
     if name not in DATASETS:
         near = difflib.get_close_matches(name.lower(), DATASETS, n=1, cutoff=0)[0]
         raise ValueError(
             f"unknown dataset {name!r}; did you mean {near!r}? "
-            f"known: {', '.join(DATASETS)}, folder:PATH, NAME@SIZE (a pack), NAME+NAME (a union)"
+            f"known: {', '.join(DATASETS)}, folder:PATH, NAME@SIZE (a pack), NAME+NAME (a union), "
+            "NAME~GAP (a synthetic one towards the other world)"
         )
     return DATASETS[name].build
 
@@ -186,8 +222,8 @@ def dataset_options(name):
 
 
 def base_name(name):
-    """The name of the dataset itself: nih of nih@256."""
-    return name.partition("@")[0]
+    """The name of the dataset itself: nih of nih@256, synthetic-xray of synthetic-xray~0.4."""
+    return name.partition("@")[0].partition("~")[0]
 
 
 def dataset_slug(name):
@@ -481,7 +517,7 @@ def pack(args):
         raise ValueError(f"{args.name}: pack the datasets of a union one by one")
     if not 1 <= args.quality <= 100:
         raise ValueError(f"--quality {args.quality}: must be 1 to 100")
-    if packs.pack_of(args.name)[1] or args.name in synthetic.WORLDS:
+    if packs.pack_of(args.name)[1] or base_name(args.name) in synthetic.WORLDS:
         raise ValueError(f"{args.name}: nothing to pack; its images need no decoding")
     target = packs.pack_of(f"{args.name}@{args.size}", args.out or args.data_dir)[2]
     if args.out and args.name.startswith("folder:"):
@@ -519,7 +555,7 @@ def parse(argv):
         add("--cache-dir", help="directory for the index of large datasets (default: beside them)")
         if command == "list":
             continue
-        add("name", help=f"{', '.join(DATASETS)}, folder:PATH, NAME@SIZE, NAME+NAME")
+        add("name", help=f"{', '.join(DATASETS)}, folder:PATH, NAME@SIZE, NAME~GAP, NAME+NAME")
         add("--views", nargs="+", metavar="VIEW", help="X-ray views to keep, e.g. PA AP (default: "
             "the study's of the dataset)")  # fmt: skip
         add("--split-by", type=one_of("patient", "image"), help="of padchest (default: patient)")

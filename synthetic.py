@@ -4,15 +4,19 @@ The natural-like world shows a coloured, textured object over clutter; its class
 x shape. The X-ray-like world shows a grey chest phantom with findings. Each world has a source, for
 pre-training, and a target, for transfer, whose classes the source never shows.
 
-An image is a pure function of (name, split, seed, index, size). Philox is a counter-based generator
-(Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): key and counter name the image,
-so any image can be drawn alone, in any order, by any process.
+The knob `gap` moves a dataset from its own world (0) to the look of the other (1), in a straight
+line from pixel to pixel: an object's clutter turns into a chest phantom and its surface grey, the
+chest around a finding turns into coloured clutter. What bears the label stays at full strength.
+
+An image is a pure function of (name, split, seed, index, size, gap). Philox is a counter-based
+generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): key and counter name
+the image, so any image can be drawn alone, in any order, by any process.
 
 Geometry is in unit coordinates, x to the right and y downwards, the image spanning [-1, 1] in both.
 Shapes are signed distances, negative inside, softened over a pixel: every size shows one scene.
 """
 
-from functools import lru_cache
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -22,14 +26,14 @@ import numpy as np
 # ------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=16)
 def grid(size):
     """Coordinates of the pixel centres, x and y, each (size, size) float32 in (-1, 1)."""
     centres = ((np.arange(size) + 0.5) * 2 / size - 1).astype(np.float32)
     return np.tile(centres, (size, 1)), np.tile(centres[:, None], (1, size))
 
 
-@lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=16)
 def upsampling(size, cells):
     """Smooth interpolation from cells knots to size pixels, (size, cells) float32."""
     place = np.linspace(0, cells - 1, 2 * size + 1)[1::2]
@@ -137,8 +141,18 @@ def paint_clutter(x, y, size, soft, rng):
     return image
 
 
-def paint_object(texture, shape, size, rng):
-    """A textured shape over clutter, (3, size, size) float32 in about [0, 1]."""
+def shine(image, u, rng):
+    """Light that falls off to one side, and the noise of a camera, in place. u: 3 draws."""
+    image *= turn(*grid(image.shape[-1]), 2 * np.pi * u[0])[0] * (0.35 * u[1]) + (0.75 + 0.5 * u[2])
+    image += 0.03 * rng.standard_normal(image.shape[-2:], dtype=np.float32)
+
+
+def paint_object(texture, shape, size, rng, gap=0, phantom=0):
+    """A textured shape over clutter, (3, size, size) float32 in about [0, 1].
+
+    gap: the share, 0 to 1, by which the clutter gives way to the phantom (1, size, size) and the
+    object's colours to grey.
+    """
     x, y = grid(size)
     soft = 2.5 / size
     image = paint_clutter(x, y, size, soft, rng)
@@ -157,8 +171,17 @@ def paint_object(texture, shape, size, rng):
     first, second = (dark, light + 0.6) if u[8] < 0.5 else (light + 0.6, dark)
     surface = first + tone * (second - first)
     image += mask * (surface - image)
-    image *= turn(x, y, 2 * np.pi * u[9])[0] * (0.35 * u[10]) + (0.75 + 0.5 * u[11])  # the light
-    image += 0.03 * rng.standard_normal((size, size), dtype=np.float32)
+    shine(image, u[9:], rng)
+    if gap:
+        other = phantom + mask * (image.mean(0) - phantom)
+        image += np.float32(gap) * (other - image)
+    return image
+
+
+def paint_background(size, rng):
+    """The natural-like world without an object, (3, size, size) float32 in about [0, 1]."""
+    image = paint_clutter(*grid(size), size, 2.5 / size, rng)
+    shine(image, rng.random(3).tolist(), rng)
     return image
 
 
@@ -369,16 +392,30 @@ def labels(name, split, num_images, seed=0):
     return labels_from(name, label_draws(name, split, seed, 0, num_images))
 
 
-def render(name, split, index, size, seed=0):
+def render(name, split, index, size, seed=0, gap=0.0):
     """The image at index of a split, its label being labels(name, split, index + 1, seed)[index].
 
-    Returns (channels, size, size) uint8. Raises ValueError for an unknown name or split.
+    gap: how far from its own world towards the other, 0 to 1; scene and label stay the same.
+    Returns (channels, size, size) uint8, 3 channels for a gap. Raises ValueError for an unknown
+    name or split, or a gap outside [0, 1].
     """
+    if not 0 <= gap <= 1:
+        raise ValueError(f"gap {gap} of {name}: must be 0 to 1")
     draws = label_draws(name, split, seed, index, 1)
-    rng = generator(name, split, seed, (0, index, 1, 0))
+    scene, other = (
+        functools.partial(generator, name, split, seed, (0, index, purpose, 0))
+        for purpose in (1, 2)
+    )
     if name in OBJECTS:
-        image = paint_object(*OBJECTS[name][labels_from(name, draws)[0]], size, rng)
+        texture, shape = OBJECTS[name][labels_from(name, draws)[0]]
+        moved = (gap, paint_chest((), size, other())) if gap else ()
+        image = paint_object(texture, shape, size, scene(), *moved)
     else:
         findings = [f for f, shown in zip(FINDINGS, present(name, draws)[0]) if shown]
-        image = paint_chest(findings, size, rng)
+        image = paint_chest(findings, size, scene())
+        if gap:
+            # The findings' own part is what the same chest lacks without them.
+            image = image + np.float32(gap) * (
+                paint_background(size, other()) - paint_chest((), size, scene())
+            )
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
