@@ -141,6 +141,15 @@ def paint_clutter(x, y, size, soft, rng):
     return image
 
 
+def blend(own, other, gap):
+    """From one picture, at gap 0, to another, at gap 1.
+
+    The other's share is the root of the gap: distances between distributions grow with the square
+    of a small shift, so that equal steps of the gap are about equal steps of distance.
+    """
+    return own + np.float32(gap**0.5) * (other - own)
+
+
 def shine(image, u, rng):
     """Light that falls off to one side, and the noise of a camera, in place. u: 3 draws."""
     image *= turn(*grid(image.shape[-1]), 2 * np.pi * u[0])[0] * (0.35 * u[1]) + (0.75 + 0.5 * u[2])
@@ -174,7 +183,7 @@ def paint_object(texture, shape, size, rng, gap=0, phantom=0):
     shine(image, u[9:], rng)
     if gap:
         other = phantom + mask * (image.mean(0) - phantom)
-        image += np.float32(gap) * (other - image)
+        image = blend(image, other, gap)
     return image
 
 
@@ -414,8 +423,6 @@ def render(name, split, index, size, seed=0, gap=0.0):
         findings = [f for f, shown in zip(FINDINGS, present(name, draws)[0]) if shown]
         image = paint_chest(findings, size, scene())
         if gap:
-            # The findings' own part is what the same chest lacks without them.
-            image = image + np.float32(gap) * (
-                paint_background(size, other()) - paint_chest((), size, scene())
-            )
+            chest = paint_chest((), size, scene())
+            image = image - chest + blend(chest, paint_background(size, other()), gap)
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
