@@ -1,16 +1,38 @@
 PYTHON ?= python3
-NETWORKS = runs/synthetic-natural-R14x0.5 runs/synthetic-xray-R14x0.5
+WORLDS = runs/synthetic-natural runs/synthetic-xray
+NETWORKS = $(WORLDS:%=%-R14x0.5)
+LARGE = $(WORLDS:%=%-R26x1)
+# A tenth of the images, as many steps.
+TENTH = $(WORLDS:%=%-0.1-R14x0.5)
+LARGE_TENTH = $(WORLDS:%=%-0.1-R26x1)
+ALL = $(LARGE) $(LARGE_TENTH) $(NETWORKS) $(TENTH)
+PRETRAIN = TQDM_DISABLE=1 .venv/bin/python pretrain.py --source $*
+FEWSHOT = .venv/bin/torchrun --standalone --nproc_per_node 2 fewshot.py --seeds 5
 
-# The demo is made for two cores: two processes of one thread each.
-demo: export CUDA_VISIBLE_DEVICES =
-demo: export OMP_NUM_THREADS = 1
+# Both are made for two cores: two processes of one thread each.
+demo study: export CUDA_VISIBLE_DEVICES =
+demo study: export OMP_NUM_THREADS = 1
 demo: .venv/installed
 	$(MAKE) --no-print-directory --jobs 2 $(NETWORKS)
-	.venv/bin/torchrun --standalone --nproc_per_node 2 fewshot.py --seeds 5 --checkpoint $(NETWORKS) scratch
+	$(FEWSHOT) --checkpoint $(NETWORKS) scratch
+	.venv/bin/python plot.py
+
+study: .venv/installed
+	$(MAKE) --no-print-directory --jobs 2 $(ALL)
+	$(FEWSHOT) --checkpoint $(ALL) scratch
 	.venv/bin/python plot.py
 
 $(NETWORKS): runs/%-R14x0.5:
-	TQDM_DISABLE=1 .venv/bin/python pretrain.py --source $*
+	$(PRETRAIN)
+
+$(LARGE): runs/%-R26x1:
+	$(PRETRAIN) --model R26x1
+
+$(TENTH): runs/%-0.1-R14x0.5:
+	$(PRETRAIN) --fraction 0.1 --epochs 60
+
+$(LARGE_TENTH): runs/%-0.1-R26x1:
+	$(PRETRAIN) --fraction 0.1 --epochs 60 --model R26x1
 
 test: .venv/tests-installed
 	.venv/bin/python -m pytest
@@ -28,4 +50,4 @@ format: .venv/tests-installed
 	.venv/bin/python -m pip install -q -r tests/requirements.txt
 	touch $@
 
-.PHONY: demo test format $(NETWORKS)
+.PHONY: demo study test format $(ALL)

@@ -3,7 +3,8 @@
     python bench.py train           # one training step: ours and timm's, eager and compiled
     python bench.py train --peers   # the same from files to the loss, with timm's own loader
     python bench.py memory          # the peak of one step of R152x4, plain and checkpointed
-    python bench.py scaling         # two processes of one thread beside one
+    python bench.py scaling         # two processes of one thread beside one: pre-training
+    python bench.py grid            # the same: the cells of a few-shot grid
     python bench.py load            # from files to batches: decoding, packs, folders
     python bench.py index           # the index of a dataset: mimic's tables, 14 million paths
 
@@ -305,17 +306,51 @@ def scaling(args, env):
 def _pretrain_speed(args, ranks, batch_size, out):
     """The fastest two steps of a short run, after the first two."""
     epochs = (args.steps + 2) * batch_size / synthetic.WORLDS["synthetic-natural"].train
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-        str(Path(__file__).parent / "pretrain.py"), "--model", args.model, "--image-size",
-        str(args.image_size), "--batch-size", str(batch_size), "--epochs", str(epochs),
-        "--warmup", "0", "--log-every", "2", "--out", str(out),
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    _torchrun(
+        ranks, "pretrain.py", "--model", args.model, "--image-size", str(args.image_size),
+        "--batch-size", str(batch_size), "--epochs", str(epochs), "--warmup", "0", "--log-every",
+        "2", "--out", str(out),
+    )  # fmt: skip
     (log,) = out.glob("*/log.jsonl")
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     return max(line["images_per_second"] for line in lines if line["step"] > 2 and "loss" in line)
+
+
+def _torchrun(ranks, script, *options):
+    """A script of this project on so many processes of one thread, without GPUs."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch += [f"--nproc_per_node={ranks}", str(Path(__file__).parent / script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([*launch, *options], env=environment, check=True, capture_output=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# grid: the cells of a few-shot grid on two processes beside one
+# ------------------------------------------------------------------------------------------------
+
+
+def grid_options(parser):
+    add = parser.add_argument
+    add("--seeds", type=console.positive(int), default=10, help="of six cells each")
+    add("--rounds", type=console.positive(int), default=2, help="turns an arm; the best counts")
+
+
+def grid(args, env):
+    """Cells a second of fewshot.py under torchrun with one process and with two, a thread each:
+    the whole command, from its start to its closing table.
+    """
+    speeds = {"1 process": 0.0, "2 processes": 0.0}
+    with tempfile.TemporaryDirectory() as folder:
+        for turn, ranks in itertools.product(range(args.rounds), (1, 2)):
+            options = "--checkpoint", "scratch", "--seeds", str(args.seeds)
+            out = Path(folder) / f"{turn}-{ranks}"
+            began = time.perf_counter()
+            _torchrun(ranks, "fewshot.py", *options, "--out", str(out))
+            speed = len(list(out.glob("*/*/*.json"))) / (time.perf_counter() - began)
+            name = "1 process" if ranks == 1 else "2 processes"
+            speeds[name] = max(speeds[name], speed)
+    required = (("2 processes", "1 process", 1.8),)
+    return speed_report(speeds, "1 process", required, "cells/s")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -327,6 +362,7 @@ BENCHMARKS = {
     "train": (train_options, train),
     "memory": (memory_options, memory),
     "scaling": (scaling_options, scaling),
+    "grid": (grid_options, grid),
     "load": (bench_data.load_options, bench_data.load),
     "index": (bench_data.index_options, bench_data.index),
 }

@@ -94,12 +94,17 @@ def complain(error):
     """Says in one line what is wrong and returns the exit status; TRACEBACK=1 shows where."""
     if os.environ.get("TRACEBACK"):
         raise error
+    rank = os.environ.get("RANK", "0")
+    where = "error" + (f" (rank {rank})" if rank != "0" else "")
+    print(where, one_line(error), sep=": ", file=sys.stderr)
+    return EXIT_BAD_INPUT
+
+
+def one_line(error):
+    """The message of an error, in one line."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
     # An error of a worker process comes with its whole traceback; its last line says it.
-    message = lines[-1].partition(": ")[2] if "Caught " in lines[0] else " ".join(lines)
-    rank = os.environ.get("RANK", "0")
-    print("error" + (f" (rank {rank})" if rank != "0" else ""), message, sep=": ", file=sys.stderr)
-    return EXIT_BAD_INPUT
+    return lines[-1].partition(": ")[2] if "Caught " in lines[0] else " ".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -42,17 +42,22 @@ def compare(source, target, rounds=ROUNDS):
         rng = np.random.default_rng(r)
         order = torch.from_numpy(rng.permutation(len(source)))
         drawn = torch.from_numpy(rng.permutation(len(target)))[:half]
-        first, second = (_gaussian(source[part]) for part in (order[:half], order[half:2 * half]))
+        first, second = (_gaussian(source[part]) for part in (order[:half], order[half : 2 * half]))
         third = _gaussian(target[drawn])
         own.append(frechet(first, second))
         other += [frechet(first, third), frechet(second, third)]
     own, other = float(np.mean(own)), float(np.mean(other))
-    return {"frechet": other, "frechet_relative": other / own, "energy": energy(source, target), "images": len(target)}
+    return {
+        "frechet": other,
+        "frechet_relative": other / own,
+        "energy": energy(source, target),
+        "images": len(target),
+    }
 
 
 def _gaussian(x):
     mean = x.mean(0)
-    c = (x - mean)
+    c = x - mean
     cov = c.T @ c / (len(x) - 1)
     values, vectors = torch.linalg.eigh(cov)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T

@@ -26,7 +26,7 @@ import hardware
 import loading
 import models
 from console import EXIT_STOPPED, complain, one_of, positive
-from metrics import average_precision, compute_metrics, loss_sum, roc_auc  # noqa: F401
+from metrics import Diverged, average_precision, compute_metrics, loss_sum, roc_auc  # noqa: F401
 from optimizer import SGD_AGC  # noqa: F401
 from records import save_tensors
 
@@ -165,6 +165,16 @@ def _computes_bf16(device):
     return torch.cpu._is_avx512_bf16_supported()
 
 
+def shared_out(count, env):
+    """The numbers below count, each on one rank alone, the next to whichever rank comes free."""
+    if env.ranks == 1:
+        yield from range(count)
+        return
+    store = dist.distributed_c10d._get_default_store()
+    while (number := store.add("shared_out", 1) - 1) < count:
+        yield number
+
+
 @functools.lru_cache
 def environment(env):
     """What a result says of where it was made."""
@@ -189,8 +199,11 @@ class Stopped(Exception):
     """The run was asked to stop; its state is saved. status: of the process."""
 
     def __init__(self, message, status=EXIT_STOPPED):
-        super().__init__(message)
-        self.status = status
+        super().__init__(message, status)
+        self.message, self.status = message, status
+
+    def __str__(self):
+        return self.message
 
 
 class StopSignal:
@@ -357,7 +370,7 @@ def train(
     them from run.step on (loading.loader), which may go beyond `stop`. learning_rate: step ->
     float. accumulate: parts of a rank's batch that are computed one after the other. log(step,
     lr, readings of the Meter): called on every rank every log_every steps. The run is saved every
-    save_minutes in the background, and before Stopped is raised. Raises ValueError on all ranks
+    save_minutes in the background, and before Stopped is raised. Raises Diverged on all ranks
     when a loss or gradient was no longer finite; what is saved is always finite.
     """
     forward.train()
@@ -473,12 +486,12 @@ class Meter:
         return math.isinf(self.bad)
 
     def refuse_nonfinite(self, learning_rate):
-        """Raises ValueError on all ranks when the loss or gradient of any step was not finite."""
+        """Raises Diverged on all ranks when the loss or gradient of any step was not finite."""
         if self.env.ranks > 1:
             dist.all_reduce(self.bad, dist.ReduceOp.MIN)
         step = float(self.bad)
         if math.isfinite(step):
-            raise ValueError(
+            raise Diverged(
                 f"loss or gradient is not finite at step {step:.0f}, learning rate "
                 f"{learning_rate(step):g}; lower --lr and give another --out (the last checkpoint "
                 "is from before)"
@@ -508,21 +521,32 @@ class Meter:
         return readings
 
 
-@torch.inference_mode()
 def evaluate(model, dataset, pipeline, env, normalization, batch_size=256, workers=0):
     """compute_metrics over the dataset; each image is seen exactly once, on one of the ranks."""
     model.eval()
+    logits = predict(
+        model, len(dataset.classes), dataset, pipeline, env, normalization, batch_size, workers
+    )
+    return compute_metrics(logits, dataset.labels, dataset.classes)
+
+
+@torch.inference_mode()
+def predict(forward, width, dataset, pipeline, env, normalization, batch_size=256, workers=0):
+    """forward(image) of every image, in order, on every rank: (N, width) float32, in host memory.
+
+    forward: (B,3,H,W) -> (B, width), of a network in eval mode. One of the ranks sees each image.
+    """
     batches = loading.Batches(dataset, pipeline, batch_size, 0, "sequential", env.rank, env.ranks)
-    logits = torch.zeros(len(dataset), len(dataset.classes))
+    outputs = torch.zeros(len(dataset), width)
     for step, (images, _, _) in enumerate(loading.loader(batches, 0, len(batches), workers)):
         if len(images):
             with env.autocast():
-                outputs = model(to_input(images, normalization, env.device))
+                output = forward(to_input(images, normalization, env.device))
             batch = slice(step * batch_size + env.rank, (step + 1) * batch_size, env.ranks)
-            logits[batch] = outputs.float().cpu()
+            outputs[batch] = output.float().cpu()
     if env.ranks > 1:
-        dist.all_reduce(logits)  # every row is zero but on one rank
-    return compute_metrics(logits, dataset.labels, dataset.classes)
+        dist.all_reduce(outputs)  # every row is zero but on one rank
+    return outputs
 
 
 def largest_batch(model, image_size, limit, env):

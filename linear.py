@@ -348,3 +348,7 @@ def _distances(train, members, test):
     counts = members.sum(1)
     means = members @ train / counts.clamp(min=1)[:, None]
     return torch.cdist(test, means).square(), counts
+
+
+# method: (train features, train labels, test features, classes) -> (logits, what a result says).
+CLASSIFIERS = {"linear": linear, "nearest-mean": lambda *args: (nearest_mean(*args), {})}

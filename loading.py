@@ -7,14 +7,19 @@ of it; `loader` reads ahead with worker processes.
 import atexit
 import math
 import multiprocessing
+import os
+import shutil
 import signal
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
+from console import writing
 from hardware import available_cores
-from images import Decoded
+from images import Decoded, Joined, Subset
 from transforms import keep
 
 
@@ -95,18 +100,106 @@ def preload(dataset, pipeline, limit=2**30):
         return pipeline.read(dataset, i).contiguous()
 
     images, total = [], 0
-    with ThreadPoolExecutor(min(16, available_cores())) as pool:
-        for image in pool.map(prepared, range(len(dataset))):
-            images.append(image)
-            total += image.numel()
-            if total > limit:
-                pool.shutdown(cancel_futures=True)
-                return dataset, pipeline
+    for image in _prepared(dataset, pipeline, available_cores()):
+        images.append(image)
+        total += image.numel()
+        if total > limit:
+            return dataset, pipeline
     shapes = np.array([image.shape for image in images])
-    sizes = shapes.prod(1)
     pixels = torch.cat([image.flatten() for image in images])  # workers share it without copies
-    reader = Decoded(pixels, np.cumsum(sizes) - sizes, shapes, dataset.reader)
-    return dataset.replace(reader=reader), pipeline._replace(prepare=keep)
+    return dataset.replace(reader=_decoded(pixels, shapes, dataset.reader)), _as_prepared(pipeline)
+
+
+def _prepared(dataset, pipeline, threads):
+    """The images of a dataset, prepared, in order; `threads` of them at once."""
+    with ThreadPoolExecutor(min(16, threads)) as pool:
+        try:
+            yield from pool.map(
+                lambda i: pipeline.read(dataset, i).contiguous(), range(len(dataset))
+            )
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _decoded(pixels, shapes, original):
+    sizes = shapes.prod(1)
+    return Decoded(pixels, np.cumsum(sizes) - sizes, shapes, original)
+
+
+def _as_prepared(pipeline):
+    return pipeline._replace(prepare=keep)
+
+
+def decode_once(dataset, pipeline, env, folder=None):
+    """Reads and prepares every image once, for all processes of this machine together.
+
+    One process keeps what fits as `preload` does. All else goes to files below `folder` (default:
+    the system's for temporary files): each process writes its share, all map them into their
+    memory, and they vanish with the last process. Returns (dataset, pipeline), both as they were
+    where the files would take more than half of what is free there.
+    """
+    ranks, rank, node = _place(env)
+    if ranks == 1:
+        kept = preload(dataset, pipeline)
+        if kept[0] is not dataset:
+            return kept
+    folder = folder or tempfile.gettempdir()
+    starts = np.arange(ranks + 1) * len(dataset) // ranks
+    share = np.arange(starts[rank], starts[rank + 1])
+    bytes_needed = pipeline.read(dataset, 0).numel() * len(dataset)
+    written = None
+    if bytes_needed < shutil.disk_usage(folder).free / 2:
+        written = _write_prepared(
+            dataset.subset(share), pipeline, folder, available_cores() // ranks
+        )
+    parts = [(node, written)]
+    if env.ranks > 1:
+        parts = [None] * env.ranks
+        dist.all_gather_object(parts, (node, written))
+    parts = [part for place, part in parts if place == node]
+    try:
+        if None in parts:
+            return dataset, pipeline
+        readers = [
+            _decoded(_mapped(path, shapes), shapes, Subset(dataset.reader, np.arange(a, b)))
+            for (path, shapes), a, b in zip(parts, starts, starts[1:])
+        ]
+    finally:
+        if env.ranks > 1:
+            dist.barrier()  # all have mapped them
+        if written:
+            os.unlink(written[0])
+    return dataset.replace(reader=Joined(readers, starts[1:])), _as_prepared(pipeline)
+
+
+def _place(env):
+    """(processes on this machine, which of them this is, which machine this is)."""
+    if env.ranks == 1:
+        return 1, 0, 0
+    return tuple(int(os.environ[k]) for k in ("LOCAL_WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK"))
+
+
+def _write_prepared(dataset, pipeline, folder, threads):
+    """Writes the prepared images, one after the other: (path, shapes (N,3))."""
+    shapes = np.zeros((len(dataset), 3), np.int64)
+    with tempfile.NamedTemporaryFile(prefix="decoded-", dir=folder, delete=False) as file:
+        try:
+            for i, image in enumerate(_prepared(dataset, pipeline, max(1, threads))):
+                shapes[i] = image.shape
+                with writing(file.name):
+                    file.write(memoryview(image.numpy()))
+            with writing(file.name):
+                file.flush()
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    return file.name, shapes
+
+
+def _mapped(path, shapes):
+    """The bytes of a file of such images, (M,) uint8; what is written to them stays here."""
+    size = int(shapes.prod(1).sum())
+    return torch.from_file(path, size=size, dtype=torch.uint8) if size else torch.empty(0)
 
 
 class Batches(torch.utils.data.Dataset):

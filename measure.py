@@ -50,18 +50,21 @@ class Report(NamedTuple):
     required: list
 
 
-def speed_report(speeds, peer, required):
-    """Report of {arm: images a second}.
+def speed_report(speeds, peer, required, unit="images/s"):
+    """Report of {arm: images, or what else `unit` says, a second}.
 
     required: (numerator, denominator, least ratio) each; the fastest arm whose name begins so.
     """
-    rows = [[name, f"{speed:.1f}", f"{speed / speeds[peer]:.2f}"] for name, speed in speeds.items()]
+    rows = [
+        [name, f"{speed:.3g}" if speed < 10 else f"{speed:.1f}", f"{speed / speeds[peer]:.2f}"]
+        for name, speed in speeds.items()
+    ]
     ratios = []
     for numerator, denominator, least in required:
         over, under = (fastest(speeds, prefix) for prefix in (numerator, denominator))
         ratios.append((over, under, speeds[over] / speeds[under], least))
-    values = {"images_per_second": speeds}
-    return Report(values, ["arm", "images/s", f"ratio to {peer}"], rows, ratios)
+    values = {unit.replace("/s", "_per_second"): speeds}
+    return Report(values, ["arm", unit, f"ratio to {peer}"], rows, ratios)
 
 
 def fastest(speeds, prefix):

@@ -7,6 +7,10 @@ import torch
 import torch.nn.functional as F
 
 
+class Diverged(ValueError):
+    """The loss, a gradient or the outputs are not finite, as all ranks see alike."""
+
+
 def loss_sum(logits, labels, task):
     """Sum over valid labels, in fp32: cross-entropy for labels (N,) int64; binary cross-entropy
     over what is not NaN for labels (N,C). Divide by the count of valid labels for the mean.
@@ -56,12 +60,12 @@ def compute_metrics(logits, labels, classes):
     logits: (N,C). labels: (N,) int64 for multi-class, (N,C) in {0,1,nan} for multi-label.
     accuracy: share of right answers (multi-label: of right yes/no answers over all valid labels,
     at probability 0.5). mean_auc, mean_ap: means over the classes for which they are defined, one
-    against the rest. loss: mean over valid labels. Raises ValueError for non-finite logits.
+    against the rest. loss: mean over valid labels. Raises Diverged for non-finite logits.
     """
     logits = torch.as_tensor(logits).double()
     labels = torch.as_tensor(np.array(labels))  # a copy: those of a pack cannot be written
     if not logits.isfinite().all():
-        raise ValueError("the network's outputs are not finite; a smaller --lr may mend it")
+        raise Diverged("the network's outputs are not finite; a smaller --lr may mend it")
     task = "multilabel" if labels.ndim == 2 else "multiclass"
     top5 = None
     if task == "multiclass":

@@ -14,6 +14,7 @@ import torch
 
 import console
 import data
+import distance
 import engine
 import loading
 import models
@@ -200,14 +201,27 @@ def pretrain(train_set, test_set, config, state, folder, env):
     records.trim_log(env, folder / "log.jsonl", run.step)
     metrics = run_epochs(run, train_set, test_set, folder, env)
     record = make_record(run, train_set, metrics, env)
+    sample = sample_features(model, train_set, config, env)
     if env.main:
         mean, std = transforms.NORMALIZATION[train_set.domain]
         facts = {"name": config["model"], "classes": train_set.classes, "task": train_set.task}
         facts |= {"source": train_set.name, "domain": train_set.domain, "mean": mean, "std": std}
-        facts |= {"images": len(train_set), "image_size": config["image_size"]}
+        facts |= {"images": len(train_set), "image_size": config["image_size"], "sample": sample}
         records.save_tensors(folder / "model.pt", {"model": model.state_dict(), **facts})
         console.write_json(folder / "result.json", record)
     return record
+
+
+def sample_features(model, train_set, config, env):
+    """What model.pt keeps of the source, for the distance of targets: (SAMPLE, 64) float32."""
+    domain, own_size = train_set.domain, train_set.size is not None
+    chosen = train_set.subset(distance.sample(len(train_set)))
+    pipeline = transforms.pretraining_pipeline(domain, config["image_size"], False, own_size)
+    features = engine.predict(
+        model.eval().features, model.head.conv.in_channels, chosen, pipeline, env,
+        transforms.NORMALIZATION[domain], workers=config["workers"],
+    )  # fmt: skip
+    return distance.project(features)
 
 
 def parts_that_fit(model, config, env):

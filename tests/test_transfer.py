@@ -6,9 +6,10 @@ import torch
 from conftest import ROOT  # noqa: F401  (one thread)
 
 import data
+import finetune
+import grid
 import models
 import pretrain
-import transfer
 import transforms
 from transfer import HyperRule, hyperrule
 
@@ -62,17 +63,17 @@ def test_hyperrule_in_other_steps_and_sizes():
 
 def test_rule_of_each_kind_of_target(folder, nih_root):
     natural = data.load_dataset(f"folder:{folder}")
-    paper = transfer.RECIPES["paper"]
-    assert transfer.choose_rule(natural, 60, paper)[:2] == (160, 128)
-    assert transfer.choose_rule(natural, 60, paper, image_size=64, steps=30)[:2] == (80, 64)
+    paper = finetune.RECIPES["paper"]
+    assert finetune.choose_rule(natural, 60, paper)[:2] == (160, 128)
+    assert finetune.choose_rule(natural, 60, paper, image_size=64, steps=30)[:2] == (80, 64)
     nih = data.load_dataset("nih", nih_root)
-    assert transfer.choose_rule(nih, 40, paper)[:2] == (224, 224)
-    pipeline = transfer.choose_pipeline(nih, transfer.choose_rule(nih, 40, paper), paper, True)
+    assert finetune.choose_rule(nih, 40, paper)[:2] == (224, 224)
+    pipeline = finetune.choose_pipeline(nih, finetune.choose_rule(nih, 40, paper), paper, True)
     assert pipeline.augment is transforms.random_affine_flip
     alone = data.keep_single_label(nih)  # multi-class, and an X-ray set still
-    assert alone.task == "multiclass" and transfer.choose_rule(alone, 40, paper)[:2] == (224, 224)
+    assert alone.task == "multiclass" and finetune.choose_rule(alone, 40, paper)[:2] == (224, 224)
     synthetic = data.load_dataset("synthetic-xray-target", split="test")
-    rule = transfer.choose_rule(synthetic, 20, transfer.RECIPES["synthetic"])
+    rule = finetune.choose_rule(synthetic, 20, finetune.RECIPES["synthetic"])
     assert rule.crop == rule.resize == synthetic.size
 
 
@@ -130,18 +131,18 @@ def checkpoint(tmp_path):
 
 def test_head_is_fresh_and_body_is_not(checkpoint):
     folder, source = checkpoint
-    (opened,) = transfer.open_checkpoints([str(folder)])
+    (opened,) = grid.open_checkpoints([str(folder)])
     assert (opened.name, opened.domain, opened.images) == ("nih-R14x0.5", "medical", 7)
     heads = []
     for classes, seed in ((3, 0), (3, 1), (3, 0)):  # as many classes as the source had
-        model = transfer.prepare_model(opened, classes, seed, False, "cpu")
+        model = finetune.pretrained_model(opened, classes, seed, "cpu", False)
         assert torch.equal(model.root.conv.weight, source.root.conv.weight)
         assert not torch.equal(model.head.conv.weight, source.head.conv.weight)
         heads.append(model.head.conv.weight)
     assert torch.equal(heads[0], heads[2]) and not torch.equal(heads[0], heads[1])
     bound = 1 / np.sqrt(heads[0].shape[1])  # PyTorch's default initialisation
     assert 0.9 * bound < heads[0].abs().max() <= bound
-    model = transfer.prepare_model(opened, 4, 0, True, "cpu")
+    model = finetune.pretrained_model(opened, 4, 0, "cpu", True)
     assert not model.head.conv.weight.any() and not model.head.conv.bias.any()
 
 
@@ -150,8 +151,8 @@ def test_foreign_weights_need_model_and_source(tmp_path):
     path = tmp_path / "model.pth.tar"
     torch.save({"model": model.state_dict(), "epoch": 90}, path)
     with pytest.raises(ValueError, match="--model and --source"):
-        transfer.open_checkpoints([str(path)])
-    (opened,) = transfer.open_checkpoints([str(path)], "R14x0.5", "chexpert+mimic")
+        grid.open_checkpoints([str(path)])
+    (opened,) = grid.open_checkpoints([str(path)], "R14x0.5", "chexpert+mimic")
     assert opened.domain == "medical" and opened.normalization[0] == (0.5, 0.5, 0.5)
     with pytest.raises(ValueError, match="another network"):
-        transfer.open_checkpoints([str(path)], "R26x1", "imagenet1k")
+        grid.open_checkpoints([str(path)], "R26x1", "imagenet1k")

@@ -1,0 +1,424 @@
+"""The grid: who runs which cell, what fails, what is decoded, frozen features, --dry-run."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import command, env, run
+
+import data
+import distance
+import engine
+import fewshot
+import finetune
+import grid
+import images
+import linear
+import loading
+import models
+import runner
+import transfer
+import transforms
+from data import few_shot_indices
+
+QUICK = ("--image-size", "32", "--batch-size", "8", "--precision", "fp32")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder, tmp_path_factory):
+    """A network of `folder` as pretrain.py leaves it after two steps."""
+    out = tmp_path_factory.mktemp("pretrained")
+    run("pretrain.py", "--source", f"folder:{folder}", "--epochs", "0.25", *QUICK, "--out", out,
+        cwd=out)  # fmt: skip
+    (path,) = out.iterdir()
+    return path
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """Runs a script's main() in an empty directory: (its status, stdout)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_main(module, *args):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, args)])
+        status = module.main()
+        return status, capsys.readouterr().out
+
+    return run_main
+
+
+def results(root, pattern="*/*/*.json"):
+    found = {path.relative_to(root / "results"): path for path in root.glob(f"results/{pattern}")}
+    return {str(name): json.loads(path.read_text()) for name, path in found.items()}
+
+
+def args_for(folder, checkpoints, *more, shots=(1, 2), seeds=2):
+    checkpoints = [checkpoints] if isinstance(checkpoints, (str, Path)) else checkpoints
+    return ("--checkpoint", *checkpoints, "--target", f"folder:{folder}", "--image-size", "32",
+            "--precision", "fp32", "--shots", *shots, "--seeds", seeds, *more)  # fmt: skip
+
+
+def finetune_args(*args, **more):
+    return (*args_for(*args, **more), "--steps", "2", "--batch-size", "8")
+
+
+# ------------------------------------------------------------------------------------------------
+# Failures
+# ------------------------------------------------------------------------------------------------
+
+
+def test_a_failing_cell_stops_no_other(call, folder, checkpoint, monkeypatch, tmp_path):
+    original = finetune.fine_tune
+
+    def fails(cell, *args):
+        if cell.seed == 1 and cell.shots == 2:
+            raise RuntimeError("no memory\nis left")
+        return original(cell, *args)
+
+    monkeypatch.setattr(finetune, "fine_tune", fails)
+    status, output = call(fewshot, *finetune_args(folder, checkpoint))
+    assert status == 1
+    names = [name.split("/")[-1] for name in results(tmp_path)]
+    assert sorted(names) == ["1shot-seed0.json", "1shot-seed1.json", "2shot-seed0.json"]
+    assert "1 cells failed" in output
+    (line,) = (line for line in output.splitlines() if "no memory" in line)
+    assert "2shot-seed1.json" in line and "no memory is left" in line
+    assert re.search(r"\| 0\.\d{3} \(1\) +\|$", output, re.MULTILINE)  # two shots: one seed is left
+
+    monkeypatch.setattr(finetune, "fine_tune", original)
+    status, output = call(fewshot, *finetune_args(folder, checkpoint))
+    assert status == 0 and "4 cells, 3 finished already" in output
+    assert len(results(tmp_path)) == 4
+
+
+def test_a_full_shot_run_that_diverges_stops_no_other(call, folder, checkpoint, tmp_path):
+    """All processes see alike that the loss is not finite, so that also two of them go on."""
+    args = ("--checkpoint", checkpoint, "--target", f"folder:{folder}", "--recipe", "bit", *QUICK)
+    args = (*args, "--steps", "4", "--log-every", "1", "--seeds", "2", "--lr", "1e30")
+    status, output = call(transfer, *args)
+    assert status == 1 and "2 cells failed" in output and output.count("not finite") == 2
+    output, _ = run("transfer.py", *args, ranks=2, cwd=tmp_path, status=1)
+    assert "2 cells failed" in output and output.count("not finite") == 2
+    assert not results(tmp_path)
+
+
+def test_unknown_target_and_missing_checkpoint_are_refused_before_any_cell(
+    call, folder, checkpoint, tmp_path
+):
+    good = ("--shots", "1", "--seeds", "1", "--steps", "2")
+    for args, word in (
+        (("--checkpoint", checkpoint, "--target", f"folder:{folder}", "cifar11"), "cifar11"),
+        (("--checkpoint", checkpoint, "runs/gone", "--target", f"folder:{folder}"), "runs/gone"),
+    ):
+        with pytest.raises((ValueError, OSError), match=word):
+            call(fewshot, *args, *good)
+        assert not list(tmp_path.glob("results/**/*.json"))
+
+
+# ------------------------------------------------------------------------------------------------
+# Sharing out
+# ------------------------------------------------------------------------------------------------
+
+
+def test_jobs_come_longest_first_and_frozen_ones_by_network_and_target(call, folder, checkpoint):
+    args = args_for(folder, (checkpoint, "scratch"), "--scratch-steps", "5", "--batch-size", "8")
+    cells = cells_of((*args, "--steps", "2"))
+    jobs = runner.make_jobs(cells)
+    assert [len(job) for job in jobs] == [1] * 12
+    assert [job[0].config["steps"] for job in jobs] == [5] * 4 + [2] * 8
+    # 3 x 8 images a step and 21 test images, forward passes of 32 x 32 pixels.
+    flops = models.forward_flops("R14x0.5", 1, 32)
+    assert runner.work(jobs[0]) == (3 * 5 * 8 + 21) * flops
+    assert runner.work(jobs[-1]) == (3 * 2 * 8 + 21) * flops
+
+    jobs = runner.make_jobs(cells_of(args_for(folder, checkpoint, "--method", "linear")))
+    assert [len(job) for job in jobs] == [4]
+    assert runner.work(jobs[0]) == (6 + 21) * flops  # 2 shots of 3 classes
+
+
+def cells_of(args):
+    """The cells of a command line."""
+    parser = fewshot.console.Parser()
+    grid.add_options(parser)
+    parser.add_argument("--shots", type=int, nargs="+")
+    parser.add_argument("--seeds", type=int)
+    args = parser.parse_args(list(map(str, args)))
+    env = engine.setup("fp32")
+    return grid.make_grid(args, env, grid.open_targets(args, env, True), args.shots)
+
+
+def test_two_processes_share_the_cells_and_decode_for_each_other(folder, checkpoint, tmp_path):
+    """The results of one process, to the last bit; nothing is left of the decoded images."""
+    args = (*finetune_args(folder, (checkpoint, "scratch")), "--cache-dir", tmp_path / "cache")
+    (tmp_path / "cache").mkdir()
+    for ranks in (1, 2):
+        (tmp_path / str(ranks)).mkdir()
+        output, _ = run("fewshot.py", *args, ranks=ranks, cwd=tmp_path / str(ranks))
+        assert len(set(re.findall(r"^\[(\d+)/8\]", output, re.MULTILINE))) == 8
+    one, two = (results(tmp_path / ranks) for ranks in "12")
+    assert one.keys() == two.keys() and len(one) == 8
+    assert all(one[name]["metrics"] == two[name]["metrics"] for name in one)
+    assert all(one[name]["distance"] == two[name]["distance"] for name in one)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_killed_process_loses_the_cells_in_flight_alone(folder, checkpoint, tmp_path):
+    """SIGKILL of one of two processes: what was written stays, the same command does the rest."""
+    args = finetune_args(folder, (checkpoint, "scratch"), seeds=4)
+    args = (*args[:-4], "--steps", "12", "--batch-size", "8")
+    process = subprocess.Popen(
+        command("fewshot.py", *args, ranks=2), cwd=tmp_path, env=env(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("[3/16]"):
+            break
+    workers = [pid for pid in children(process.pid) if "fewshot.py" in cmdline(pid)]
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    before = {path: path.stat() for path in tmp_path.glob("results/*/*/*.json")}
+    assert 2 <= len(before) < 16
+    output, _ = run("fewshot.py", *args, ranks=2, cwd=tmp_path)
+    assert f"16 cells, {len(before)} finished already" in output
+    assert len(results(tmp_path)) == 16
+    for path, stat in before.items():  # not written again
+        assert (path.stat().st_mtime_ns, path.stat().st_ino) == (stat.st_mtime_ns, stat.st_ino)
+    assert not list(tmp_path.glob("results/**/.*"))  # nor half of a file
+
+
+def children(pid):
+    """Processes below this one."""
+    found = []
+    for task in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{task}/children") as file:
+            found += [int(child) for child in file.read().split()]
+    return found + [below for child in found for below in children(child)]
+
+
+def cmdline(pid):
+    with open(f"/proc/{pid}/cmdline") as file:
+        return file.read()
+
+
+def test_a_time_limit_stops_both_processes_in_one_line(folder, checkpoint, tmp_path):
+    args = (*args_for(folder, checkpoint, seeds=9), "--steps", "9999", "--batch-size", "8")
+    output, errors = run("fewshot.py", *args, "--time-limit", "0.1", ranks=2, cwd=tmp_path)
+    assert "--time-limit after step" in errors and "the same command continues" in errors
+    assert "Traceback" not in errors and not results(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------
+# Decoding once
+# ------------------------------------------------------------------------------------------------
+
+
+def test_images_on_disk_are_those_in_memory(folder, tmp_path, monkeypatch):
+    dataset = data.load_dataset(f"folder:{folder}")
+    pipeline = transforms.hyperrule_pipeline(40, 32, train=True)
+    alone = engine.setup("fp32")
+    in_memory, prepared = loading.decode_once(dataset, pipeline, alone)
+    assert isinstance(in_memory.reader, images.Decoded) and prepared.prepare is transforms.keep
+    monkeypatch.setattr(loading, "preload", lambda *args: args)  # as if they did not fit
+    mapped, prepared = loading.decode_once(dataset, pipeline, alone, tmp_path)
+    assert prepared.prepare is transforms.keep and not list(tmp_path.iterdir())
+    for i in (0, 19, 59):
+        assert torch.equal(mapped.read(i), pipeline.read(dataset, i))
+        assert mapped.where(i) == dataset.where(i)
+    assert (mapped.labels == dataset.labels).all()
+    usage = namedtuple("Usage", "free")(2 * 60 * 3 * 40 * 40)  # half of it would be taken
+    monkeypatch.setattr(loading.shutil, "disk_usage", lambda path: usage)
+    assert loading.decode_once(dataset, pipeline, alone, tmp_path) == (dataset, pipeline)
+
+
+def test_a_full_disk_names_the_file_and_leaves_none(folder, tmp_path, monkeypatch):
+    dataset = data.load_dataset(f"folder:{folder}")
+    pipeline = transforms.hyperrule_pipeline(40, 32, train=True)
+    monkeypatch.setattr(loading, "preload", lambda *args: args)
+
+    def full(array):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loading, "memoryview", full, raising=False)
+    with pytest.raises(OSError, match="decoded-.*the disk is full"):
+        loading.decode_once(dataset, pipeline, engine.setup("fp32"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_each_image_is_read_once_for_the_whole_grid(call, folder, checkpoint, monkeypatch):
+    reads, original = [], images.read_image
+
+    def count(path, *options):
+        reads.append(path)
+        return original(path, *options)
+
+    monkeypatch.setattr(images, "read_image", count)
+    status, _ = call(fewshot, *finetune_args(folder, (checkpoint, "scratch")))
+    assert status == 0
+    dataset = data.load_dataset(f"folder:{folder}")
+    chosen = {
+        dataset.where(i) for seed in (0, 1) for i in few_shot_indices(dataset.labels, 2, seed)
+    }
+    counts = {where: reads.count(where) for where in reads}
+    test_images = [where for where in counts if "/test/" in where]
+    assert len(test_images) == 21
+    # The first image of a set also tells the size of all; the distance looks at the training set.
+    assert sum(counts[where] for where in test_images) <= 21 + 1
+    assert sum(counts[where] for where in chosen) <= 2 * len(chosen) + 3
+    assert len(counts) == 21 + 60
+
+
+# ------------------------------------------------------------------------------------------------
+# Frozen features
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["linear", "nearest-mean"])
+def test_frozen_features_are_extracted_once(
+    call, folder, checkpoint, monkeypatch, tmp_path, method
+):
+    passes, original = [], engine.predict
+
+    def count(forward, width, dataset, *more):
+        passes.append(len(dataset))
+        return original(forward, width, dataset, *more)
+
+    monkeypatch.setattr(engine, "predict", count)
+    status, output = call(fewshot, *args_for(folder, checkpoint, "--method", method, seeds=3))
+    assert status == 0
+    found = results(tmp_path)
+    name = f"folder-{folder.name}"
+    assert sorted(found) == sorted(
+        f"{name}/{name}-R14x0.5/{shots}shot-seed{seed}-{method}.json"
+        for shots in (1, 2)
+        for seed in range(3)
+    )
+    dataset = data.load_dataset(f"folder:{folder}")
+    chosen = {i for s in range(3) for i in few_shot_indices(dataset.labels, 2, s)}
+    assert sorted(passes) == sorted([len(chosen), 21, 60])  # 60: the sample of the distance
+    record = found[f"{name}/{name}-R14x0.5/2shot-seed1-{method}.json"]
+    assert (record["method"], record["recipe"], record["train"]["images"]) == (method, None, 6)
+    assert record["train"]["steps"] is None and record["kind"] == "fewshot"
+    assert set(record["config"]) & set(grid.TRAINING) == set()
+
+    call(fewshot, *finetune_args(folder, checkpoint, seeds=3))  # another method, another file
+    assert len(results(tmp_path)) == 12
+
+
+def features(checkpoint, dataset, indices):
+    """Taken without the scripts: (N,D) float32."""
+    (opened,) = grid.open_checkpoints([str(checkpoint)])
+    model = finetune.pretrained_model(opened, 1, 0, "cpu").eval()
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in transforms.NORMALIZATION["natural"])
+    pixels = torch.stack([dataset.read(i) for i in indices]) / 255
+    with torch.inference_mode():
+        return model.features((pixels - mean) / std)
+
+
+@pytest.mark.parametrize("method", ["linear", "nearest-mean"])
+def test_features_classify_as_by_hand(call, folder, checkpoint, tmp_path, method):
+    """Through the whole script, against features taken here."""
+    status, _ = call(fewshot, *args_for(folder, checkpoint, "--method", method, seeds=1))
+    assert status == 0
+    train, test = (data.load_dataset(f"folder:{folder}", split=split) for split in data.SPLITS)
+    chosen = few_shot_indices(train.labels, 2, 0)
+    train_features, test_features = (
+        features(checkpoint, *of) for of in ((train, chosen), (test, range(21)))
+    )
+    labels = train.labels[chosen]
+    logits, facts = linear.CLASSIFIERS[method](train_features, labels, test_features, 3)
+    expected = engine.compute_metrics(logits, test.labels, test.classes)
+    record = results(tmp_path, f"*/*/2shot-seed0-{method}.json").popitem()[1]
+    assert record["metrics"]["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+    assert record["metrics"]["mean_auc"] == pytest.approx(expected["mean_auc"], abs=1e-3)
+    assert record["train"].keys() >= facts.keys()
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (("--steps", "3"), "--steps means nothing for --method linear"),
+        (("--batch-size", "3"), "--batch-size means nothing for --method linear"),
+        (("--balanced",), "--balanced means nothing for --method linear"),
+        (("--recipe", "bit"), "--recipe means nothing for --method linear"),
+        (("--scratch-steps", "3"), "--scratch-steps: name scratch"),
+    ],
+)
+def test_options_that_mean_nothing_on_frozen_features(call, folder, checkpoint, options, words):
+    with pytest.raises(ValueError, match=words):
+        call(fewshot, *args_for(folder, checkpoint, "--method", "linear", *options))
+
+
+def test_scratch_has_no_features(call, folder, checkpoint):
+    with pytest.raises(ValueError, match="--method linear: scratch has no features"):
+        call(fewshot, *args_for(folder, (checkpoint, "scratch"), "--method", "linear"))
+
+
+# ------------------------------------------------------------------------------------------------
+# Baselines, distance, dry run
+# ------------------------------------------------------------------------------------------------
+
+
+def test_scratch_is_trained_twice_with_scratch_steps(call, folder, checkpoint, tmp_path):
+    args = (*finetune_args(folder, "scratch", shots=(1,), seeds=1), "--scratch-steps", "5")
+    status, _ = call(fewshot, *args)
+    found = results(tmp_path).values()
+    steps = {r["source"]: (r["train"]["steps"], r["config"]["warmup"]) for r in found}
+    assert steps == {"scratch": (2, 0), "scratch-5steps": (5, 1)}
+    record = next(iter(results(tmp_path, "*/scratch-5steps*/*").values()))
+    assert (record["source_domain"], record["source_images"]) == (None, 0)
+    assert record["distance"] is None
+
+
+def test_distance_of_a_result_is_that_of_its_features(call, folder, checkpoint, tmp_path):
+    call(fewshot, *args_for(folder, checkpoint, "--method", "nearest-mean", shots=(1,), seeds=1))
+    (record,) = results(tmp_path).values()
+    sample = torch.load(checkpoint / "model.pt", weights_only=True)["sample"]
+    assert sample.shape == (60, distance.DIMENSIONS) and sample.dtype == torch.float32
+    train = data.load_dataset(f"folder:{folder}")
+    expected = distance.compare(sample, distance.project(features(checkpoint, train, range(60))))
+    assert record["distance"] == pytest.approx(expected, rel=1e-3)
+    assert record["distance"]["images"] == 60
+    # The same images, but that pre-training crops what transfer shows whole.
+    assert 0.5 < record["distance"]["frechet_relative"] < 2
+
+
+def test_a_dry_run_prints_the_grid_and_writes_nothing(
+    call, folder, checkpoint, monkeypatch, tmp_path
+):
+    call(fewshot, *finetune_args(folder, checkpoint, shots=(1,), seeds=1))
+    before = set(tmp_path.rglob("*"))
+    monkeypatch.setattr(grid, "decode", None)
+    args = finetune_args(folder, (checkpoint, "scratch"), seeds=3)
+    status, output = call(fewshot, *args, "--dry-run")
+    assert status == 0 and "12 cells, 1 finished already" in output
+    rows = [line.split("|")[1:-1] for line in output.splitlines() if line.startswith("| folder")]
+    assert [(r[2].strip(), r[3].strip(), r[4].strip()) for r in rows] == [
+        ("1", "3", "1"), ("1", "3", "0"), ("2", "3", "0"), ("2", "3", "0")
+    ]  # fmt: skip
+    assert re.search(r"about \d\d:\d\d on one process", output)
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_the_estimate_fills_the_processes_longest_first(capsys, folder, checkpoint, monkeypatch):
+    """Jobs of 5, 5 and 2 steps on two processes: the third joins the first that is free."""
+    args = (*args_for(folder, "scratch", shots=(1,), seeds=1), "--scratch-steps", "5")
+    cells = cells_of((*args, "--steps", "2", "--batch-size", "8"))
+    monkeypatch.setattr(runner, "speed", lambda *args: 1.0)
+    costs = [runner.work([cell]) for cell in cells]
+    times = []
+    monkeypatch.setattr(runner.tqdm, "format_interval", lambda seconds: times.append(seconds))
+    alone = engine.setup("fp32")
+    runner.dry_run(cells, cells, alone, together=False)
+    runner.dry_run(cells, cells, alone._replace(ranks=2), together=False)
+    runner.dry_run(cells, cells, alone._replace(ranks=2), together=True)
+    assert times == pytest.approx([sum(costs), max(costs), sum(costs) / 2])
+    capsys.readouterr()
