@@ -4,6 +4,8 @@ Labels are those of the datasets: (N,) int64 for multi-class, (N,C) float32 in {
 multi-label, where nan takes no part. Features are (N,D) float32, on the CPU or a GPU.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ FOLDS = 5
 # Of more images one fifth is held out once: it tells strengths apart well enough.
 ONE_FOLD_FROM = 10_000
 # Norm of the gradient at which a fit is done, again for features of that scale and the mean loss.
-GRADIENT = 1e-6
+GRADIENT = 1e-7
 MAX_ITERATIONS = 2000
 HISTORY = 10  # steps that L-BFGS remembers
 # Mean square taken for each coordinate of features that are not along their principal axes: about
@@ -42,8 +44,8 @@ def linear(train_features, train_labels, test_features, num_classes, seed=0):
     Returns (logits (M,C) float32, what was chosen): l2; folds (0: it is the default of one shot);
     held_out, the least held-out cross-entropy, or None; iterations and gradient of the last fit.
     """
-    space = _Space(train_features)
-    labels, known = _targets(train_labels, num_classes, space.device)
+    space = make_space(train_features)
+    labels, known = _targets(train_labels, num_classes, space.points.device)
     l2, folds, held_out, start = ONE_SHOT_STRENGTH, held_out_folds(train_labels, seed), None, None
     if folds is not None:
         l2, held_out, start = _choose_strength(space, labels, known, folds)
@@ -55,14 +57,14 @@ def linear(train_features, train_labels, test_features, num_classes, seed=0):
         "iterations": iterations,
         "gradient": gradient,
     }
-    return _logits(test_features, *space.in_features(weights.flatten(0, 1))), chosen
+    return _logits(test_features, *in_features(space, weights)), chosen
 
 
 def fit(features, labels, num_classes, l2):
     """The regression of `linear` at one strength: (weights (C,D), bias (C,)), both float64."""
-    space = _Space(features)
-    weights, _, _ = _fit(space, *_targets(labels, num_classes, space.device), l2)
-    return space.in_features(weights.flatten(0, 1))
+    space = make_space(features)
+    weights, _, _ = _fit(space, *_targets(labels, num_classes, space.points.device), l2)
+    return in_features(space, weights)
 
 
 def held_out_folds(labels, seed=0):
@@ -97,9 +99,9 @@ def _choose_strength(space, labels, known, folds):
     All folds are fitted at once, from the strongest penalty to the weakest, each fit starting
     where the two before it point. Beyond the least loss weak penalties are slow and of no use: the
     search ends where the loss lies 1 % above the least. Held-out losses need no last digit: 32 bits
-    and a gradient of 0.003 sqrt(l2) keep them within 1e-4 of those of converged fits.
+    and a gradient of 0.001 sqrt(l2) keep them within 2e-4 of those of converged fits.
     """
-    folds = torch.from_numpy(folds).to(space.device)
+    folds = torch.from_numpy(folds).to(space.points.device)
     points, spread = space.points.float(), space.spread.float()
     known_in = (known * ~folds[:, None, None]).flatten(0, 1).float()
     known_out = (known * folds[:, None, None]).flatten(0, 1).float()
@@ -109,7 +111,7 @@ def _choose_strength(space, labels, known, folds):
     for l2 in STRENGTHS:
         ahead = weights + 0.7 * (weights - before)
         before = weights
-        weights, _, _ = minimise(points, labels, known_in, l2, ahead, spread, 0.003 * l2**0.5)
+        weights, _, _ = minimise(points, labels, known_in, l2, ahead, spread, 0.001 * l2**0.5)
         losses = _cross_entropy(_scores(weights, points), labels)
         loss = float((losses * known_out).sum() / known_out.sum())
         if best is None or loss < best[1]:
@@ -128,40 +130,53 @@ def _fit(space, labels, known, l2, start=None):
     return minimise(space.points, labels, known, l2, start, space.spread, GRADIENT)
 
 
-class _Space:
+class Space(NamedTuple):
     """Training features in coordinates that make the fit short; nothing of them is lost.
 
     points (N,Q) float64: centred (the free bias takes that up), mean squared length 1, and a last
-    column of ones for the bias. Fewer images than half the features: in the span of the images,
-    along its principal axes (the best weights lie in it: representer theorem). spread (Q,): the
-    mean square of each coordinate, or SPREAD.
+    column of ones for the bias. spread (Q,): about the mean square of each coordinate. points are
+    (features - mean) / scale, and where axes (D,Q-1) is not None, that times axes.
     """
 
-    def __init__(self, features):
-        self.device = features.device
-        self.mean = features.mean(0, dtype=torch.float64)
-        count, width = features.shape
-        self.points = self.mean.new_ones(count, width + 1)  # made once: it may be large
-        points = self.points[:, :-1]
-        torch.sub(features, self.mean, out=points)
-        self.scale = torch.linalg.vector_norm(points) / count**0.5
-        self.scale = torch.where(self.scale > 0, self.scale, 1)
-        points /= self.scale
-        self.axes, self.spread = None, self.points.new_full((width + 1,), SPREAD)
-        self.spread[-1] = 1
-        if 2 * count <= width:
-            squares, vectors = torch.linalg.eigh(points @ points.T)
-            kept = squares > squares[-1] * count * torch.finfo(torch.float64).eps
-            squares, vectors = squares[kept], vectors[:, kept]
-            self.axes = points.T @ (vectors / squares.sqrt())
-            self.points = F.pad(vectors * squares.sqrt(), (0, 1), value=1.0)
-            self.spread = F.pad(squares / count, (0, 1), value=1.0)
+    points: torch.Tensor
+    spread: torch.Tensor
+    mean: torch.Tensor
+    scale: torch.Tensor
+    axes: torch.Tensor | None
 
-    def in_features(self, weights):
-        """(C,Q) to (weights (C,D), bias (C,)) of the features as they came."""
-        weights, bias = weights[:, :-1], weights[:, -1]
-        weights = (weights if self.axes is None else weights @ self.axes.T) / self.scale
-        return weights, bias - weights @ self.mean
+
+def make_space(features):
+    """The Space of features (N,D). Fewer images than half the features: in the span of the images,
+    along its principal axes; the best weights lie in it (representer theorem). Elsewhere the axes
+    would cost more than they save. Raises ValueError for features that are not finite.
+    """
+    count, width = features.shape
+    mean = features.mean(0, dtype=torch.float64)
+    points = mean.new_ones(count, width + 1)  # made once: it may be large
+    centred = points[:, :-1]
+    torch.sub(features, mean, out=centred)
+    scale = torch.linalg.vector_norm(centred) / count**0.5
+    if not scale.isfinite():
+        raise ValueError("the network's features are not finite; another --checkpoint may mend it")
+    scale = torch.where(scale > 0, scale, 1)
+    centred /= scale
+    if 2 * count > width:
+        spread = points.new_full((width + 1,), SPREAD)
+        spread[-1] = 1
+        return Space(points, spread, mean, scale, None)
+    squares, vectors = torch.linalg.eigh(centred @ centred.T)
+    kept = squares > squares[-1] * count * torch.finfo(torch.float64).eps
+    squares, vectors = squares[kept], vectors[:, kept]
+    points = F.pad(vectors * squares.sqrt(), (0, 1), value=1.0)
+    spread = F.pad(squares / count, (0, 1), value=1.0)
+    return Space(points, spread, mean, scale, centred.T @ (vectors / squares.sqrt()))
+
+
+def in_features(space, weights):
+    """(P,K,Q) to (weights (PK,D), bias (PK,)) of the features as they came, float64."""
+    weights, bias = weights.flatten(0, 1).split((weights.shape[2] - 1, 1), 1)
+    weights = (weights if space.axes is None else weights @ space.axes.T) / space.scale
+    return weights, bias[:, 0] - weights @ space.mean
 
 
 def _targets(labels, num_classes, device):
@@ -298,7 +313,7 @@ def _line_search(scores, along, labels, share, slope, penalty_slopes):
 
     The slope grows along the line, so that the step is found by the secant, between bounds.
     """
-    step, low, high = torch.ones_like(slope), torch.zeros_like(slope), 10 * torch.ones_like(slope)
+    step, low, high = torch.ones_like(slope), torch.zeros_like(slope), torch.inf
     for _ in range(20):
         residuals = share * (_probabilities(scores + step * along) - labels)
         reached = _dot(residuals, along) + penalty_slopes[0] + step * penalty_slopes[1]
@@ -306,10 +321,10 @@ def _line_search(scores, along, labels, share, slope, penalty_slopes):
         if good.all():
             break
         low, high = torch.where(reached < 0, step, low), torch.where(reached > 0, step, high)
-        high = torch.where(reached < 0, torch.maximum(high, 10 * step), high)
         secant = step * slope / (slope - reached)
-        inside = (secant > low) & (secant < high)
-        step = torch.where(good, step, torch.where(inside, secant, (low + high) / 2))
+        inside = (secant > low) & (secant < high) & (secant < 10 * step)
+        other = torch.where(high.isinf(), 10 * step, (low + high) / 2)
+        step = torch.where(good, step, torch.where(inside, secant, other))
     return step, residuals
 
 

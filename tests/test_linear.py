@@ -1,0 +1,318 @@
+"""Classifiers on frozen features, against scikit-learn."""
+
+import json
+import subprocess
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from conftest import command, env, refuses
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from sklearn.neighbors import NearestCentroid
+
+import linear
+
+
+def blobs(rng, counts, width, apart=1.0):
+    """Features (N,D) float32 far from 0, of uneven spread, and labels."""
+    labels = rng.permutation(np.repeat(np.arange(len(counts)), counts))
+    centres = apart * rng.normal(size=(len(counts), width)) / np.sqrt(width) * 4
+    features = centres[labels] + rng.normal(size=(len(labels), width))
+    features = 3 * features / np.sqrt(1 + np.arange(width)) + 5
+    return torch.from_numpy(features.astype(np.float32)), labels
+
+
+def findings(rng, images, width, classes=4):
+    features, _ = blobs(rng, [images], width)
+    scores = features.double().numpy() @ rng.normal(size=(width, classes))
+    labels = (scores > np.quantile(scores, 0.7, axis=0)).astype(np.float32)
+    labels[rng.random(labels.shape) < 0.05] = 1
+    labels[rng.random(labels.shape) < 0.2] = np.nan
+    return features, labels
+
+
+def scale_of(features):
+    features = features.double().numpy()
+    return np.sqrt(((features - features.mean(0)) ** 2).sum(1).mean())
+
+
+def peer(features, labels, l2, scale=None, tol=1e-10):
+    """scikit-learn's weights and bias for our objective, on centred features of unit scale."""
+    x = features.double().numpy()
+    mean, own = x.mean(0), scale_of(features)
+    l2 = l2 * (scale / own) ** 2 if scale else l2
+    model = LogisticRegression(C=1 / (len(x) * l2), tol=tol, max_iter=20_000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it asks for more precision than floats have
+        model.fit((x - mean) / own, labels)
+    weights = model.coef_ / own
+    return weights, model.intercept_ - weights @ mean
+
+
+SHAPES = {"wide": ((9, 14, 7), 200), "between": ((30, 40), 100), "tall": ((60, 90, 50), 12)}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fit_is_scikit_learns(rng, shape):
+    counts, width = SHAPES[shape]
+    features, labels = blobs(rng, counts, width)
+    x = features.double().numpy()
+    for l2 in (0.3, 1e-2, 1e-3):
+        weights, bias = (t.numpy() for t in linear.fit(features, labels, len(counts), l2))
+        expected, intercept = peer(features, labels, l2)
+        if len(counts) == 2:  # theirs is one logit, the difference of ours
+            expected, intercept = (part / 2 for part in peer(features, labels, l2 / 2))
+            expected, intercept = (np.concatenate([-t, t]) for t in (expected, intercept))
+        logits, theirs = x @ weights.T + bias, x @ expected.T + intercept
+        logits -= logits.mean(1, keepdims=True)
+        theirs -= theirs.mean(1, keepdims=True)
+        assert np.abs(weights - expected).max() < 1e-3 * np.abs(expected).max()
+        assert np.abs(logits - theirs).max() < 1e-3 * np.abs(theirs).max()
+        assert (logits.argmax(1) == theirs.argmax(1)).all()
+
+
+def gradient(features, labels, weights, bias, l2):
+    """Of the objective by the weights, in coordinates of unit scale, and by the bias."""
+    x, scale = features.double(), scale_of(features)
+    weights, bias = (t.clone().requires_grad_() for t in (weights, bias))
+    logits = x @ weights.T + bias
+    if labels.ndim == 1:
+        loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels))
+    else:
+        known = ~torch.from_numpy(labels).isnan()
+        loss = sum(
+            torch.nn.functional.binary_cross_entropy_with_logits(
+                logits[known[:, c], c], torch.from_numpy(labels)[known[:, c], c].double()
+            )
+            for c in range(labels.shape[1])
+        )
+    loss = loss + l2 * scale**2 / 2 * weights.square().sum()
+    by_weights, by_bias = torch.autograd.grad(loss, (weights, bias))
+    mean = x.mean(0)
+    return (by_weights - by_bias[:, None] * mean) / scale, by_bias
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradient_vanishes_at_the_fit(rng, shape):
+    counts, width = SHAPES[shape]
+    features, labels = blobs(rng, counts, width)
+    for l2 in (1.0, 1e-3, 1e-6):
+        parts = gradient(features, labels, *linear.fit(features, labels, len(counts), l2), l2)
+        assert torch.cat([part.flatten() for part in parts]).norm() < 1.01 * linear.GRADIENT
+    features, labels = findings(rng, sum(counts), width)
+    for l2 in (1.0, 1e-3, 1e-6):
+        parts = gradient(features, labels, *linear.fit(features, labels, 4, l2), l2)
+        assert max(torch.cat([w, b[None]]).norm() for w, b in zip(*parts)) < 1.01 * linear.GRADIENT
+
+
+def test_each_label_is_a_regression_without_its_unknowns(rng):
+    for images, width in ((40, 150), (200, 15)):
+        features, labels = findings(rng, images, width)
+        weights, bias = linear.fit(features, labels, 4, 1e-2)
+        for c in range(4):
+            known = ~np.isnan(labels[:, c])
+            expected, intercept = peer(features[known], labels[known, c], 1e-2, scale_of(features))
+            theirs = features.double().numpy() @ expected[0] + intercept
+            ours = (features.double() @ weights[c] + bias[c]).numpy()
+            assert np.abs(ours - theirs).max() < 1e-3 * np.abs(theirs).max()
+
+
+def test_labels_of_one_value_are_constant(rng):
+    features, labels = findings(rng, 60, 30, 5)
+    labels[:, 1], labels[:, 2], labels[:, 3] = 1, 0, np.nan
+    labels[:5, 1] = np.nan
+    constants = [np.log(55.5 / 0.5), np.log(0.5 / 60.5), 0]
+    for answers in (
+        linear.linear(features, labels, features[:7], 5)[0],
+        linear.nearest_mean(features, labels, features[:7], 5),
+    ):
+        assert answers.dtype == torch.float32 and answers.shape == (7, 5)
+        np.testing.assert_allclose(answers[:, 1:4], [constants] * 7, rtol=1e-6, atol=1e-6)
+        assert answers.isfinite().all() and answers[:, 0].std() > 0.01
+    alone = linear.linear(features, labels[:, :1], features[:7], 1)[0]
+    assert alone.isfinite().all()
+    nothing = np.full((60, 2), np.nan, np.float32)
+    assert (linear.linear(features, nothing, features, 2)[0] == 0).all()
+
+
+def test_held_out_folds(rng):
+    labels = rng.permutation(np.repeat(np.arange(3), (7, 12, 4)))
+    folds = linear.held_out_folds(labels, 3)
+    assert folds.shape == (5, 23) and (folds.sum(0) == 1).all()
+    for fold in folds:
+        counts = np.bincount(labels[fold], minlength=3)
+        assert (np.abs(counts - np.array([7, 12, 4]) / 5) < 1).all()
+    assert (folds == linear.held_out_folds(labels, 3)).all()
+    assert (folds != linear.held_out_folds(labels, 4)).any()
+    for shots in (2, 3, 4, 9):
+        labels = np.repeat(np.arange(6), shots)
+        folds = linear.held_out_folds(labels)
+        assert folds.shape == (min(shots, 5), 6 * shots)
+        assert all(set(labels[~fold]) == set(range(6)) for fold in folds)
+    assert linear.held_out_folds(np.arange(9)) is None
+    single = linear.held_out_folds(np.repeat(np.arange(4), (1, 9, 9, 9)))
+    assert single.shape == (5, 28) and not single[:, 0].any() and (single.sum(0)[1:] == 1).all()
+    large = linear.held_out_folds(np.arange(20_000) % 7)
+    assert large.shape == (1, 20_000) and large.sum() == 4000
+
+
+def test_held_out_folds_of_findings(rng):
+    for _ in range(20):
+        labels = (rng.random((50, 6)) < [0.5, 0.1, 0.2, 0.1, 0.3, 0]).astype(np.float32)
+        labels[rng.random(labels.shape) < 0.1] = np.nan
+        labels[:4, 3] = 1
+        labels[:, 4] = 0
+        labels[7, 4] = 1  # the only one
+        folds = linear.held_out_folds(labels)
+        assert len(folds) >= 2 and not folds[:, 7].any()
+        assert (folds.sum(0)[np.arange(50) != 7] == 1).all()
+        for fold in folds:
+            assert ((labels[~fold] == 1).sum(0)[[0, 1, 2, 3, 4]] > 0).all()
+    assert linear.held_out_folds(np.eye(5, dtype=np.float32)) is None
+
+
+def losses_by_hand(features, labels, num_classes):
+    """Held-out loss of every strength, by scikit-learn on the same folds."""
+    scale, x = scale_of(features), features.double().numpy()
+    columns = [slice(None)] if labels.ndim == 1 else range(num_classes)
+    losses = []
+    for l2 in linear.STRENGTHS:
+        total, count = 0, 0
+        for fold in linear.held_out_folds(labels):
+            for column in columns:
+                own = labels if labels.ndim == 1 else labels[:, column]
+                known = ~np.isnan(own)
+                fitted, tested = ~fold & known, fold & known
+                weights, bias = peer(features[fitted], own[fitted], l2, scale, 1e-6)
+                logits = x[tested] @ weights.T + bias
+                if labels.ndim == 2:
+                    logits = np.concatenate([0 * logits, logits], 1)
+                answers = torch.from_numpy(logits).softmax(1).numpy()
+                values = np.arange(num_classes if labels.ndim == 1 else 2)
+                total += log_loss(own[tested], answers, normalize=False, labels=values)
+                count += tested.sum()
+        losses.append(total / count)
+    return np.array(losses)
+
+
+@pytest.mark.parametrize("task", ["multiclass", "multilabel"])
+@pytest.mark.parametrize("images, width", [(30, 100), (120, 20)])
+def test_strength_is_the_best_of_the_held_out(rng, task, images, width):
+    if task == "multiclass":
+        features, labels = blobs(rng, [images // 3] * 3, width, 0.5)
+        classes = 3
+    else:
+        features, labels = findings(rng, images, width, 2)
+        classes = 2
+    logits, chosen = linear.linear(features, labels, features, classes)
+    expected = losses_by_hand(features, labels, classes)
+    assert chosen["l2"] == linear.STRENGTHS[expected.argmin()] and chosen["folds"] == 5
+    assert abs(chosen["held_out"] - expected.min()) < 2e-4
+    assert 1e-6 < chosen["l2"] < 1  # inside of the grid: the test tells something
+    assert 0 < chosen["gradient"] <= linear.GRADIENT and chosen["iterations"] > 0
+    weights, bias = linear.fit(features, labels, classes, chosen["l2"])
+    again = (features.double() @ weights.T + bias).float()
+    if task == "multiclass":
+        logits, again = (t - t.mean(1, keepdim=True) for t in (logits, again))
+    torch.testing.assert_close(logits, again, rtol=1e-3, atol=1e-3)
+    other, same = linear.linear(features, labels, features[3:], classes)
+    assert same == chosen and other.shape == (len(features) - 3, classes)
+
+
+def test_one_shot_takes_the_default(rng):
+    features, labels = blobs(rng, [1] * 4, 50)
+    logits, chosen = linear.linear(features, labels, features, 4)
+    assert chosen["l2"] == linear.ONE_SHOT_STRENGTH == 0.01
+    assert chosen["folds"] == 0 and chosen["held_out"] is None
+    assert (logits.argmax(1).numpy() == labels).all()
+    weights, bias = peer(features, labels, 0.01)
+    theirs = features.double().numpy() @ weights.T + bias
+    ours = logits.double().numpy()
+    gap = ours - ours.mean(1, keepdims=True) - theirs + theirs.mean(1, keepdims=True)
+    assert np.abs(gap).max() < 1e-3
+
+
+def test_shift_scale_and_order_change_nothing(rng):
+    features, labels = blobs(rng, [20, 25, 15], 40)
+    test = blobs(rng, [50], 40)[0]
+    features, test = ((1024 * t).round() / 1024 for t in (features, test))  # shifts are exact
+    logits, chosen = linear.linear(features, labels, test, 3)
+    near = linear.nearest_mean(features, labels, test, 3)
+    for factor, shift in ((1, 64), (32, -7), (1 / 64, 0)):
+        moved, moved_test = (factor * t + shift for t in (features, test))
+        again, same = linear.linear(moved, labels, moved_test, 3)
+        assert same["l2"] == chosen["l2"]
+        torch.testing.assert_close(again, logits, rtol=1e-3, atol=2e-3)
+        again = linear.nearest_mean(moved, labels, moved_test, 3)
+        torch.testing.assert_close(again, near, rtol=1e-3, atol=1e-3)
+    order = rng.permutation(60)
+    for l2 in (0.1, 1e-4):
+        weights, bias = linear.fit(features, labels, 3, l2)
+        permuted, same = linear.fit(features[order], labels[order], 3, l2)
+        assert (weights - permuted).abs().max() < 1e-3 * weights.abs().max()
+    again = linear.nearest_mean(features[order], labels[order], test, 3)
+    torch.testing.assert_close(again, near)
+    repeated, same = linear.linear(features, labels, test, 3)
+    assert (repeated == logits).all() and same == chosen
+
+
+def test_odd_features(rng):
+    features, labels = blobs(rng, [3, 3], 10)
+    equal = torch.ones_like(features)
+    for answer in (linear.linear(equal, labels, equal, 2)[0],
+                   linear.nearest_mean(equal, labels, equal, 2)):  # fmt: skip
+        assert answer.isfinite().all() and (answer[:, 0] - answer[:, 1]).abs().max() < 1e-6
+    twice = torch.cat([features, features])  # more images than directions
+    assert linear.linear(twice, np.tile(labels, 2), features, 2)[0].isfinite().all()
+    absent = linear.linear(features, labels, features, 3)[0]
+    assert absent.isfinite().all() and (absent.argmax(1) < 2).all()
+    assert (linear.nearest_mean(features, labels, features, 3).argmax(1) < 2).all()
+    features[2, 3] = torch.nan
+    refuses(ValueError, lambda: linear.linear(features, labels, features, 2), "not finite")
+
+
+def normalised(train, test):
+    """SimpleShot's CL2N by hand."""
+    mean = train.double().numpy().mean(0)
+    both = (t.double().numpy() - mean for t in (train, test))
+    return [t / np.sqrt((t**2).sum(1, keepdims=True)) for t in both]
+
+
+def test_nearest_mean_is_the_nearest_centroid(rng):
+    features, labels = blobs(rng, [20, 1, 15, 30], 40, 0.7)
+    test = blobs(rng, [100, 100], 40, 0.7)[0]
+    logits = linear.nearest_mean(features, labels, test, 4)
+    assert logits.dtype == torch.float32
+    x, t = normalised(features, test)
+    model = NearestCentroid().fit(x, labels)
+    squares = ((t[:, None] - model.centroids_) ** 2).sum(2)
+    np.testing.assert_allclose(logits, -2 * squares, rtol=1e-5)
+    assert (logits.argmax(1).numpy() == model.predict(t)).all()
+    features, labels = findings(rng, 60, 40)
+    logits = linear.nearest_mean(features, labels, test, 4)
+    x, t = normalised(features, test)
+    for c in range(4):
+        known = ~np.isnan(labels[:, c])
+        model = NearestCentroid().fit(x[known], labels[known, c])
+        without, with_it = (((t[:, None] - model.centroids_) ** 2).sum(2)).T
+        np.testing.assert_allclose(logits[:, c], 2 * (without - with_it), rtol=1e-4, atol=1e-5)
+        assert ((logits[:, c] > 0).numpy() == model.predict(t)).all()
+
+
+def test_benchmark_measures_every_arm(tmp_path):
+    args = ("linear", "--shots", 2, "--threads", 1, "--rounds", 1, "--json", tmp_path / "b.json")
+    result = subprocess.run(command("bench.py", *args), capture_output=True, text=True, env=env())
+    assert result.returncode in (0, 1), result.stderr
+    record = json.loads((tmp_path / "b.json").read_text())
+    rows = {(row["features"], row["arm"]): row for row in record["measured"]}
+    arms = ("ours", "scikit-learn", "scikit-learn, centred", "ours, strength chosen")
+    assert set(rows) == {(kind, arm) for kind in ("network", "made") for arm in arms}
+    for kind in ("network", "made"):
+        ours, _, centred, chosen = (rows[kind, arm] for arm in arms)
+        assert ours["images"] == 20 and ours["ms"] > 0 and chosen["a minute"] > 0
+        assert ours["gradient"] < 1.01 * linear.GRADIENT
+        assert abs(ours["loss"] - centred["loss"]) < 1e-6 and chosen["loss"] is None
+    assert [required["least"] for required in record["required"]] == 2 * [1, 0.998, 1 - 1e-6]
+    assert record["required"][1]["reached"] and record["required"][2]["reached"]
