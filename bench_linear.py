@@ -16,6 +16,7 @@ from measure import Report, best_speeds, import_peer
 CLASSES, WIDTH, TEST_IMAGES = 10, 1024, 500
 OURS, CHOICE = "ours", "ours, strength chosen"
 PEERS = {"scikit-learn": False, "scikit-learn, centred": True}
+FORMATS = {"l2": ".0e", "ms": ".1f", "a minute": ".0f", "loss": ".7f", "gradient": ".0e"}
 # Accuracy at most 0.002 from the peer's; the objective at most a millionth above it.
 SAME_ACCURACY, SAME_LOSS = 0.998, 1 - 1e-6
 
@@ -35,12 +36,13 @@ def linear(args, env):
     strength that ours chose, and of ours with that choice, which is what a cell takes.
 
     Features "network": of R14x0.5 with random weights on the synthetic natural-like target.
-    "made": class means among noise of a falling spectrum, far from 0, as pre-trained networks have.
+    "made": class means among noise of a falling spectrum, far from 0, as pre-trained networks have
+    them; a fifth of the labels is random.
     scikit-learn gets them in 64 bits: as they are, and less their mean at unit scale ("centred").
     loss: the objective with its penalty; gradient: the norm of its gradient, for features of that
     scale; accuracy: on 500 test images.
     """
-    measured, required = [], []
+    measured = []
     pool = min(2000, 100 + 13 * max(args.shots))
     for kind, features in FEATURES.items():
         train, labels, *test = features(env.device, pool)
@@ -49,9 +51,8 @@ def linear(args, env):
             console.say(env, f"measuring: {kind}, {len(chosen)} images")
             values = _measure(args, env, train[chosen], labels[chosen], *test)
             measured += [{"features": kind, "images": len(chosen)} | value for value in values]
-            required += _required(measured[-len(values) :], args.threads)
-    rows = [[_text(value) for value in row.values()] for row in measured]
-    return Report({"measured": measured}, list(measured[0]), rows, required)
+    rows = [[_text(*item) for item in row.items()] for row in measured]
+    return Report({"measured": measured}, list(measured[0]), rows, _required(measured))
 
 
 def _measure(args, env, train, labels, test, test_labels):
@@ -70,8 +71,8 @@ def _measure(args, env, train, labels, test, test_labels):
     ]
 
 
-def _text(value):
-    return "" if value is None else f"{value:.7g}" if isinstance(value, float) else str(value)
+def _text(column, value):
+    return "" if value is None else format(value, FORMATS.get(column, ""))
 
 
 def _repeat(run, threads, fitted, key):
@@ -139,20 +140,22 @@ def _quality(fit, train, labels, l2, test, test_labels):
     return {"loss": loss.item(), "gradient": float(gradient), "accuracy": accuracy}
 
 
-def _required(measured, all_threads):
-    """Against the faster of scikit-learn's arms: time, accuracy and the objective reached."""
-    required = []
-    for threads in all_threads:
-        values = {row["arm"]: row for row in measured if row["threads"] == threads}
-        ours, peer = values[OURS], min((values[name] for name in PEERS), key=lambda v: v["ms"])
-        what = f"{ours['features']} {ours['images']}, {threads} threads: ours"
-        accuracy = 1 - abs(ours["accuracy"] - peer["accuracy"])
-        required += [
-            (what, peer["arm"], peer["ms"] / ours["ms"], 1.0),
-            (f"{what}, accuracy", peer["arm"], accuracy, SAME_ACCURACY),
-            (f"{what}, loss", peer["arm"], peer["loss"] / ours["loss"], SAME_LOSS),
-        ]
-    return required
+def _required(measured):
+    """Against the faster of scikit-learn's arms: time in each setting, and over all of them the
+    accuracy and the objective reached.
+    """
+    settings, required, pairs = {}, [], []
+    for row in measured:
+        setting = f"{row['features']} {row['images']}, {row['threads']} threads"
+        settings.setdefault(setting, {})[row["arm"]] = row
+    for setting, rows in settings.items():
+        peer = min((rows[name] for name in PEERS), key=lambda row: row["ms"])
+        pairs.append((rows[OURS], peer))
+        required.append((f"{setting}: ours", peer["arm"], peer["ms"] / rows[OURS]["ms"], 1.0))
+    accuracy = min(1 - abs(ours["accuracy"] - peer["accuracy"]) for ours, peer in pairs)
+    loss = min(peer["loss"] / ours["loss"] for ours, peer in pairs)
+    required.append(("accuracy, 1 - the largest difference", "1", accuracy, SAME_ACCURACY))
+    return [*required, ("least objective of scikit-learn", "ours", loss, SAME_LOSS)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -184,6 +187,7 @@ def made_features(device, pool):
     for count in (pool, TEST_IMAGES):
         labels = rng.integers(CLASSES, size=count)
         features = 1 + ((centres[labels] + rng.normal(size=(count, WIDTH)) * spread) @ turn)
+        labels = np.where(rng.random(count) < 0.2, rng.integers(CLASSES, size=count), labels)
         outcome += [torch.from_numpy(features.astype(np.float32)).to(device), labels]
     return outcome
 
