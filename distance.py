@@ -1,8 +1,20 @@
 """How far a target's images lie from a pre-training source, as the pre-trained network sees them.
 
-`sample` chooses images, `project` compresses their features (what the classifier reads) to 64
-numbers an image, `compare` measures. A projected sample of the source is small whatever the source
-and the network, 131 kB, and so travels with the weights.
+`sample` chooses images, `project` compresses their features (what the classifier reads), `compare`
+measures. A projected sample of the source takes 262 kB whatever the source and the network, and so
+travels with the weights.
+
+The two distances differ in kind. The Fréchet distance (Dowson & Landau 1982; as FID: Heusel et al.
+2017, arXiv:1706.08500) sees mean and covariance, and has no upper end. The energy coefficient
+(Székely & Rizzo 2013, "Energy statistics") sees any difference of distributions, has neither
+bandwidth nor model to choose, and lies in [0, 1]. A domain classifier's error (the proxy A-distance
+of Ben-David et al. 2007) tells nothing more once the domains separate; centroids of classes (Cui et
+al. 2018, arXiv:1806.06193) need labels.
+
+Both are measured in coordinates in which the source has unit covariance, those of the Mahalanobis
+distance (Lee et al. 2018, arXiv:1807.03888). Classes make a network's features vary most, so that
+without it a target with other classes, or more of one, is far away, and a change of appearance,
+which moves the features where the source's hardly vary, goes unseen.
 """
 
 import functools
@@ -11,66 +23,106 @@ import numpy as np
 import torch
 
 SAMPLE = 512  # images of the source; half as many of a target are compared with them
-DIMENSIONS = 64  # of the projected features
-ROUNDS = 8  # random halves of the source over which the Fréchet distance is averaged
+DIMENSIONS = 128  # of the projected features: half the images of a half sample
+ROUNDS = 4  # random halves of the source that a comparison averages over
+RIDGE = 0.01  # of the mean variance, added to each: halves with fewer images than dimensions
 
 
 def sample(num_images, limit=SAMPLE):
     """Which images to look at: min(num_images, limit) sorted int64 indices, always the same."""
     rng = np.random.default_rng(0)
-    chosen = rng.choice(num_images, min(num_images, limit), replace=False, shuffle=False)
-    return np.sort(chosen)
+    count = min(num_images, limit)
+    return np.sort(rng.choice(num_images, count, replace=False, shuffle=False).astype(np.int64))
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=4)
 def projection(width):
-    """A random map with orthonormal columns, (width, DIMENSIONS) float32, the same for a width."""
-    gaussian = np.random.default_rng(width).standard_normal((width, DIMENSIONS))
-    q, r = np.linalg.qr(gaussian)
-    return torch.from_numpy(q * np.sign(np.diag(r))).float()  # of either sign: LAPACK's choice
+    """A random map with orthonormal columns, (width, DIMENSIONS) float32, one for each width."""
+    if width < DIMENSIONS:
+        raise ValueError(f"features of {width} dimensions: a distance needs {DIMENSIONS} or more")
+    rng = np.random.default_rng(width)
+    q, r = np.linalg.qr(rng.standard_normal((width, DIMENSIONS)))
+    return torch.from_numpy(q * np.sign(np.diag(r))).float()  # LAPACK's signs are of no meaning
 
 
 def project(features):
+    """features (N, D) -> (N, DIMENSIONS) float32 on the CPU, by a map that depends on D alone."""
     return features.float().cpu() @ projection(features.shape[1])
 
 
-def compare(source, target, rounds=ROUNDS):
+def compare(source, target):
+    """Both distances of a target from a source, by projected features (n, D) and (m, D).
+
+    A random half of the source sets the coordinates and is what the Fréchet distance is measured
+    from; the other half and as many target images are measured by it alike. So a target like the
+    source is on average as far from it as the source is from itself, however few the images.
+
+    Returns {"frechet": squared distance, in the source's standard deviations and with the bias of
+    finite samples, "frechet_relative": that in units of the source's distance from itself (1: no
+    further), "energy": energy coefficient, without bias, and therefore sometimes a little below 0,
+    "images": n}. Fewer target images than m / 2 meet as many of the source, and what they lie
+    further is counted in the same unit, that of whole halves; it goes with 1 / m. The distances are
+    None where the source's features do not vary. Raises ValueError for less than 4 images of the
+    source or 2 of the target, and for features that are not finite.
+    """
     source, target = source.double(), target.double()
-    half = min(len(source) // 2, len(target))
-    own, other = [], []
-    for r in range(rounds):
-        rng = np.random.default_rng(r)
-        order = torch.from_numpy(rng.permutation(len(source)))
-        drawn = torch.from_numpy(rng.permutation(len(target)))[:half]
-        first, second = (_gaussian(source[part]) for part in (order[:half], order[half : 2 * half]))
-        third = _gaussian(target[drawn])
-        own.append(frechet(first, second))
-        other += [frechet(first, third), frechet(second, third)]
-    own, other = float(np.mean(own)), float(np.mean(other))
+    half = len(source) // 2
+    count = min(half, len(target))
+    if half < 2 or count < 2:
+        raise ValueError(
+            f"a distance needs 4 images of the source and 2 of the target, not {len(source)} and "
+            f"{len(target)}"
+        )
+    if not (source.isfinite().all() and target.isfinite().all()):
+        raise ValueError("a distance needs finite features; has the network diverged?")
+    if not (source != source[0]).any():
+        return {"frechet": None, "frechet_relative": None, "energy": None, "images": len(target)}
+    rounds = [_round(source, target, half, count, seed) for seed in range(ROUNDS)]
+    unit, own, other, coefficient = np.mean(rounds, axis=0).tolist()
+    relative = 1 + (other - own) / unit
     return {
         "frechet": other,
-        "frechet_relative": other / own,
-        "energy": energy(source, target),
+        "frechet_relative": relative,
+        "energy": coefficient,
         "images": len(target),
     }
 
 
-def _gaussian(x):
-    mean = x.mean(0)
-    c = x - mean
-    cov = c.T @ c / (len(x) - 1)
-    values, vectors = torch.linalg.eigh(cov)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    return mean, cov, root
+def _round(source, target, half, count, seed):
+    """Of one split: Fréchet distance of a whole half, of `count` images, of the target; energy."""
+    rng = np.random.default_rng(seed)
+    first, second = torch.from_numpy(rng.permutation(len(source))[: 2 * half]).view(2, half)
+    drawn = torch.from_numpy(rng.permutation(len(target))[:count])
+    mean, scale = whitening(source[first])
+    own, other = ((x - mean) @ scale for x in (source[second], target[drawn]))
+    unit, own = frechet(own), own[:count]
+    near = unit if count == half else frechet(own)
+    return unit, near, frechet(other), energy(own, other)
 
 
-def frechet(a, b):
-    (m1, c1, r1), (m2, c2, r2) = a, b
-    cross = torch.linalg.eigvalsh(r1 @ c2 @ r1).clamp(min=0).sqrt().sum()
-    return float((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * cross)
+def whitening(x):
+    """(mean (D,), scale (D, D)) of x (N, D): (x - mean) @ scale has about unit covariance."""
+    covariance = x.T.cov()
+    covariance.diagonal().add_(RIDGE * covariance.diagonal().mean())
+    values, vectors = torch.linalg.eigh(covariance)
+    return x.mean(0), vectors / values.sqrt()
+
+
+def frechet(x):
+    """Squared Fréchet distance of the Gaussian fitted to x (N, D) from the standard one: float.
+
+    Dowson & Landau 1982: |m|^2 + tr(C) + D - 2 tr(C^(1/2)), the last by C's eigenvalues.
+    """
+    covariance = x.T.cov()
+    roots = torch.linalg.eigvalsh(covariance).clamp(min=0).sqrt()  # below 0 by rounding alone
+    return float(x.mean(0).square().sum() + covariance.trace() + x.shape[1] - 2 * roots.sum())
 
 
 def energy(x, y):
-    between = torch.cdist(x, y).mean()
+    """Energy coefficient of x (N, D) and y (M, D), from pairs of different images: float.
+
+    Székely & Rizzo 2013: (2 E|X-Y| - E|X-X'| - E|Y-Y'|) / 2 E|X-Y|; 0 where all points are one.
+    """
+    between = 2 * torch.cdist(x, y).mean()
     within = torch.pdist(x).mean() + torch.pdist(y).mean()
-    return float(1 - within / (2 * between))
+    return float(1 - within / between) if between > 0 else 0.0

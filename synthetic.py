@@ -4,9 +4,9 @@ The natural-like world shows a coloured, textured object over clutter; its class
 x shape. The X-ray-like world shows a grey chest phantom with findings. Each world has a source, for
 pre-training, and a target, for transfer, whose classes the source never shows.
 
-The knob `gap` moves a dataset from its own world (0) to the look of the other (1), in a straight
-line from pixel to pixel: an object's clutter turns into a chest phantom and its surface grey, the
-chest around a finding turns into coloured clutter. What bears the label stays at full strength.
+The knob `gap` moves a dataset from its own world (0) to the look of the other (1), pixels in a
+straight line: an object's clutter turns into a chest phantom and its surface grey, the chest around
+a finding turns into coloured clutter. What bears the label stays at full strength.
 
 An image is a pure function of (name, split, seed, index, size, gap). Philox is a counter-based
 generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): key and counter name
@@ -141,26 +141,17 @@ def paint_clutter(x, y, size, soft, rng):
     return image
 
 
-def blend(own, other, gap):
-    """From one picture, at gap 0, to another, at gap 1.
-
-    The other's share is the root of the gap: distances between distributions grow with the square
-    of a small shift, so that equal steps of the gap are about equal steps of distance.
-    """
-    return own + np.float32(gap**0.5) * (other - own)
-
-
 def shine(image, u, rng):
     """Light that falls off to one side, and the noise of a camera, in place. u: 3 draws."""
     image *= turn(*grid(image.shape[-1]), 2 * np.pi * u[0])[0] * (0.35 * u[1]) + (0.75 + 0.5 * u[2])
     image += 0.03 * rng.standard_normal(image.shape[-2:], dtype=np.float32)
 
 
-def paint_object(texture, shape, size, rng, gap=0, phantom=0):
+def paint_object(texture, shape, size, rng, share=0, phantom=0):
     """A textured shape over clutter, (3, size, size) float32 in about [0, 1].
 
-    gap: the share, 0 to 1, by which the clutter gives way to the phantom (1, size, size) and the
-    object's colours to grey.
+    share: how far, 0 to 1, the clutter gives way to the phantom (1, size, size), and the object's
+    colours to grey.
     """
     x, y = grid(size)
     soft = 2.5 / size
@@ -181,9 +172,9 @@ def paint_object(texture, shape, size, rng, gap=0, phantom=0):
     surface = first + tone * (second - first)
     image += mask * (surface - image)
     shine(image, u[9:], rng)
-    if gap:
+    if share:
         other = phantom + mask * (image.mean(0) - phantom)
-        image = blend(image, other, gap)
+        image += np.float32(share) * (other - image)
     return image
 
 
@@ -358,6 +349,9 @@ WORLDS = {
     "synthetic-natural-target": World("natural", "multiclass", TARGET_CLASSES, 3, 2000, 500, 32),
     "synthetic-xray-target": World("medical", "multiclass", TB_CLASSES, 1, 1000, 500, 32),
 }
+# The other world's share is the gap to this power: distances grow with the square of a small shift
+# and fade with a large one, and so equal steps of the gap make steps of distance that tell apart.
+EVEN_STEPS = {"natural": 0.65, "medical": 0.5}
 SPLITS = ("train", "test")
 DRAWS = 8  # label draws per image: one for each finding, the last for the class
 
@@ -411,18 +405,20 @@ def render(name, split, index, size, seed=0, gap=0.0):
     if not 0 <= gap <= 1:
         raise ValueError(f"gap {gap} of {name}: must be 0 to 1")
     draws = label_draws(name, split, seed, index, 1)
+    share = gap ** EVEN_STEPS[WORLDS[name].domain]
     scene, other = (
         functools.partial(generator, name, split, seed, (0, index, purpose, 0))
         for purpose in (1, 2)
     )
     if name in OBJECTS:
         texture, shape = OBJECTS[name][labels_from(name, draws)[0]]
-        moved = (gap, paint_chest((), size, other())) if gap else ()
+        moved = (share, paint_chest((), size, other())) if gap else ()
         image = paint_object(texture, shape, size, scene(), *moved)
     else:
         findings = [f for f, shown in zip(FINDINGS, present(name, draws)[0]) if shown]
         image = paint_chest(findings, size, scene())
         if gap:
-            chest = paint_chest((), size, scene())
-            image = image - chest + blend(chest, paint_background(size, other()), gap)
+            # The chest alone gives way: what the findings add to it stays.
+            chest, background = paint_chest((), size, scene()), paint_background(size, other())
+            image = image + np.float32(share) * (background - chest)
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
