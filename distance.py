@@ -89,14 +89,14 @@ def compare(source, target):
 
 
 def _round(source, target, half, count, seed):
-    """Of one split: Fréchet distance of a whole half, of `count` images, of the target; energy."""
+    """Of one split: Fréchet distances of a half, of `count` of it and of the target; energy."""
     rng = np.random.default_rng(seed)
     first, second = torch.from_numpy(rng.permutation(len(source))[: 2 * half]).view(2, half)
     drawn = torch.from_numpy(rng.permutation(len(target))[:count])
     mean, scale = whitening(source[first])
     own, other = ((x - mean) @ scale for x in (source[second], target[drawn]))
-    unit, own = frechet(own), own[:count]
-    near = unit if count == half else frechet(own)
+    unit = frechet(own)
+    near = unit if count == half else frechet(own[:count])
     return unit, near, frechet(other), energy(own, other)
 
 

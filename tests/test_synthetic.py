@@ -1,6 +1,7 @@
 """The procedural worlds: pure functions of their arguments, honest labels, and no short cuts."""
 
 import hashlib
+import importlib
 import os
 import subprocess
 import sys
@@ -21,9 +22,12 @@ NAMES = tuple(WORLDS)
 MULTICLASS = tuple(name for name in NAMES if WORLDS[name].task == "multiclass")
 
 
+GAPS = (0, 0.2, 0.4, 0.6, 0.8, 1)
+
+
 @cache
-def images(name, count=1200, size=16):
-    return np.stack([render(name, "train", i, size) for i in range(count)])
+def images(name, gap=0, count=1200, size=16):
+    return np.stack([render(name, "train", i, size, gap=gap) for i in range(count)])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -53,7 +57,8 @@ def test_every_argument_names_another_image(name):
 
 
 def digest():
-    pixels = [render(name, "train", i, 20).tobytes() for name in NAMES for i in range(4)]
+    pixels = [render(n, "train", i, 20, gap=gap).tobytes()
+        for n in NAMES for i in range(4) for gap in (0, 0.4)]  # fmt: skip
     return hashlib.sha256(b"".join(pixels + [labels(n, "test", 9).tobytes() for n in NAMES]))
 
 
@@ -237,14 +242,15 @@ def test_findings_displace_at_most_all_air(finding):
             assert share.max() <= 1.0001 and share.min() >= -1
 
 
-def colour_statistics(name):
-    pixels = images(name).reshape(1200, WORLDS[name].channels, -1).astype(float)
+def colour_statistics(name, gap):
+    pixels = images(name, gap).reshape(1200, -1, 16 * 16).astype(float)
     return np.concatenate([pixels.mean(2), pixels.std(2)], 1)
 
 
+@pytest.mark.parametrize("gap", (0, 0.5, 1))
 @pytest.mark.parametrize("name", MULTICLASS)
-def test_colour_and_brightness_tell_no_class(name):
-    x, y = colour_statistics(name), labels(name, "train", 1200)
+def test_colour_and_brightness_tell_no_class(name, gap):
+    x, y = colour_statistics(name, gap), labels(name, "train", 1200)
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(x[:800], y[:800])
     accuracy = (model.predict(x[800:]) == y[800:]).mean()
     # Chance, and room for the spread of 400 draws and, in an X-ray, for the tissue that shows.
@@ -258,9 +264,187 @@ def test_order_tells_no_class():
         assert abs(repeats - 1 / len(WORLDS[name].classes)) < 0.04
 
 
-def test_pixels_do_tell_tuberculosis():
+@pytest.mark.parametrize("gap", (0, 0.4, 1))
+def test_pixels_do_tell_tuberculosis(gap):
     """The label is in the picture: with many images, even a linear model sees some of it."""
-    x, y = images("synthetic-xray-target"), labels("synthetic-xray-target", "train", 1200)
-    x = (x - x.mean((1, 2, 3), keepdims=True)).reshape(1200, -1) / 64.0
+    x, y = images("synthetic-xray-target", gap), labels("synthetic-xray-target", "train", 1200)
+    x = (x - x.mean((1, 2, 3), keepdims=True)).mean(1).reshape(1200, -1) / 64.0
     model = LogisticRegression(C=0.01, max_iter=300).fit(x[:800], y[:800])
     assert roc_auc_score(y[800:], model.decision_function(x[800:])) > 0.65
+
+
+# ------------------------------------------------------------------------------------------------
+# The gap
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gap_zero_is_the_world_itself(name):
+    for i in range(4):
+        np.testing.assert_array_equal(
+            render(name, "test", i, 24, gap=0), render(name, "test", i, 24)
+        )
+    assert render(name, "test", 0, 24, gap=0).shape[0] == WORLDS[name].channels
+    moved = [render(name, "test", 0, 24, gap=gap).tobytes() for gap in GAPS]
+    assert len(set(moved)) == len(GAPS)
+    # Again and backwards, and from another place of the stream: no call may leave a trace.
+    assert [render(name, "test", 0, 24, gap=gap).tobytes() for gap in GAPS[::-1]] == moved[::-1]
+    assert (
+        len({render(name, "test", i, 24, seed, 1).tobytes() for i in (0, 1) for seed in (0, 1)})
+        == 4
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_images_move_in_a_straight_line(name):
+    power = synthetic.EVEN_STEPS[WORLDS[name].domain]
+    for i in range(10):
+        first, last = (render(name, "train", i, 32, gap=gap).astype(float) for gap in (0, 1))
+        for gap in (0.2, 0.6):
+            image = render(name, "train", i, 32, gap=gap)
+            assert image.shape == (3, 32, 32) and image.dtype == np.uint8
+            expected = first + gap**power * (last - first)
+            whole = (first > 0) & (first < 255) & (last > 0) & (last < 255)  # nothing was clipped
+            assert whole.mean() > 0.5 and np.abs(image - expected)[whole].max() <= 1.01
+
+
+def test_objects_become_grey_on_a_chest(monkeypatch):
+    masks = []
+    inside = synthetic.inside
+
+    def spy(distance, soft):
+        masks.append(inside(distance, soft))
+        return masks[-1]
+
+    for i in range(6):
+        first, last = (
+            render("synthetic-natural-target", "train", i, 48, gap=gap).astype(float)
+            for gap in (0, 1)
+        )
+        assert np.ptp(last, axis=0).max() <= 1 and np.ptp(first, axis=0).max() > 50
+        rng = synthetic.generator("synthetic-natural-target", "train", 0, (0, i, 1, 0))
+        draws = synthetic.label_draws("synthetic-natural-target", "train", 0, i, 1)
+        texture, shape = synthetic.TARGET_OBJECTS[int(draws[0, -1] * 10)]
+        masks.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(synthetic, "inside", spy)
+            synthetic.paint_object(texture, shape, 48, rng)
+        mask = masks[3]  # after the three bars of the clutter
+        unclipped = (first.min(0) > 0) & (first.max(0) < 255)
+        on, off = (mask == 1) & unclipped, mask == 0
+        assert on.sum() > 50
+        assert np.abs(last[0] - first.mean(0))[on].max() <= 1.01
+        chest = synthetic.generator("synthetic-natural-target", "train", 0, (0, i, 2, 0))
+        chest = np.clip(synthetic.paint_chest((), 48, chest)[0], 0, 1) * 255
+        assert np.abs(last[0] - chest)[off].max() <= 1.01
+
+
+@pytest.mark.parametrize("gap", GAPS[1:])
+def test_findings_add_as_much_at_every_gap(gap, monkeypatch):
+    name = "synthetic-xray-target"
+    sick = np.flatnonzero(labels(name, "train", 20))
+
+    def healthy(name, draws):
+        return np.zeros((len(draws), len(FINDINGS)), bool)
+
+    for i in sick:
+        pairs = []
+        for g in (0, gap):
+            shown = render(name, "train", i, 32, gap=g).astype(float)
+            with monkeypatch.context() as patch:
+                patch.setattr(synthetic, "present", healthy)
+                pairs.append((shown, render(name, "train", i, 32, gap=g).astype(float)))
+        (first, bare), (image, background) = pairs
+        assert np.abs(first - bare).max() > 40
+        whole = np.all(
+            [(x > 0) & (x < 255) for x in (image, background, 0 * image + first, 0 * image + bare)],
+            0,
+        )
+        assert np.abs((image - background) - (first - bare))[whole].max() <= 2.01
+
+
+def test_the_other_world_has_its_colours():
+    grey = images("synthetic-natural-target", 1, 60).astype(float)
+    colour = images("synthetic-xray-target", 1, 60).astype(float)
+    assert np.ptp(grey, axis=1).max() <= 1
+    natural = images("synthetic-natural-target", 0, 60).astype(float)
+    spread = np.ptp(colour, axis=1).mean(), np.ptp(natural, axis=1).mean()
+    assert 0.6 < spread[0] / spread[1] < 1.4
+
+
+@pytest.mark.parametrize("gap", (-0.1, 1.01, float("nan")))
+def test_gaps_outside_are_refused(gap):
+    with pytest.raises(ValueError, match="gap .* of synthetic-xray: must be 0 to 1"):
+        render("synthetic-xray", "train", 0, 16, gap=gap)
+
+
+# ------------------------------------------------------------------------------------------------
+# Names of datasets with a gap
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data():
+    """Imported where it is needed: the processes that take a digest do without PyTorch."""
+    return importlib.import_module("data")
+
+
+def test_a_name_may_state_the_gap(data):
+    name = "synthetic-xray-target~0.4"
+    dataset, option = data.load_dataset(name), data.load_dataset("synthetic-xray-target", gap=0.4)
+    for d in (dataset, option):
+        assert d.name == name and d.options == {"gap": 0.4} and d.domain == "medical"
+        assert d.where(3) == f"{name} train image 3"
+        expected = render("synthetic-xray-target", "train", 3, 32, gap=0.4)
+        np.testing.assert_array_equal(d.read(3), expected)
+    np.testing.assert_array_equal(dataset.labels, labels("synthetic-xray-target", "train", 1000))
+    small = data.load_dataset("synthetic-natural~0.25", split="test", seed=3, size=16)
+    np.testing.assert_array_equal(
+        small.read(9), render("synthetic-natural", "test", 9, 16, seed=3, gap=0.25)
+    )
+    assert data.base_name(name) == data.base_name(f"{name}@32") == "synthetic-xray-target"
+    assert data.dataset_slug(name) == name
+    assert (
+        data.load_dataset("synthetic-natural~1", fraction=0.01).name == "synthetic-natural~1-0.01"
+    )
+
+
+def test_gap_zero_may_be_named_or_not(data):
+    plain, named = (
+        data.load_dataset("synthetic-natural-target"),
+        data.load_dataset("synthetic-natural-target~0"),
+    )
+    np.testing.assert_array_equal(plain.read(5), named.read(5))
+    assert (plain.options, named.options) == ({}, {"gap": 0.0})
+    assert (plain.name, named.name) == ("synthetic-natural-target", "synthetic-natural-target~0")
+    assert data.load_dataset("synthetic-xray", gap=1).name == "synthetic-xray~1"
+    assert data.load_dataset("synthetic-xray", gap=1e-5).name == "synthetic-xray~0.00001"
+
+
+@pytest.mark.parametrize(
+    "gap", ("", "1.2", "-0.2", "0.40", "1.0", ".4", "4e-1", "nan", "x", "0.4~0.5")
+)
+def test_malformed_gaps_are_refused(gap, data):
+    with pytest.raises(ValueError, match="is no gap; write a decimal from 0 to 1") as error:
+        data.load_dataset(f"synthetic-xray~{gap}")
+    assert "synthetic-xray~0.4" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_other_datasets_have_no_gap(data):
+    for name, mend in (("nih~0.4", "write nih"), ("nih@224~0.4", "write nih@224")):
+        with pytest.raises(ValueError, match=f"only synthetic datasets have a gap.*{mend}$"):
+            data.load_dataset(name)
+    with pytest.raises(ValueError, match="did you mean 'synthetic-natural'"):
+        data.load_dataset("synthetic-natral~0.4")
+    with pytest.raises(ValueError, match="nih takes no option gap"):
+        data.load_dataset("nih", gap=0.4)
+    for name, gap in (("synthetic-xray", 1.5), ("synthetic-xray~0.4", 0.4)):
+        with pytest.raises(ValueError, match="must be 0 to 1, and not in the name"):
+            data.load_dataset(name, gap=gap)
+
+
+def test_info_shows_a_gap(tmp_path, capsys, data):
+    sheet = tmp_path / "sheet.png"
+    assert data.main(["info", "synthetic-xray-target~1", "--sheet", str(sheet)]) == 0
+    printed = capsys.readouterr().out
+    assert "gap: 1.0" in printed and "32 x 32 x 3" in printed and sheet.exists()

@@ -1,0 +1,227 @@
+"""Distances of a target from a source: SciPy's values, and what they must not depend on."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+from scipy.stats import energy_distance
+
+import distance
+from distance import DIMENSIONS, SAMPLE, compare, energy, frechet, project, projection, sample
+
+
+def normal(seed, *shape):
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape))
+
+
+# ------------------------------------------------------------------------------------------------
+# Which images, and their features
+# ------------------------------------------------------------------------------------------------
+
+
+def test_sample_is_fixed_sorted_and_without_repeats():
+    chosen = sample(100_000)
+    assert chosen.dtype == np.int64 and chosen.shape == (SAMPLE,)
+    assert (np.diff(chosen) > 0).all() and 0 <= chosen[0] and chosen[-1] < 100_000
+    np.testing.assert_array_equal(chosen, sample(100_000))
+    np.testing.assert_array_equal(sample(1000, 5), [269, 307, 510, 635, 847])
+    # From all over: a quarter of the images gives about a quarter.
+    assert abs((chosen < 25_000).mean() - 0.25) < 0.06
+    for few in (0, 1, 5, SAMPLE):
+        np.testing.assert_array_equal(sample(few), np.arange(few))
+
+
+@pytest.mark.parametrize("width", (DIMENSIONS, 1024, 2048))
+def test_projection_is_orthonormal(width):
+    columns = projection(width).double()
+    assert columns.shape == (width, DIMENSIONS)
+    torch.testing.assert_close(
+        columns.T @ columns, torch.eye(DIMENSIONS).double(), atol=1e-6, rtol=0
+    )
+
+
+def test_projection_depends_on_the_width_alone():
+    first = projection(1024).clone()
+    distance.projection.cache_clear()
+    torch.manual_seed(5)
+    np.random.seed(5)
+    assert torch.equal(projection(1024), first)
+    torch.testing.assert_close(
+        first[:2, :3],
+        torch.tensor([[-0.0143, -0.0047, 0.0749], [0.0383, -0.0181, 0.0364]]),
+        atol=1e-4,
+        rtol=0,
+    )
+    # On average it shortens squared lengths to the share of dimensions that is left.
+    x = normal(0, 200, 1024)
+    share = project(x).square().sum() / x.square().sum()
+    assert abs(share / (DIMENSIONS / 1024) - 1) < 0.05
+    assert project(x).dtype == torch.float32 and project(x).shape == (200, DIMENSIONS)
+    torch.testing.assert_close(project(x)[:3], x[:3].float() @ first)
+    with pytest.raises(ValueError, match=f"64 dimensions.*{DIMENSIONS}"):
+        project(normal(0, 3, 64))
+
+
+# ------------------------------------------------------------------------------------------------
+# The two measures
+# ------------------------------------------------------------------------------------------------
+
+
+def scipy_frechet(x, y_mean, y_covariance):
+    """Dowson & Landau's distance with SciPy's matrix root."""
+    covariance = np.cov(x, rowvar=False)
+    root = sqrtm(covariance @ y_covariance).real
+    spread = np.trace(covariance) + np.trace(y_covariance) - 2 * np.trace(root)
+    return np.sum((x.mean(0) - y_mean) ** 2) + spread
+
+
+@pytest.mark.filterwarnings("ignore:Matrix is singular")
+@pytest.mark.parametrize("images", (200, 30, 5, 2))  # of 12 dimensions: also rank-deficient
+def test_frechet_is_scipys(images):
+    x = normal(1, images, 12) @ normal(2, 12, 12) + 0.3
+    expected = scipy_frechet(x.numpy(), np.zeros(12), np.eye(12))
+    assert frechet(x) == pytest.approx(expected, rel=1e-6)
+
+
+def test_frechet_is_the_closed_form_of_gaussians():
+    x = normal(3, 50, 4)
+    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T  # exact moments
+    assert frechet(x) == pytest.approx(0, abs=1e-12)
+    mean, deviation = torch.tensor([1.0, -2.0, 0.0, 0.5]), torch.tensor([0.5, 1.0, 3.0, 0.0])
+    # |m|^2 + sum (s - 1)^2
+    assert frechet(x * deviation + mean) == pytest.approx(5.25 + 0.25 + 0 + 4 + 1, rel=1e-9)
+
+
+def test_energy_is_a_double_loop():
+    x, y = normal(4, 7, 5), normal(5, 9, 5) * 2 + 0.5
+
+    def mean(pairs):
+        return np.mean([(a - b).norm().item() for a, b in pairs])
+
+    between = mean((a, b) for a in x for b in y)
+    within = sum(
+        mean((z[i], z[j]) for i in range(len(z)) for j in range(len(z)) if i != j) for z in (x, y)
+    )
+    assert energy(x, y) == pytest.approx((2 * between - within) / (2 * between), rel=1e-9)
+
+
+def test_energy_is_scipys_in_one_dimension():
+    x, y = normal(6, 40, 1), normal(7, 60, 1) + 1
+    between = 2 * (x - y.T).abs().mean().item()
+    # SciPy counts the pairs of an image with itself.
+    own = [(z - z.T).abs().sum().item() / (len(z) * (len(z) - 1)) / len(z) for z in (x, y)]
+    expected = energy_distance(x.ravel(), y.ravel()) ** 2 - sum(own)
+    assert energy(x, y) == pytest.approx(expected / between, rel=1e-6)
+
+
+def test_energy_ends():
+    apart = energy(normal(8, 50, 3), normal(9, 50, 3) + 1e6)
+    assert apart == pytest.approx(1, abs=1e-4)
+    assert energy(torch.ones(4, 3).double(), torch.ones(5, 3).double()) == 0
+    # Without bias, so on either side of 0.
+    equal = [energy(normal(i, 60, 8), normal(i + 500, 40, 8)) for i in range(100)]
+    assert min(equal) < 0 < max(equal) and abs(np.mean(equal)) < 0.001
+
+
+# ------------------------------------------------------------------------------------------------
+# The comparison
+# ------------------------------------------------------------------------------------------------
+
+
+def plain(source, target):
+    """compare once more, from its description, with NumPy and SciPy."""
+    half, rows = len(source) // 2, []
+    count = min(half, len(target))
+    for seed in range(distance.ROUNDS):
+        rng = np.random.default_rng(seed)
+        order, drawn = rng.permutation(len(source)), rng.permutation(len(target))[:count]
+        first, second = source[order[:half]], source[order[half : 2 * half]]
+        covariance = np.cov(first, rowvar=False)
+        covariance += 0.01 * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+        inverse_root = np.linalg.inv(sqrtm(covariance).real)
+        near, far = ((x - first.mean(0)) @ inverse_root for x in (second, target[drawn]))
+        sets = near, near[:count], far
+        values = [scipy_frechet(x, 0, np.eye(x.shape[1])) for x in sets]
+        rows.append([*values, energy(torch.from_numpy(near), torch.from_numpy(far))])
+    unit, near, far, coefficient = np.mean(rows, 0)
+    return {"frechet": far, "frechet_relative": 1 + (far - near) / unit, "energy": coefficient}
+
+
+@pytest.mark.filterwarnings("ignore:Matrix is singular")
+@pytest.mark.parametrize("images", ((80, 40), (81, 60), (80, 12), (20, 40), (4, 2)))
+def test_compare_is_what_it_says(images):
+    source, target = normal(10, images[0], 12) @ normal(11, 12, 12), normal(12, images[1], 12) + 1
+    result = compare(source.float(), target.float())
+    assert result.pop("images") == images[1]
+    expected = plain(source.float().double().numpy(), target.float().double().numpy())
+    assert result == pytest.approx(expected, rel=1e-6)
+    assert all(type(value) is float for value in result.values())
+
+
+def test_compare_with_the_source_itself_is_one_and_zero():
+    """On average over draws; as many as a half, fewer, and fewer than dimensions."""
+    for images, tolerance in ((64, 0.02), (20, 0.05), (6, 0.1)):
+        scales = torch.logspace(0, -2, 16).double()
+        results = [
+            compare(normal(i, 128, 16) * scales, normal(i + 1000, images, 16) * scales)
+            for i in range(100)
+        ]
+        relative, coefficient = (
+            np.array([result[key] for result in results]) for key in ("frechet_relative", "energy")
+        )
+        assert abs(relative.mean() - 1) < tolerance
+        assert abs(coefficient.mean()) < 0.003 and coefficient.min() < 0
+
+
+def test_compare_does_not_depend_on_order_rotation_scale_or_place():
+    source, target = normal(13, 200, 16) * torch.arange(1, 17), normal(14, 60, 16) * 3 + 1
+    expected = compare(source, target)
+    rotation = torch.linalg.qr(normal(15, 16, 16))[0]
+    for change in (lambda x: x @ rotation, lambda x: 1e-3 * x, lambda x: 1e3 * x + 5e3):
+        assert compare(change(source), change(target)) == pytest.approx(expected, rel=1e-6)
+    assert compare(source, target.flip(0)) == pytest.approx(expected, rel=1e-9)
+    # The order of the source chooses the halves.
+    other = compare(source.flip(0), target)
+    for key in ("frechet_relative", "energy"):
+        assert other[key] == pytest.approx(expected[key], rel=0.15)
+
+
+def test_compare_grows_with_a_shift_and_not_with_the_number_of_images():
+    source = normal(16, 512, 16)
+    results = [
+        [compare(source, normal(i, images, 16) + shift) for i in range(30)]
+        for shift, images in ((0, 256), (0.2, 256), (0.4, 256), (0.4, 40))
+    ]
+    for key in ("frechet_relative", "energy"):
+        equal, near, far, fewer = ([r[key] for r in setting] for setting in results)
+        assert max(equal) < min(near) and max(near) < min(far)
+        assert np.mean(fewer) == pytest.approx(np.mean(far), rel=0.1)
+
+
+def test_appearance_counts_more_than_the_mix_of_classes():
+    """The reason for the source's coordinates: classes lie far apart, appearance moves quietly."""
+    rng = np.random.default_rng(17)
+    centres = np.zeros((10, 16))
+    centres[:, :8] = 10 * rng.standard_normal((10, 8))
+
+    def images(count, classes, shift=0.0):
+        features = centres[rng.integers(classes, size=count)] + rng.standard_normal((count, 16))
+        return torch.from_numpy(features + shift * (np.arange(16) >= 8))
+
+    source, own = images(512, 10), images(256, 10)
+    fewer_classes, other_look = compare(source, images(256, 6)), compare(source, images(256, 10, 1))
+    for key in ("frechet_relative", "energy"):
+        assert compare(source, own)[key] < fewer_classes[key] < other_look[key]
+
+
+def test_compare_refuses_what_has_no_distance():
+    good = normal(18, 20, 8)
+    for source, target in ((good[:3], good), (good, good[:1])):
+        with pytest.raises(ValueError, match="4 images of the source and 2 of the target, not"):
+            compare(source, target)
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="finite"):
+            compare(good, torch.full_like(good, bad))
+    constant = compare(torch.ones(20, 8), good)
+    assert constant == {"frechet": None, "frechet_relative": None, "energy": None, "images": 20}
+    assert compare(good, torch.ones(20, 8))["frechet_relative"] > 1
