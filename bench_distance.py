@@ -66,8 +66,8 @@ def distance_options(parser):
     add = parser.add_argument
     add("--checkpoint", nargs="+", metavar="PATH", help="run folders of synthetic sources "
         "(default: those in runs/)")  # fmt: skip
-    add("--seeds", type=console.positive(int), default=3, help="draws of each target's images")
-    add("--rounds", type=console.positive(int), default=3, help="turns an arm; the best counts")
+    add("--seeds", type=console.positive(int), default=10, help="draws of each target's images")
+    add("--rounds", type=console.positive(int), default=5, help="turns an arm; the best counts")
 
 
 def measure_distance(args, env):

@@ -1,12 +1,20 @@
 """Distances of a target from a source: SciPy's values, and what they must not depend on."""
 
+import argparse
+import json
+
 import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
-from scipy.stats import energy_distance
+from scipy.stats import energy_distance, spearmanr
 
+import bench_distance
+import data
 import distance
+import engine
+import models
+import records
 from distance import DIMENSIONS, SAMPLE, compare, energy, frechet, project, projection, sample
 
 
@@ -225,3 +233,77 @@ def test_compare_refuses_what_has_no_distance():
     constant = compare(torch.ones(20, 8), good)
     assert constant == {"frechet": None, "frechet_relative": None, "energy": None, "images": 20}
     assert compare(good, torch.ones(20, 8))["frechet_relative"] > 1
+
+
+# ------------------------------------------------------------------------------------------------
+# The benchmark
+# ------------------------------------------------------------------------------------------------
+
+
+def test_rank_correlation_is_scipys():
+    rng = np.random.default_rng(19)
+    for values in (rng.random(30), rng.integers(4, size=30), -np.arange(30.0)):
+        x = np.repeat(np.arange(6), 5)
+        expected = spearmanr(x, values).statistic
+        assert bench_distance.rank_correlation(x, values) == pytest.approx(expected, abs=1e-12)
+
+
+def test_requirements_of_a_measure():
+    values = np.array([[1.0, 1.2], [2.0, 2.4], [4.0, 4.2]])
+    ranks, steps, extent = bench_distance._required("energy", values)
+    assert ranks[2:] == (pytest.approx(spearmanr([0, 0, 1, 1, 2, 2], values.ravel())[0]), 0.95)
+    # Steps of 1.1 and 1.9 beside spreads of 0.4 / sqrt(2), and of 0.4 between the seeds.
+    assert steps[2:] == (pytest.approx(1.1 / (0.4 / 2**0.5)), 3)
+    assert extent[2:] == (pytest.approx(1.1 / 0.4), 0)
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """A run of a tenth of a source, of a network that has learnt nothing, at 16 pixels."""
+    torch.manual_seed(0)
+    model = models.create_model("R14x0.5", 36)
+    facts = {"name": "R14x0.5", "classes": ["c"] * 36, "source": "synthetic-natural-0.1"}
+    facts |= {"domain": "natural", "mean": (0.5,) * 3, "std": (0.25,) * 3, "images": 800}
+    records.save_tensors(
+        tmp_path / "model.pt", {"model": model.state_dict(), "image_size": 16, **facts}
+    )
+    config = {"source": "synthetic-natural", "image_size": 16, "fraction": 0.1, "seed": 3}
+    (tmp_path / "result.json").write_text(json.dumps({"config": config}))
+    return tmp_path
+
+
+def test_benchmark_of_distances(run_folder):
+    args = argparse.Namespace(checkpoint=[str(run_folder)], seeds=2, rounds=1)
+    report = bench_distance.measure_distance(args, engine.setup("fp32"))
+    (name, measured), *others = report.values["measured"].items()
+    assert name == "synthetic-natural-0.1-R14x0.5" and not others
+    for measure in ("frechet_relative", "energy"):
+        assert np.shape(measured[measure]) == (6, 2)
+        assert measured[measure][5] > measured[measure][0]
+    assert [row[1] for row in report.rows] == ["frechet_relative", "energy"]
+    assert len(report.header) == len(report.rows[0]) == 8 and len(report.required) == 7
+    seconds = measured["seconds"]
+    assert report.required[-1][2:] == (seconds["transfer"] / seconds["distance"], 20)
+
+
+def test_features_of_the_benchmark_are_the_networks(run_folder):
+    env = engine.setup("fp32")
+    model, record, source = bench_distance._open(run_folder, env)
+    train_set = data.load_dataset("synthetic-natural", size=16, fraction=0.1, fraction_seed=3)
+    chosen = sample(800)
+    assert source.shape == (SAMPLE, DIMENSIONS)
+    pixels = torch.stack([train_set.read(i) for i in chosen[[0, 300, 511]]]) / 255
+    # The source's own normalisation is that of natural images.
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
+    with torch.inference_mode():
+        expected = project(model.features((pixels - mean) / std))
+    torch.testing.assert_close(source[[0, 300, 511]], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_benchmark_takes_synthetic_sources(run_folder):
+    config = json.loads((run_folder / "result.json").read_text())["config"] | {"source": "nih"}
+    (run_folder / "result.json").write_text(json.dumps({"config": config}))
+    with pytest.raises(ValueError, match="its source is nih; give runs of synthetic"):
+        bench_distance._open(run_folder, engine.setup("fp32"))
