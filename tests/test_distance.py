@@ -60,6 +60,9 @@ def test_projection_depends_on_the_width_alone():
         atol=1e-4,
         rtol=0,
     )
+    # Householder's reflections leave signs open; here the triangle's diagonal is positive.
+    gaussian = torch.from_numpy(np.random.default_rng(1024).standard_normal((1024, DIMENSIONS)))
+    assert (gaussian.T @ first.double()).diagonal().min() > 20
     # On average it shortens squared lengths to the share of dimensions that is left.
     x = normal(0, 200, 1024)
     share = project(x).square().sum() / x.square().sum()
@@ -228,8 +231,9 @@ def test_compare_refuses_what_has_no_distance():
         with pytest.raises(ValueError, match="4 images of the source and 2 of the target, not"):
             compare(source, target)
     for bad in (float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="finite"):
-            compare(good, torch.full_like(good, bad))
+        for source, target in ((good, good * bad), (good * bad, good)):
+            with pytest.raises(ValueError, match="finite"):
+                compare(source, target)
     constant = compare(torch.ones(20, 8), good)
     assert constant == {"frechet": None, "frechet_relative": None, "energy": None, "images": 20}
     assert compare(good, torch.ones(20, 8))["frechet_relative"] > 1
