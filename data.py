@@ -269,6 +269,8 @@ def _union(parts, root, split, verify, labels="intersection", **options):
         members.append(load_dataset(part, root, split, verify=verify, **own))
         if members[-1].task != "multilabel":
             raise ValueError(f"{name}: {part} is not multi-label; a union joins labels by name")
+    if len({bool(member.options.get("gap")) for member in members}) > 1:
+        raise ValueError(f"{name}: a gap (~) gives images three channels; give it to all, or none")
     names = [set(member.classes) for member in members]
     classes = sorted(set.union(*names) if labels == "union" else set.intersection(*names))
     if not classes:

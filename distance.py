@@ -14,7 +14,9 @@ al. 2018, arXiv:1806.06193) need labels.
 Both are measured in coordinates in which the source has unit covariance, those of the Mahalanobis
 distance (Lee et al. 2018, arXiv:1807.03888). Classes make a network's features vary most, so that
 without it a target with other classes, or more of one, is far away, and a change of appearance,
-which moves the features where the source's hardly vary, goes unseen.
+which moves the features where the source's hardly vary, goes unseen. In plain coordinates the ranks
+of synthetic targets correlated with their gap by 0.60 to 0.94, in these by 0.98 (`bench.py
+distance`, four networks).
 """
 
 import functools
