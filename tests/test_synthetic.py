@@ -376,6 +376,14 @@ def test_the_other_world_has_its_colours():
     assert 0.6 < spread[0] / spread[1] < 1.4
 
 
+def test_backgrounds_are_lit_as_objects_are():
+    """From one side, brighter or darker: the light is that of every natural-like image."""
+    rngs = map(np.random.default_rng, range(300))
+    drawn = np.stack([synthetic.paint_background(16, rng) for rng in rngs])
+    upper, lower = drawn[:, :, :8].mean((1, 2, 3)), drawn[:, :, 8:].mean((1, 2, 3))
+    assert drawn.mean((1, 2, 3)).std() > 0.06 and (upper - lower).std() > 0.06
+
+
 @pytest.mark.parametrize("gap", (-0.1, 1.01, float("nan")))
 def test_gaps_outside_are_refused(gap):
     with pytest.raises(ValueError, match="gap .* of synthetic-xray: must be 0 to 1"):
