@@ -7,6 +7,7 @@
     python bench.py grid            # the same: the cells of a few-shot grid
     python bench.py load            # from files to batches: decoding, packs, folders
     python bench.py index           # the index of a dataset: mimic's tables, 14 million paths
+    python bench.py linear          # logistic regression on frozen features
     python bench.py distance        # distances of targets at known gaps, and what they cost
 
 All arms of a benchmark take turns in one process, so that noise of the machine meets all alike.
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 
 import bench_data
 import bench_distance
+import bench_linear
 import console
 import data
 import engine
@@ -367,6 +369,7 @@ BENCHMARKS = {
     "grid": (grid_options, grid),
     "load": (bench_data.load_options, bench_data.load),
     "index": (bench_data.index_options, bench_data.index),
+    "linear": (bench_linear.linear_options, bench_linear.linear),
     "distance": (bench_distance.distance_options, bench_distance.measure_distance),
 }
 

@@ -1,58 +1,22 @@
 """The benchmark of distances: do they follow a gap that is known, and what do they cost?"""
 
-import json
+import itertools
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import console
 import data
 import distance
 import engine
+import finetune
+import grid
 import models
-import transfer
+import runner
 import transforms
 from measure import Report
-
-# ------------------------------------------------------------------------------------------------
-# Features
-# ------------------------------------------------------------------------------------------------
-
-
-def projected(model, dataset, pipeline, indices, env, normalization, batch_size=256):
-    """What the network's classifier reads of these images, projected: (n, DIMENSIONS) float32."""
-    model.eval()
-    features = []
-    for start in range(0, len(indices), batch_size):
-        batch = [pipeline.read(dataset, i) for i in indices[start : start + batch_size]]
-        with torch.inference_mode(), env.autocast():
-            inputs = engine.to_input(torch.stack(batch), normalization, env.device)
-            features.append(model.features(inputs).float().cpu())
-    return distance.project(torch.cat(features))
-
-
-def source_sample(model, train_set, image_size, env):
-    """The sample of a source that its networks are to carry: its training images, as at test."""
-    own_size = train_set.size is not None
-    pipeline = transforms.pretraining_pipeline(train_set.domain, image_size, False, own_size)
-    chosen = distance.sample(len(train_set))
-    normalization = transforms.NORMALIZATION[train_set.domain]
-    return projected(model, train_set, pipeline, chosen, env, normalization)
-
-
-def target_sample(model, train_set, normalization, env):
-    """Half as many training images of a synthetic target."""
-    chosen = distance.sample(len(train_set), distance.SAMPLE // 2)
-    pipeline = transforms.Pipeline(transforms.keep, transforms.keep)
-    return projected(model, train_set, pipeline, chosen, env, normalization)
-
-
-# ------------------------------------------------------------------------------------------------
-# distance: synthetic targets at known gaps
-# ------------------------------------------------------------------------------------------------
 
 GAPS = (0, 0.2, 0.4, 0.6, 0.8, 1)
 MEASURES = ("frechet_relative", "energy")
@@ -82,61 +46,52 @@ def measure_distance(args, env):
         raise FileNotFoundError("no run in runs/; run pretrain.py first, or give --checkpoint")
     opened = [_open(folder, env) for folder in folders]
     rows, required, values = [], [], {}
-    for folder, (model, record, source) in zip(folders, opened):
+    for folder, (model, record) in zip(folders, opened):
         console.say(env, f"measuring: {folder}")
         name = f"{record['source']}-{record['name']}"
         name = name if name not in values else folder
-        table = _distances(model, record, source, args.seeds, env)
+        table = _distances(model, record, args.seeds, env)
         rows += _rows(name, table)
         for measure in MEASURES:
             required += _required(f"{measure} of {name}", np.array(table[measure]))
-        seconds = _seconds(folder, model, record, source, args.rounds, env)
-        required.append(
-            (
-                f"a transfer of {name}",
-                "its distance",
-                seconds["transfer"] / seconds["distance"],
-                TIME,
-            )
-        )
+        seconds = _seconds(folder, record, args.rounds, env)
+        ratio = seconds["transfer"] / seconds["distance"]
+        required.append((f"a transfer of {name}", "its distance", ratio, TIME))
         values[name] = table | {"seconds": seconds}
     header = ["network", "measure", *(f"gap {gap}" for gap in GAPS)]
     return Report({"gaps": GAPS, "measured": values}, header, rows, required)
 
 
 def _open(folder, env):
-    """(network, what model.pt says of it, the sample of its source) of a run folder."""
-    path = Path(folder)
-    record = models.read_weights(path / "model.pt")
-    config = json.loads((path / "result.json").read_text())["config"]
-    if data.base_name(config["source"]) not in ("synthetic-natural", "synthetic-xray"):
-        raise ValueError(f"{folder}: its source is {config['source']}; give runs of synthetic ones")
+    """(network, what model.pt says of it) of a run folder of a synthetic source."""
+    file = Path(folder) / "model.pt"
+    record = models.read_weights(file)
+    if not record["source"].startswith("synthetic-") or record.get("sample") is None:
+        raise ValueError(f"{folder}: no sample of a synthetic source in it; run pretrain.py again")
     model = models.create_model(record["name"], len(record["classes"]))
-    models.load_weights(model, path / "model.pt")
-    model = models.place(model, env.device)
-    train_set = data.load_dataset(
-        config["source"], size=config["image_size"], fraction=config["fraction"],
-        fraction_seed=config["seed"],
-    )  # fmt: skip
-    return model, record, source_sample(model, train_set, config["image_size"], env)
+    models.load_weights(model, file)
+    return models.place(model, env.device).eval(), record
 
 
-def _distances(model, record, source, seeds, env):
+def _distances(model, record, seeds, env):
     """{measure: a row a gap, a column a seed}."""
     table = {measure: [[] for _ in GAPS] for measure in MEASURES}
     normalization = tuple(record["mean"]), tuple(record["std"])
+    pipeline = transforms.Pipeline(transforms.keep, transforms.keep)
     with engine.progress_bar(env, len(GAPS) * seeds, title=record["source"], unit="target") as bar:
-        for row, gap in enumerate(GAPS):
-            for seed in range(seeds):
-                target = data.load_dataset(
-                    TARGETS[record["domain"]], seed=seed, size=record["image_size"], gap=gap
-                )
-                sample = target_sample(model, target, normalization, env)
-                result = distance.compare(source, sample)
-                for measure in MEASURES:
-                    table[measure][row].append(result[measure])
-                if bar is not None:
-                    bar.update()
+        for (row, gap), seed in itertools.product(enumerate(GAPS), range(seeds)):
+            target = data.load_dataset(
+                TARGETS[record["domain"]], seed=seed, size=record["image_size"], gap=gap
+            )
+            chosen = target.subset(distance.sample(len(target), distance.SAMPLE // 2))
+            features = engine.predict(
+                model.features, model.head.conv.in_channels, chosen, pipeline, env, normalization
+            )
+            result = distance.compare(record["sample"], distance.project(features))
+            for measure in MEASURES:
+                table[measure][row].append(result[measure])
+            if bar is not None:
+                bar.update()
     return table
 
 
@@ -173,24 +128,23 @@ def rank_correlation(x, y):
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def _seconds(folder, model, record, source, rounds, env):
+def _seconds(folder, record, rounds, env):
     """Of fine-tuning on 10 images a class, evaluation included, and of a distance: the fastest."""
     name = TARGETS[record["domain"]]
-    normalization = tuple(record["mean"]), tuple(record["std"])
     with tempfile.TemporaryDirectory() as out:
         parser = console.Parser("")
-        transfer.add_options(parser)
+        grid.add_options(parser)
         options = ["--checkpoint", folder, "--target", name, "--out", out]
         options = parser.parse_args([*options, "--image-size", str(record["image_size"])])
         options.seeds = 1
-        targets = transfer.open_targets(options, env)
-        (cell,) = transfer.make_grid(options, env, targets, [10])
-        target = targets[name]
+        targets = grid.open_targets(options, env)
+        (cell,) = grid.make_grid(options, env, targets, [10])
+        images = grid.decode([cell], targets, options, env)[name]
         arms = {
-            "transfer": lambda: transfer.run_cell(cell, target, "fewshot", env, None),
-            "distance": lambda: distance.compare(
-                source, target_sample(model, target.train_set, normalization, env)
+            "transfer": lambda: finetune.fine_tune(
+                cell, images.train_of(cell), images.test, env, None
             ),
+            "distance": lambda: runner.measure_distance(cell, images, {}, env),
         }
         seconds = dict.fromkeys(arms, float("inf"))
         for _ in range(rounds):
