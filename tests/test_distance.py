@@ -1,7 +1,6 @@
 """Distances of a target from a source: SciPy's values, and what they must not depend on."""
 
 import argparse
-import json
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ import data
 import distance
 import engine
 import models
+import pretrain
 import records
 from distance import DIMENSIONS, SAMPLE, compare, energy, frechet, project, projection, sample
 
@@ -269,13 +269,13 @@ def run_folder(tmp_path):
     """A run of a tenth of a source, of a network that has learnt nothing, at 16 pixels."""
     torch.manual_seed(0)
     model = models.create_model("R14x0.5", 36)
+    train_set = data.load_dataset("synthetic-natural", size=16, fraction=0.1, fraction_seed=3)
+    settings = {"image_size": 16, "workers": 0}
+    found = pretrain.sample_features(model, train_set, settings, engine.setup("fp32"))
     facts = {"name": "R14x0.5", "classes": ["c"] * 36, "source": "synthetic-natural-0.1"}
     facts |= {"domain": "natural", "mean": (0.5,) * 3, "std": (0.25,) * 3, "images": 800}
-    records.save_tensors(
-        tmp_path / "model.pt", {"model": model.state_dict(), "image_size": 16, **facts}
-    )
-    config = {"source": "synthetic-natural", "image_size": 16, "fraction": 0.1, "seed": 3}
-    (tmp_path / "result.json").write_text(json.dumps({"config": config}))
+    facts |= {"image_size": 16, "sample": found}
+    records.save_tensors(tmp_path / "model.pt", {"model": model.state_dict(), **facts})
     return tmp_path
 
 
@@ -293,12 +293,11 @@ def test_benchmark_of_distances(run_folder):
     assert report.required[-1][2:] == (seconds["transfer"] / seconds["distance"], 20)
 
 
-def test_features_of_the_benchmark_are_the_networks(run_folder):
-    env = engine.setup("fp32")
-    model, record, source = bench_distance._open(run_folder, env)
+def test_the_sample_is_the_networks_features(run_folder):
+    model, record = bench_distance._open(run_folder, engine.setup("fp32"))
     train_set = data.load_dataset("synthetic-natural", size=16, fraction=0.1, fraction_seed=3)
     chosen = sample(800)
-    assert source.shape == (SAMPLE, DIMENSIONS)
+    assert record["sample"].shape == (SAMPLE, DIMENSIONS)
     pixels = torch.stack([train_set.read(i) for i in chosen[[0, 300, 511]]]) / 255
     # The source's own normalisation is that of natural images.
     mean, std = (
@@ -306,11 +305,12 @@ def test_features_of_the_benchmark_are_the_networks(run_folder):
     )
     with torch.inference_mode():
         expected = project(model.features((pixels - mean) / std))
-    torch.testing.assert_close(source[[0, 300, 511]], expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(record["sample"][[0, 300, 511]], expected, rtol=1e-3, atol=1e-4)
 
 
-def test_benchmark_takes_synthetic_sources(run_folder):
-    config = json.loads((run_folder / "result.json").read_text())["config"] | {"source": "nih"}
-    (run_folder / "result.json").write_text(json.dumps({"config": config}))
-    with pytest.raises(ValueError, match="its source is nih; give runs of synthetic"):
+@pytest.mark.parametrize("change", [{"source": "nih"}, {"sample": None}])
+def test_benchmark_takes_synthetic_sources(run_folder, change):
+    record = models.read_weights(run_folder / "model.pt") | change
+    records.save_tensors(run_folder / "model.pt", record)
+    with pytest.raises(ValueError, match="no sample of a synthetic source"):
         bench_distance._open(run_folder, engine.setup("fp32"))
