@@ -13,7 +13,9 @@ from tables import (
     METRICS,
     RULE,
     TARGET,
+    all_cells,
     chosen_metric,
+    csv_rows,
     differing,
     escaped,
     group,
@@ -21,7 +23,6 @@ from tables import (
     shots_table,
     size_order,
     spread,
-    summarise,
     t_quantile,
     table_text,
     target_heading,
@@ -204,6 +205,11 @@ def gains(records, metric):
     return sorted(cells, key=lambda cell: (place(cell), cell["recipe"] or "")), notices
 
 
+def gain_cells(records, metric):
+    """The cells of `gains`."""
+    return gains(records, metric)[0]
+
+
 def counts(cells, interval="ci95"):
     """How many gains have their interval above zero, not off it, below it, or none: a dict."""
     found = [verdict(cell, interval) for cell in cells]
@@ -229,12 +235,12 @@ DISTANCE_NAMES = {"frechet_relative": "log10 of relative Fréchet distance", "en
 AGREE = {True: "yes", False: "no", None: "no interval"}
 DISTANCE_RULE = """\
 Gain in fractions (accuracy, mean AUC or mean average precision from 0 to 1). Line and slope: \
-ordinary least squares, 95 % confidence by Student's t over points; points that share a target, source \
-or seed are not independent, so the true uncertainty is larger."""
+ordinary least squares, 95 % confidence by Student's t over points; points that share a target, \
+source or seed are not independent, so the true uncertainty is larger."""
 SHARED_RULE = """\
 Cells with the same target, source, network and shots, fine-tuned; packs count as what they hold \
-(nih@256 as nih). They agree where the means lie no further apart than √(a² + b²), a and b being the \
-half-widths of the two 95 % intervals (Student t over seeds)."""
+(nih@256 as nih). They agree where the means lie no further apart than √(a² + b²), a and b being \
+the half-widths of the two 95 % intervals (Student t over seeds)."""
 
 
 def axis_points(points, kind, distance):
@@ -250,7 +256,7 @@ def distance_points(records, metric):
     keys = ("origin", "target", "source", "model")
     known = {key: runs for key, runs in group(records, keys).items()}
     points = []
-    for cell in gains(records, metric)[0]:
+    for cell in gain_cells(records, metric):
         arms = [cell["small"], cell["large"]]
         units = [(f"{arms[0]} to {arms[1]}", arms, cell["partners"], cell["mean"])]
         if cell["kind"] == "network":
@@ -296,7 +302,7 @@ def shared_cells(records, metric):
     """Own fine-tuned cells that are published too -> list of {own, published, agree}; agree is None
     where one of them has no interval."""
     keys = ("target", "source", "model", "method", "shots")
-    cells = [cell for panel in summarise(records, metric).values() for cell in panel if cell["n"]]
+    cells = [cell for cell in all_cells(records, metric) if cell["n"]]
 
     def key(cell):
         return tuple(plain_name(cell[k]) if k in keys[:2] else cell[k] for k in keys)
@@ -316,12 +322,13 @@ def shared_cells(records, metric):
 # ------------------------------------------------------------------------------------------------
 
 GAIN_RULE = """\
-Gain: the larger arm minus the smaller one, run by run: same target, shots, seed, method and recipe, \
-and same source (larger network) or network (larger source, of one domain). The arms are the largest \
-and the smallest that share such a partner. Each seed's differences are averaged over partners; the \
-95 % interval is Student's t over seeds, about these sources and networks: the draw of a seed is \
-common to its pairs, so pairs do not count as independent. ▲ interval above zero, ▼ below zero, \
-neither: not off zero, or one seed and no interval. A seed that one arm lacks counts in neither."""
+Gain: the larger arm minus the smaller one, run by run: same target, shots, seed, method, recipe, \
+and same source (larger network) or network (larger source, of one domain). The arms are the \
+largest and the smallest that share such a partner. Each seed's differences are averaged over \
+partners; the 95 % interval is Student's t over seeds, about these sources and networks: the draw \
+of a seed is common to its pairs, so pairs do not count as independent. ▲ interval above zero, \
+▼ below zero, neither: not off zero, or one seed and no interval. A seed that one arm lacks counts \
+in neither."""
 
 
 def count_rows(cells):
@@ -440,3 +447,13 @@ def shared_rows(shared):
             row |= {f"{key}_{origin}": pair[origin][key] for key in ("mean", "sd", "ci95", "n")}
         rows.append({**row, "agree": AGREE[pair["agree"]]})
     return rows
+
+
+def gain_rows(cells):
+    """Gain cells -> rows for `write_csv`."""
+    return csv_rows(cells, GAIN_COLUMNS)
+
+
+def point_rows(points):
+    """Points of gain against distance -> rows for `write_csv`."""
+    return csv_rows(points, POINT_COLUMNS)

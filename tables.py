@@ -258,6 +258,11 @@ def summarise(records, metric):
     return {key: panels[key] for key in sorted(panels, key=lambda key: (key[1] != "natural", key))}
 
 
+def all_cells(records, metric):
+    """As `summarise`, the cells of all targets in one list."""
+    return [cell for panel in summarise(records, metric).values() for cell in panel]
+
+
 def full_shot(records, metric):
     """As `summarise`, of the runs on all training images alone."""
     return summarise([run for run in records if run["shots"] is None], metric)
@@ -394,3 +399,8 @@ def csv_rows(cells, columns):
         if "partners" in row:
             row["partners"] = ";".join(row["partners"])
     return rows
+
+
+def panel_rows(panels):
+    """{target: cells} -> rows for `write_csv`, a row a cell; ci95 is the half-width."""
+    return csv_rows([cell for cells in panels.values() for cell in cells], COLUMNS)
