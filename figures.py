@@ -1,5 +1,5 @@
-"""The looks of all figures, and three of them: few-shot curves, full-shot bars and lines, own results
-against published ones.
+"""The looks of all figures, and three of them: few-shot curves, full-shot bars and lines, own
+results against published ones.
 """
 
 import math
@@ -10,8 +10,9 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure  # without pyplot: writes files, needs no display
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import EngFormatter, LogLocator
 
-from tables import LINE, METRICS, differing, group, line_order, size_order
+from tables import LINE, METRICS, differing, group, line_order, plain_name, size_order
 
 # ------------------------------------------------------------------------------------------------
 # Settings
@@ -27,6 +28,7 @@ DOMAINS = {
 MARKERS = "osD^vPX*"  # one a model, the smallest first
 LINES = ("-", "--", "-.", (0, (6, 1.5, 1, 1.5, 1, 1.5)), (0, (2, 1)))  # the largest model first
 PANEL = (2.7, 2.4)  # inches; two in a row stay readable when the figure is set 3.3 in wide
+BARS = {"elinewidth": 0.6, "capsize": 1.2, "capthick": 0.6}  # of intervals
 STYLE = {
     "font.size": 8,
     "axes.spines.top": False,
@@ -65,8 +67,10 @@ def line_styles(cells):
     models = sorted({line[2:] for line in lines}, key=lambda m: (size_order(m[0]), str(m[1:])))
     styles = {}
     for line in lines:
-        sources = list(dict.fromkeys(other[0] for other in lines if other[1] == line[1]))
-        shade = sources.index(line[0]) / (len(sources) - 1) if len(sources) > 1 else 0.5
+        peers = [plain_name(other[0]) for other in lines if other[1] == line[1]]
+        sources = list(dict.fromkeys(peers))  # a pack looks as what it holds
+        shade = sources.index(plain_name(line[0])) / max(len(sources) - 1, 1)
+        shade = shade if len(sources) > 1 else 0.5
         model = models.index(line[2:])
         marker = MARKERS[model % len(MARKERS)]
         dashes = LINES[(len(models) - 1 - model) % len(LINES)]
@@ -113,13 +117,17 @@ def draw_y_axis(ax, cells, with_chance=True):
     if not ends:
         ends = [0, 1]
         ax.text(0.5, 0.7, "undefined in every run", transform=ax.transAxes, ha="center")
-    if with_chance and (level := chance(cells)):
-        ends.append(level[0])
+    level = chance(cells) if with_chance else None
+    if level:
         ax.axhline(factor * level[0], color="black", linewidth=0.8, linestyle=":", zorder=1)
         place = {"transform": ax.get_yaxis_transform(), "va": "center", "fontsize": 6.5}
         ax.text(1.02, factor * level[0], f"chance\n({level[1]})", **place)
-    # A t interval of few seeds can leave [0, 1]; the axis does not follow it there.
-    low, high = max(0, min(ends)), min(1, max(ends))
+    # A t interval of few seeds can be longer than all else, and leave [0, 1]: the axis follows the
+    # means, and intervals as far as half their range beyond.
+    means = [mean for mean, _ in bars] or ends
+    reach = 0.5 * (max(means) - min(means)) or 1
+    low, high = max(0, min(ends), min(means) - reach), min(1, max(ends), max(means) + reach)
+    low, high = (min(low, level[0]), max(high, level[0])) if level else (low, high)
     margin = 0.05 * (high - low) or 0.05
     ax.set_ylim(factor * (low - margin), factor * (high + margin))
     ax.set_ylabel(name)
@@ -147,10 +155,10 @@ def draw_panel(ax, target, cells, styles):
         shift = 10 ** (step * (place - (len(lines) - 1) / 2))
         x = [places[point["shots"]] * shift for point in points]
         y, bars = ([factor * point[key] for point in points] for key in ("mean", "ci95"))
-        look = {"elinewidth": 0.6, "capsize": 1.2, "capthick": 0.6, "zorder": 3}
-        drawn = ax.errorbar(x, y, yerr=bars, **styles[line], **look)
+        drawn = ax.errorbar(x, y, yerr=bars, zorder=3, **styles[line], **BARS)
         for bar in (*drawn.lines[1], *drawn.lines[2]):
-            bar.set_alpha(0.6)  # where many bars cross, the lines stay in front
+            # Where many bars cross, the lines stay in front.
+            bar.set_alpha(0.6 if len(lines) <= 8 else 0.3)
         drawn.lines[0].set_gid(" ".join(["line", target[0], *filter(None, line)]))  # for the SVG
 
 
@@ -212,8 +220,13 @@ def draw_footnote(fig, legend, text):
     """Write the text below the legend."""
     fig.draw_without_rendering()  # places the legend
     bottom = legend.get_window_extent().transformed(fig.transFigure.inverted()).y0
+    write_note(fig, text, bottom)
+
+
+def write_note(fig, text, top):
+    """Write small text below the height `top` (of the figure), wrapped to its width."""
     note = textwrap.fill(text, round(20 * fig.get_figwidth()), break_on_hyphens=False)
-    fig.text(0.5, bottom, note, ha="center", va="top", fontsize=6.5)
+    fig.text(0.5, top, note, ha="center", va="top", fontsize=6.5)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -260,32 +273,13 @@ def model_name(line, differ):
 def draw_bars(ax, cells, styles, differ):
     """Bars of the sources, grouped by network; every group has the same order of sources."""
     factor = METRICS[cells[0]["metric"]][1]
-    sources = list(
-        dict.fromkeys(
-            line[0]
-            for line in styles
-            if (line[0], line[1]) in {(cell["source"], cell["source_domain"]) for cell in cells}
-        )
-    )
-    names = list(
-        dict.fromkeys(
-            model_name(line, differ)
-            for line in sorted(
-                group(cells, LINE), key=lambda line: (size_order(line[2]), str(line[3:]))
-            )
-        )
-    )
+    lines = sorted(group(cells, LINE), key=lambda line: (size_order(line[2]), str(line[3:])))
+    names = list(dict.fromkeys(model_name(line, differ) for line in lines))
+    sources = list(dict.fromkeys(line[0] for line in styles if line in lines))
     for line, (cell,) in group(cells, LINE).items():
         x = names.index(model_name(line, differ)) * (len(sources) + 1) + sources.index(line[0])
-        look = {"ecolor": "black", "error_kw": {"elinewidth": 0.7, "capsize": 1.2, "capthick": 0.7}}
-        ax.bar(
-            x,
-            factor * cell["mean"],
-            0.9,
-            yerr=factor * cell["ci95"],
-            **look,
-            **bar_style(line, styles[line]),
-        )
+        height, half = factor * cell["mean"], factor * cell["ci95"]
+        ax.bar(x, height, 0.9, yerr=half, error_kw=BARS, **bar_style(line, styles[line]))
     middle = (len(sources) - 1) / 2
     ax.set_xticks([place * (len(sources) + 1) + middle for place in range(len(names))], names)
     ax.tick_params(axis="x", length=0)
@@ -307,11 +301,23 @@ def draw_lines(ax, cells, styles):
         y, bars = ([factor * cell[k] for cell in members] for k in ("mean", "ci95"))
         ax.plot(x, y, linewidth=0.9, zorder=2, **hue)
         for place, look in enumerate(looks):
-            point = {"elinewidth": 0.6, "capsize": 1.2, "capthick": 0.6, "zorder": 3}
-            ax.errorbar(x[place], y[place], yerr=bars[place], **look, **point)
-    ax.set_xscale("log")
+            ax.errorbar(x[place], y[place], yerr=bars[place], zorder=3, **look, **BARS)
     ax.grid(axis="y", color="#dddddd", linewidth=0.5)
     ax.set_axisbelow(True)
+
+
+def draw_size_axis(ax, cells, labelled):
+    """Log axis of images in pre-training, common to all panels."""
+    sizes = [cell["source_images"] for cell in cells if cell["source_images"]] or [1]
+    low, high = min(sizes), max(sizes)
+    margin = max((high / low) ** 0.08, 1.3)
+    ax.set_xscale("log")
+    ax.set_xlim(low / margin, high * margin)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 3) if high < 300 * low else (1,)))
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    ax.minorticks_off()
+    ax.tick_params(axis="x", labelbottom=labelled)
+    ax.set_xlabel("images in pre-training" if labelled else "")
 
 
 def full_legend(fig, cells, styles, differ):
@@ -336,18 +342,19 @@ def full_legend(fig, cells, styles, differ):
 def draw_full_shot(panels, title, styles=None, notes=()):
     """Full-shot: {target: cells} -> Figure, a row a target: bars by network, lines over images."""
     panels = {key: [c for c in cells if c["n"]] for key, cells in panels.items()}
-    panels = {key: cells for key, cells in panels.items() if cells}
     cells = [cell for panel in panels.values() for cell in panel]
     styles, differ = pick(styles or line_styles(cells), cells), differing(cells)
     fig = Figure(figsize=(2 * PANEL[0], 1.6 * len(panels) + 0.2), layout="constrained")
-    axes = fig.subplots(len(panels), 2, squeeze=False, sharey="row", width_ratios=(1.15, 1))
+    shape = {"sharey": "row", "width_ratios": (1.15, 1)}
+    axes = fig.subplots(len(panels), 2, squeeze=False, **shape)
     for (bars, lines), (target, panel) in zip(axes, panels.items()):
         draw_bars(bars, panel, styles, differ)
         draw_lines(lines, panel, styles)
         draw_y_axis(bars, panel, with_chance=False)
-        text = f"{textwrap.shorten(target[0], 40)} ({target[1]}{', published' if target[2] != 'own' else ''})"
-        bars.set_title(text, loc="left", color=DOMAINS[target[1]][1][-1], fontsize=8.5)
-    axes[-1, 1].set_xlabel("images in pre-training")
+        published = ", published" if target[2] == "published" else ""
+        look = {"loc": "left", "color": DOMAINS[target[1]][1][-1], "fontsize": 8.5}
+        bars.set_title(f"{textwrap.shorten(target[0], 40)} ({target[1]}{published})", **look)
+        draw_size_axis(lines, cells, labelled=lines is axes[-1, 1])
     fig.suptitle(title, fontsize=10)
     note = f"{footnote(cells)} All training images of the target. Bars do not start at zero."
     draw_footnote(fig, full_legend(fig, cells, styles, differ), " ".join([note, *notes]))
@@ -366,6 +373,7 @@ def draw_shared(shared, title, styles=None, notes=()):
         panels.setdefault(pair["own"]["metric"], []).append(pair)
     cells = [pair["own"] for pair in shared]
     styles = pick(styles or line_styles(cells), cells)
+    styles = {line: {**style, "linestyle": "none"} for line, style in styles.items()}
     fig = Figure(figsize=(max(3.3, PANEL[0] * len(panels)), PANEL[0] + 0.5), layout="constrained")
     for ax, (metric, pairs) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         name, factor, _ = METRICS[metric]
@@ -375,8 +383,7 @@ def draw_shared(shared, title, styles=None, notes=()):
                 [factor * pair[side][key] for side in ("published", "own")]
                 for key in ("mean", "ci95")
             )
-            bars = {"elinewidth": 0.6, "capsize": 1.2, "capthick": 0.6}
-            ax.errorbar(x, y, xerr=a, yerr=b, **{**look, "linestyle": "none"}, **bars)
+            ax.errorbar(x, y, xerr=a, yerr=b, **look, **BARS)
         known = [pair["agree"] for pair in pairs if pair["agree"] is not None]
         single = f"; {len(pairs) - len(known)} without interval" if len(known) < len(pairs) else ""
         targets = sorted({pair["own"]["target"] for pair in pairs})

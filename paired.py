@@ -3,7 +3,6 @@ their tables. numpy alone: it draws nothing.
 """
 
 import math
-import re
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from tables import (
     differing,
     escaped,
     group,
+    plain_name,
     plain_text,
     shots_table,
     size_order,
@@ -59,7 +59,7 @@ HEADS = {
 REGIMES = {  # name -> whether a number of shots (inf for full) falls in it
     "up to 10 shots": lambda shots: shots <= 10,
     "11 to 99 shots": lambda shots: 10 < shots < 100,
-    "100 shots and more": lambda shots: 100 <= shots < math.inf,
+    "100 and more": lambda shots: 100 <= shots < math.inf,
     "full": lambda shots: shots == math.inf,
 }
 
@@ -170,6 +170,7 @@ def gain_cell(kind, about, runs):
     pairs = spread(table.ravel())
     cell = {"kind": kind, **about, "small": arms[0], "large": arms[1], **spread(table.mean(0))}
     cell |= {"partners": tuple(kept), "pairs": pairs["n"], "ci95_pairs": pairs["ci95"]}
+    cell["lacking"] = bool(notices)
     cell["by_partner"] = dict(zip(kept, table.mean(1).tolist()))
     cell["ci95_normal"] = 1.96 * pairs["sd"] / math.sqrt(pairs["n"])
     return {**cell, "verdict": verdict(cell, "ci95")}, notices
@@ -291,11 +292,6 @@ def fit(x, y):
     line = y.mean() + slope * (grid - x.mean())
     ci95 = t * sigma / math.sqrt(spread_x)
     return {"slope": slope, "ci95": ci95, "n": n, "grid": grid, "line": line, "band": band}
-
-
-def plain_name(name):
-    """Name of a source or target without its pack: nih@256+chexpert@256 -> chexpert+nih."""
-    return "+".join(sorted(re.sub(r"@\d+", "", part) for part in name.split("+")))
 
 
 def shared_cells(records, metric):

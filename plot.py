@@ -40,8 +40,8 @@ import tables
 from tables import METRICS, write_csv
 
 NAMED = 5  # files named in a notice; of the others the number is said
-# Stem of the files -> numbers from (records, metric), figure, Markdown text and rows of the CSV from
-# these numbers, and what is missing where there are none.
+# Stem of the files -> numbers from (records, metric); figure, Markdown and rows of the CSV from
+# these numbers; what is missing where there are none.
 FIGURES = {
     "fewshot": (
         tables.summarise,
@@ -178,7 +178,7 @@ def read(args):
         raise ValueError(f"{fill}`python fewshot.py --out {args.paths[0]}` writes some")
     targets = sorted({record["target"] for record in records})
     wanted = [known(target, targets, "--target") for target in args.target] or targets
-    notes = [f"Left out: {len(skipped)} unreadable or of another schema."] if skipped else []
+    notes = [f"Left out: {len(skipped)} files unreadable or of another schema."] if skipped else []
     notes += [f"Of {len(doubled)} runs with two results, the newer counts."] if doubled else []
     return [record for record in records if record["target"] in wanted], notes
 

@@ -226,6 +226,11 @@ def size_order(model):
     return [float(number) for number in re.findall(r"\d+(?:\.\d+)?", model)], model
 
 
+def plain_name(name):
+    """Name of a source or target without its pack: nih@256+chexpert@256 -> chexpert+nih."""
+    return "+".join(sorted(re.sub(r"@\d+", "", part) for part in name.split("+")))
+
+
 def line_order(cell):
     """Sort key of lines: natural, medical, none; small sources and small models first."""
     source = (DOMAINS.index(cell["source_domain"]), cell["source_images"], cell["source"])
@@ -264,8 +269,9 @@ def all_cells(records, metric):
 
 
 def full_shot(records, metric):
-    """As `summarise`, of the runs on all training images alone."""
-    return summarise([run for run in records if run["shots"] is None], metric)
+    """As `summarise`, of the runs on all training images alone, where a target has a number."""
+    panels = summarise([run for run in records if run["shots"] is None], metric)
+    return {key: cells for key, cells in panels.items() if any(cell["n"] for cell in cells)}
 
 
 def differing(cells):
