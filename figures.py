@@ -28,6 +28,7 @@ DOMAINS = {
 MARKERS = "osD^vPX*"  # one a model, the smallest first
 LINES = ("-", "--", "-.", (0, (6, 1.5, 1, 1.5, 1, 1.5)), (0, (2, 1)))  # the largest model first
 PANEL = (2.7, 2.4)  # inches; two in a row stay readable when the figure is set 3.3 in wide
+CROWDED = 8  # a panel with more lines than that is drawn twice as wide
 BARS = {"elinewidth": 0.6, "capsize": 1.2, "capthick": 0.6}  # of intervals
 STYLE = {
     "font.size": 8,
@@ -135,6 +136,11 @@ def draw_y_axis(ax, cells, with_chance=True):
     ax.set_axisbelow(True)
 
 
+def short(name, width):
+    """A name, or as much of its end as fits in `width` characters."""
+    return name if len(name) <= width else "…" + name[1 - width :]
+
+
 def draw_title(ax, target):
     """Name and domain of the target over its panel, and whether its numbers are published ones."""
     published = ", published" if target[2] == "published" else ""
@@ -158,7 +164,7 @@ def draw_panel(ax, target, cells, styles):
         drawn = ax.errorbar(x, y, yerr=bars, zorder=3, **styles[line], **BARS)
         for bar in (*drawn.lines[1], *drawn.lines[2]):
             # Where many bars cross, the lines stay in front.
-            bar.set_alpha(0.6 if len(lines) <= 8 else 0.3)
+            bar.set_alpha(0.6 if len(lines) <= CROWDED else 0.3)
         drawn.lines[0].set_gid(" ".join(["line", target[0], *filter(None, line)]))  # for the SVG
 
 
@@ -220,7 +226,7 @@ def draw_footnote(fig, legend, text):
     """Write the text below the legend."""
     fig.draw_without_rendering()  # places the legend
     bottom = legend.get_window_extent().transformed(fig.transFigure.inverted()).y0
-    write_note(fig, text, bottom)
+    write_note(fig, text, bottom - 0.05 / fig.get_figheight())
 
 
 def write_note(fig, text, top):
@@ -234,19 +240,30 @@ def write_note(fig, text, top):
 # ------------------------------------------------------------------------------------------------
 
 
+def panel_places(counts):
+    """Numbers of lines of panels -> ([(row, column, whether it takes the whole row)], rows): two a
+    row, those with more than CROWDED lines alone."""
+    places, row, column = [], 0, 0
+    for count in counts:
+        wide = count > CROWDED
+        row, column = (row + 1, 0) if column == 2 or (wide and column) else (row, column)
+        places.append((row, column, wide))
+        column += 2 if wide else 1
+    return places, row + 1
+
+
 def draw_curves(panels, title, styles=None, notes=()):
     """Few-shot curves: {target: cells} -> Figure with a panel a target, a legend and a footnote."""
-    columns = min(2, len(panels))
-    rows = math.ceil(len(panels) / columns)
+    places, rows = panel_places([len(group(cells, LINE)) for cells in panels.values()])
+    columns = 1 if len(panels) == 1 and not places[0][2] else 2
     width = max(3.3, PANEL[0] * columns)
     fig = Figure(figsize=(width, PANEL[1] * rows), layout="constrained")
-    axes = fig.subplots(rows, columns, squeeze=False).flat
+    grid = fig.add_gridspec(rows, columns)
     cells = [cell for panel in panels.values() for cell in panel]
     styles = pick(styles or line_styles(cells), cells)
-    for ax, (target, panel) in zip(axes, panels.items()):
+    for (row, column, wide), (target, panel) in zip(places, panels.items()):
+        ax = fig.add_subplot(grid[row, :] if wide else grid[row, column])
         draw_panel(ax, target, panel, styles)
-    for ax in axes[len(panels) :]:
-        ax.remove()
     fig.supxlabel("training images per class (shots)", fontsize=8)
     fig.suptitle(title, fontsize=10)
     draw_footnote(fig, draw_legend(fig, cells, styles), " ".join([footnote(cells), *notes]))
@@ -353,7 +370,7 @@ def draw_full_shot(panels, title, styles=None, notes=()):
         draw_y_axis(bars, panel, with_chance=False)
         published = ", published" if target[2] == "published" else ""
         look = {"loc": "left", "color": DOMAINS[target[1]][1][-1], "fontsize": 8.5}
-        bars.set_title(f"{textwrap.shorten(target[0], 40)} ({target[1]}{published})", **look)
+        bars.set_title(f"{short(target[0], 30)} ({target[1]}{published})", **look)
         draw_size_axis(lines, cells, labelled=lines is axes[-1, 1])
     fig.suptitle(title, fontsize=10)
     note = f"{footnote(cells)} All training images of the target. Bars do not start at zero."
