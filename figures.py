@@ -10,7 +10,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure  # without pyplot: writes files, needs no display
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import EngFormatter, LogLocator
+from matplotlib.ticker import EngFormatter
 
 from tables import LINE, METRICS, differing, group, line_order, plain_name, size_order
 
@@ -298,7 +298,10 @@ def draw_bars(ax, cells, styles, differ):
         height, half = factor * cell["mean"], factor * cell["ci95"]
         ax.bar(x, height, 0.9, yerr=half, error_kw=BARS, **bar_style(line, styles[line]))
     middle = (len(sources) - 1) / 2
-    ax.set_xticks([place * (len(sources) + 1) + middle for place in range(len(names))], names)
+    fits = 0.065 * max(map(len, names)) * len(names) < PANEL[0]
+    words = names if fits else [name.replace(", ", "\n") for name in names]
+    ticks = [place * (len(sources) + 1) + middle for place in range(len(names))]
+    ax.set_xticks(ticks, words, rotation=0 if fits else 90)
     ax.tick_params(axis="x", length=0)
 
 
@@ -330,7 +333,10 @@ def draw_size_axis(ax, cells, labelled):
     margin = max((high / low) ** 0.08, 1.3)
     ax.set_xscale("log")
     ax.set_xlim(low / margin, high * margin)
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 3) if high < 300 * low else (1,)))
+    steps = (1, 3) if high < 300 * low else (1,)
+    ticks = [step * 10**power for power in range(16) for step in steps]
+    ticks = [tick for tick in ticks if low / margin <= tick <= high * margin]
+    ax.set_xticks(ticks if len(ticks) > 1 else [low, high] if high > low else [low])
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.minorticks_off()
     ax.tick_params(axis="x", labelbottom=labelled)
@@ -373,7 +379,9 @@ def draw_full_shot(panels, title, styles=None, notes=()):
         bars.set_title(f"{short(target[0], 30)} ({target[1]}{published})", **look)
         draw_size_axis(lines, cells, labelled=lines is axes[-1, 1])
     fig.suptitle(title, fontsize=10)
-    note = f"{footnote(cells)} All training images of the target. Bars do not start at zero."
+    note = f"{footnote(cells)} All training images of the target."
+    cut = any(bars.get_ylim()[0] > 0 for bars in axes[:, 0])
+    note += " Bars do not start at zero." if cut else ""
     draw_footnote(fig, full_legend(fig, cells, styles, differ), " ".join([note, *notes]))
     return fig
 

@@ -129,21 +129,18 @@ def block_rows(members):
 def draw_block(fig, top, members, columns, differ):
     """Draw the panels of a group of one origin below the height `top` (inches)."""
     width, height = fig.get_size_inches()
-    rows, labelled = block_rows(members), True
-    bottom = top - SIZES["head"] - SIZES["row"] * len(rows)
+    rows, lefts = block_rows(members), []
+    tall = SIZES["row"] * len(rows)
     for origin, kind, left in columns:
         cells = [cell for cell in members if cell["kind"] == kind]
-        if origin != members[0]["origin"] or not cells:
-            continue
-        box = left, bottom, SIZES["panel"], SIZES["row"] * len(rows)
-        scale = width, height, width, height
-        ax = fig.add_axes([side / whole for side, whole in zip(box, scale)])
-        draw_gain_panel(ax, rows, cells, labelled)
-        if labelled:
-            place = (left + SIZES["panel"]) / width, (top - 0.02) / height
-            text = block_name(members, differ)
-            fig.text(*place, text, ha="center", va="top", fontsize=8.5, fontweight="bold")
-        labelled = False
+        if origin == members[0]["origin"] and cells:
+            box = left, top - SIZES["head"] - tall, SIZES["panel"], tall
+            ax = fig.add_axes([side / whole for side, whole in zip(box, (width, height) * 2)])
+            draw_gain_panel(ax, rows, cells, labelled=not lefts)
+            lefts.append(left)
+    middle = (lefts[0] + lefts[-1] + SIZES["panel"]) / 2
+    look = {"ha": "center", "va": "top", "fontsize": 8.5, "fontweight": "bold"}
+    fig.text(middle / width, (top - 0.02) / height, block_name(members, differ), **look)
 
 
 def draw_gains(cells, title, styles=None, notes=()):
