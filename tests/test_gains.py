@@ -419,7 +419,7 @@ def test_band_is_the_standard_error_of_the_line():
 
 def test_results_without_distance_say_so_in_one_line(call, tmp_path):
     write_worlds(tmp_path / "results", distances=False)
-    status, out, err = call()
+    status, out, err = call("--target", "t-natural")
     assert (status, err) == (0, "")
     assert out.count("no figure distance: no paired result has a distance") == 1
     assert "no figure published: it takes results and published.json together" in out
@@ -505,15 +505,16 @@ def test_bars_and_lines_of_full_shot(published):
     assert math.isclose(max(line.get_xdata()[-1] for line in lines.lines), 14_197_122)
 
 
-def test_full_shot_table_has_a_column_a_target_and_the_best_in_bold(call):
-    _, out, _ = call(PUBLISHED, "--figure", "fullshot")
+def test_full_shot_table_has_a_column_a_target_and_the_best_in_bold(published):
+    out = tables.full_markdown(tables.full_shot(published, "auto"))
     head = next(line for line in out.splitlines() if line.startswith("| source"))
     assert head.count("accuracy (%)") == 4
     assert "padchest, mean AUC" in head
     (row,) = [line for line in out.splitlines() if re.match(r"\| imagenet21k +\| R152x4", line)]
     assert "**0.840 ± 0.002 (5)**" in row and "0.928 ± 0.011 (5)" in row
     assert "**0.928" not in row
-    assert {row["shots"] for row in read_csv("figures/fullshot.csv")} == {"full"}
+    rows = tables.panel_rows(tables.full_shot(published, "auto"))
+    assert {row["shots"] for row in rows} == {"full"} and len(rows) == 55
 
 
 def test_a_source_has_one_colour_in_all_figures(tmp_path):
@@ -547,7 +548,9 @@ def test_rules_on_bad_input_stand_under_the_figures(call, tmp_path):
     again = results / "again.json"
     again.write_text(first.read_text().replace('"accuracy": 0.', '"accuracy": 0.1'))
     os.utime(first, (1_000_000, 1_000_000))
-    status, _, err = call("--figure", "fewshot", "fullshot", "gain", "distance")
+    status, _, err = call(
+        "--target", "t-xray", "--figure", "fewshot", "fullshot", "gain", "distance"
+    )
     assert status == 0 and 'later.json: not a result file of "schema": 1' in err
     assert (
         f"same run twice: kept results/again.json, newer than {first.relative_to(tmp_path)}" in err
