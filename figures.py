@@ -391,6 +391,27 @@ def draw_full_shot(panels, title, styles=None, notes=()):
 # ------------------------------------------------------------------------------------------------
 
 
+def draw_shared_panel(ax, pairs, styles):
+    """The cells of one metric: own over published means, with both intervals and the diagonal."""
+    name, factor, _ = METRICS[pairs[0]["own"]["metric"]]
+    sides = ("published", "own")
+    for pair in pairs:
+        x, y = (factor * pair[side]["mean"] for side in sides)
+        bars = dict(zip(("xerr", "yerr"), (factor * pair[side]["ci95"] for side in sides)))
+        ax.errorbar(x, y, **bars, **styles[tuple(pair["own"][key] for key in LINE)], **BARS)
+    known = [pair["agree"] for pair in pairs if pair["agree"] is not None]
+    single = f"; {len(pairs) - len(known)} without interval" if len(known) < len(pairs) else ""
+    targets = textwrap.fill(", ".join(sorted({pair["own"]["target"] for pair in pairs})), 45)
+    text = f"agree in {sum(known)} of {len(known)} cells{single}"
+    ax.set_title(f"{text}\n{targets}", fontsize=8)
+    ends = [factor * pair[side]["mean"] for pair in pairs for side in sides]
+    margin = 0.08 * (max(ends) - min(ends)) or 0.05 * factor
+    limits = min(ends) - margin, max(ends) + margin
+    ax.plot(limits, limits, color="black", linewidth=0.7, linestyle=":", zorder=1)
+    ax.set(xlim=limits, ylim=limits, xlabel=f"published {name}", ylabel=f"own {name}")
+    ax.set_aspect("equal")
+
+
 def draw_shared(shared, title, styles=None, notes=()):
     """Cells of `paired.shared_cells` -> Figure: a panel a metric, a point a cell."""
     panels = {}
@@ -400,30 +421,10 @@ def draw_shared(shared, title, styles=None, notes=()):
     styles = pick(styles or line_styles(cells), cells)
     styles = {line: {**style, "linestyle": "none"} for line, style in styles.items()}
     fig = Figure(figsize=(max(3.3, PANEL[0] * len(panels)), PANEL[0] + 0.5), layout="constrained")
-    for ax, (metric, pairs) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        name, factor, _ = METRICS[metric]
-        for pair in pairs:
-            look = styles[tuple(pair["own"][key] for key in LINE)]
-            (x, y), (a, b) = (
-                [factor * pair[side][key] for side in ("published", "own")]
-                for key in ("mean", "ci95")
-            )
-            ax.errorbar(x, y, xerr=a, yerr=b, **look, **BARS)
-        known = [pair["agree"] for pair in pairs if pair["agree"] is not None]
-        single = f"; {len(pairs) - len(known)} without interval" if len(known) < len(pairs) else ""
-        targets = sorted({pair["own"]["target"] for pair in pairs})
-        text = f"agree in {sum(known)} of {len(known)} cells{single}"
-        ax.set_title(f"{text}\n{textwrap.fill(', '.join(targets), 45)}", fontsize=8)
-        ends = [factor * pair[side]["mean"] for pair in pairs for side in ("own", "published")]
-        margin = 0.08 * (max(ends) - min(ends)) or 0.05 * factor
-        limits = min(ends) - margin, max(ends) + margin
-        ax.plot(limits, limits, color="black", linewidth=0.7, linestyle=":", zorder=1)
-        ax.set(xlim=limits, ylim=limits, xlabel=f"published {name}", ylabel=f"own {name}")
-        ax.set_aspect("equal")
+    for ax, pairs in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.values()):
+        draw_shared_panel(ax, pairs, styles)
     fig.suptitle(title, fontsize=10)
-    note = (
-        "A point is a cell: target, source, network, shots; fine-tuned. Bars: 95 % intervals over "
-    )
-    note += "seeds (Student t). Agree: means no further apart than √(a² + b²) of the half-widths."
-    draw_footnote(fig, draw_legend(fig, cells, styles), " ".join([note, *notes]))
+    note = """A point is a cell: target, source, network, shots; fine-tuned. Bars: 95 % intervals
+    over seeds (Student t). Agree: means no further apart than √(a² + b²) of the half-widths."""
+    draw_footnote(fig, draw_legend(fig, cells, styles), " ".join([*note.split(), *notes]))
     return fig

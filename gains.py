@@ -178,7 +178,8 @@ def gain_note(cells):
         parts.append("×: one pair, no interval.")
     if any(cell["lacking"] for cell in cells):
         count = sum(cell["lacking"] for cell in cells)
-        parts.append(f"A seed that one arm lacks counts in neither ({count} cells).")
+        where = f"{count} cell{'s' if count > 1 else ''}"
+        parts.append(f"A seed that one arm lacks counts in neither ({where}).")
     if any(cell["origin"] == "published" for cell in cells):
         parts.append("Published runs are paired by their place in the list.")
     return " ".join(parts)

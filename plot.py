@@ -178,8 +178,10 @@ def read(args):
         raise ValueError(f"{fill}`python fewshot.py --out {args.paths[0]}` writes some")
     targets = sorted({record["target"] for record in records})
     wanted = [known(target, targets, "--target") for target in args.target] or targets
-    notes = [f"Left out: {len(skipped)} files unreadable or of another schema."] if skipped else []
-    notes += [f"Of {len(doubled)} runs with two results, the newer counts."] if doubled else []
+    notes = [f"Left out, unreadable or of another schema: {len(skipped)}."] if skipped else []
+    notes += (
+        [f"Runs with two results, of which the newer counts: {len(doubled)}."] if doubled else []
+    )
     return [record for record in records if record["target"] in wanted], notes
 
 

@@ -149,12 +149,14 @@ def load(paths):
     Raises ValueError when one is missing. Of several results of one run the newest is kept.
     """
     files, records, skipped, doubled, kept = {}, [], [], [], {}
-    for path in paths:
+    for path in paths:  # by their true place: a folder named twice is read once
         if path.is_file():
             files[path.resolve()] = path
         elif path.is_dir():
             files |= {file.resolve(): file for file in path.rglob("*.json")}
-        else:  # by their true place: a folder named twice is read once
+        elif path.suffix == ".json":
+            raise ValueError(f"no file {path}: give published.json, or a folder of result files")
+        else:
             raise ValueError(f"no folder {path}: `python fewshot.py --out {path}` fills it")
     named = {path.resolve() for path in paths}
     for place, path in sorted(files.items(), key=lambda item: item[1]):

@@ -188,6 +188,13 @@ def test_bad_published_records_are_skipped_and_named(call, tmp_path, change, fau
     assert "skipped p.json record 2: " in err and fault in err and err.count("\n") == 2
 
 
+def test_a_missing_published_file_is_named(call):
+    assert call("p.json")[0::2] == (
+        2,
+        "error: no file p.json: give published.json, or a folder of result files\n",
+    )
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", '{"about": 1}', '{"records": 3}'])
 def test_a_file_without_published_numbers_is_refused(call, tmp_path, text):
     (tmp_path / "p.json").write_text(text)
@@ -232,7 +239,7 @@ def test_seeds_missing_in_an_arm_are_left_out_of_both_and_named(call, tmp_path):
         "synthetic-natural-target, 10-shot, larger network: R50x1 with a lacks seed 2\n"
         "seeds left out of paired differences, in so many places: 1\n"
     )
-    assert "lacks counts in neither (1 cells)" in " ".join(texts("figures/gain.svg"))
+    assert "lacks counts in neither (1 cell)" in " ".join(texts("figures/gain.svg"))
 
 
 def test_a_partner_with_too_few_seeds_gives_way_and_is_named(tmp_path):
@@ -351,6 +358,16 @@ def test_gain_panels_hold_the_differences_the_marks_and_the_counts(tmp_path):
     assert names == [f"synthetic-natural-target  {s}" for s in ("1", "100", "full")]
 
 
+def test_cells_without_interval_are_not_in_the_counts(tmp_path):
+    for shots, seeds in ((1, [0]), (5, [0, 1])):
+        for model, score in (("R26x1", 0.4), ("R50x1", 0.5)):
+            runs(dict.fromkeys(seeds, score), tmp_path, model=model, shots=shots)
+    cells, _ = cells_of(tmp_path)
+    (ax,) = gains.draw_gains(cells, "").axes
+    assert ax.get_title() == "larger network better\nin 1 of 1 cells\n▲ 1   ○ 0   ▼ 0   × 1"
+    assert [text.get_text() for text in ax.texts] == ["1 of 1\nup to 10 shots"]
+
+
 def write_worlds(folder, distances=True):
     """Two sources a domain, two networks, scratch; two targets; 1 shot and full; three seeds."""
     rng = np.random.default_rng(0)
@@ -451,6 +468,7 @@ def test_own_cells_meet_published_ones_of_packs_too(call, tmp_path):
         {**entry, "source": "chexpert+nih", "metrics": values},
         {**entry, "source": "nih", "metrics": values},
         {**entry, "source": "mimic", "metrics": {"mean_auc": [0.8]}},
+        {**entry, "source": "chexpert", "metrics": values},
     ]
     (tmp_path / "p.json").write_text(json.dumps({"about": "", "records": records}))
     own = {"target": "tuberculosis@256", "target_domain": "medical", "source_domain": "medical"}
@@ -458,18 +476,25 @@ def test_own_cells_meet_published_ones_of_packs_too(call, tmp_path):
     results = tmp_path / "results"
     runs({0: 0.83, 1: 0.84}, results, "mean_auc", source="nih@256+chexpert", **own)
     runs({0: 0.5, 1: 0.51, 2: 0.52}, results, "mean_auc", source="nih@224", **own)
+    # Half-widths of 0.0497: a gap of 0.085 lies between the root of their squares and their sum.
+    runs({0: 0.885, 1: 0.905, 2: 0.925}, results, "mean_auc", source="chexpert", **own)
     runs({0: 0.8, 1: 0.9}, results, "mean_auc", source="mimic", **own)
     runs({0: 0.8, 1: 0.9}, results, "mean_auc", source="nih", **own, method="linear")
     runs({0: 0.8, 1: 0.9}, results, "mean_auc", source="nih", **{**own, "shots": 5})
     status, out, err = call("results", "p.json", "--figure", "published")
     assert (status, err) == (0, "")
     found = {row["source"]: row["agree"] for row in read_csv("figures/published.csv")}
-    assert found == {"nih@256+chexpert": "yes", "nih@224": "no", "mimic": "no interval"}
-    assert "agree in 1 of 2 cells; 1 without interval" in texts("figures/published.svg")
+    assert found == {
+        "nih@256+chexpert": "yes",
+        "nih@224": "no",
+        "mimic": "no interval",
+        "chexpert": "no",
+    }
+    assert "agree in 1 of 3 cells; 1 without interval" in texts("figures/published.svg")
     shared = paired.shared_cells(tables.load([results, tmp_path / "p.json"])[0], "auto")
     (ax,) = figures.draw_shared(shared, "").axes
     points = {tuple(np.round(bar.lines[0].get_xydata()[0], 6)) for bar in ax.containers}
-    assert points == {(0.82, 0.835), (0.82, 0.51), (0.8, 0.85)}
+    assert points == {(0.82, 0.835), (0.82, 0.51), (0.8, 0.85), (0.82, 0.905)}
 
 
 def test_both_stand_side_by_side(call, tmp_path):
@@ -557,8 +582,8 @@ def test_rules_on_bad_input_stand_under_the_figures(call, tmp_path):
     )
     for name in ("fewshot", "fullshot", "gain", "distance"):
         words = " ".join(texts(f"figures/{name}.svg"))
-        assert "Left out: 1 files unreadable or of another schema." in words
-        assert "Of 1 runs with two results, the newer counts." in words
+        assert "Left out, unreadable or of another schema: 1." in words
+        assert "Runs with two results, of which the newer counts: 1." in words
 
 
 def test_figure_option_draws_those_alone(call, tmp_path):
