@@ -11,11 +11,11 @@ from figures import DOMAINS, MARKERS, draw_footnote, short, two_columns, write_n
 from paired import GAINS, REGIMES, axis_points, counts, fit, group_words, regime
 from tables import METRICS, differing, group
 
-LOOKS = {  # verdict -> marker, whether it is filled, words
-    "above": ("^", True, "above zero"),
-    "unclear": ("o", False, "not off zero"),
-    "below": ("v", True, "below zero"),
-    "no interval": ("x", True, "one pair, no interval"),
+LOOKS = {  # verdict -> marker, whether it is filled
+    "above": ("^", True),
+    "unclear": ("o", False),
+    "below": ("v", True),
+    "no interval": ("x", True),
 }
 LONG = 30  # characters of a target's name beside its rows
 BLOCK = ("source_domain", "target_domain", "method", "recipe")  # one row of panels
@@ -32,7 +32,7 @@ def colour(cell):
 def draw_gain(ax, y, cell):
     """One gain: its marker tells where the interval lies, without colour too."""
     factor = METRICS[cell["metric"]][1]
-    marker, filled, _ = LOOKS[cell["verdict"]]
+    marker, filled = LOOKS[cell["verdict"]]
     hue = colour(cell)
     face = {
         "markerfacecolor": hue if filled else "white",
@@ -175,7 +175,7 @@ def gain_note(cells):
         "over seeds."
     ]
     if any(cell["verdict"] == "no interval" for cell in cells):
-        parts.append("×: one pair, no interval.")
+        parts.append("×: one seed, no interval.")
     if any(cell["lacking"] for cell in cells):
         count = sum(cell["lacking"] for cell in cells)
         where = f"{count} cell{'s' if count > 1 else ''}"

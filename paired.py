@@ -118,7 +118,7 @@ def block(differences):
     return {
         partner: {seed: values[seed] for seed in sorted(seeds)}
         for partner, values in differences.items()
-        if seeds and seeds <= set(values)
+        if seeds <= set(values)
     }
 
 
@@ -139,7 +139,7 @@ def difference(scores, small, large):
 
 
 def gain_cell(kind, about, runs):
-    """Runs alike in PAIRED -> (cell, notices), or (None, []) where no two arms can be paired.
+    """Runs alike in PAIRED -> (cell, notices), or (None, notices) where no runs can be paired.
 
     The differences are averaged over partners for each seed, and the interval is Student's t over
     seeds. The few-shot draw of a seed is common to all partners, so their differences are not
@@ -153,13 +153,13 @@ def gain_cell(kind, about, runs):
             scores.setdefault(key, {})[run["seed"]] = run[about["metric"]]
     arms = widest(arm_sizes(runs, kind), scores)
     differences, lacking = difference(scores, *arms) if arms else ({}, [])
-    if not differences:
-        return None, []
     where = f"{about['target']}, {words(about['shots'])}, {GAINS[kind][2]}"
     notices = [
         f"{where}: {' with '.join((name, other))} lacks seed {', '.join(map(str, seeds))}"
         for name, other, seeds in lacking
     ]
+    if not differences:
+        return None, notices
     kept = block(differences)
     named = {seed for *_, seeds in lacking for seed in seeds}
     for name, seeds in differences.items():
@@ -230,8 +230,6 @@ def group_words(cell):
 
 POINT_COLUMNS = ("kind", *TARGET, "source", "source_domain", "method", "recipe", "shots", "metric")
 POINT_COLUMNS += ("gain", *DISTANCES)
-
-
 DISTANCE_NAMES = {"frechet_relative": "log10 of relative Fréchet distance", "energy": "energy"}
 AGREE = {True: "yes", False: "no", None: "no interval"}
 DISTANCE_RULE = """\

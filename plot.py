@@ -190,7 +190,7 @@ def tell_gains(records, metric):
     cells, lacking = paired.gains(records, metric)
     tell(lacking, f"seeds left out of paired differences, in so many places: {len(lacking)}")
     single = [
-        f"one pair, no interval: {cell['target']}, {tables.words(cell['shots'])}, "
+        f"one seed, no interval: {cell['target']}, {tables.words(cell['shots'])}, "
         f"{cell['large']} minus {cell['small']}"
         for cell in cells
         if cell["n"] == 1
@@ -209,7 +209,7 @@ def run(args):
     missing = {name: line for name, line in missing.items() if not numbers[name]}
     if args.figure and missing:
         raise ValueError("; ".join(missing.values()))
-    if numbers.get("gain"):
+    if "gain" in numbers:
         tell_gains(records, args.metric)
     written = []
     with matplotlib.rc_context(figures.STYLE):

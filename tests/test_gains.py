@@ -242,6 +242,17 @@ def test_seeds_missing_in_an_arm_are_left_out_of_both_and_named(call, tmp_path):
     assert "lacks counts in neither (1 cell)" in " ".join(texts("figures/gain.svg"))
 
 
+def test_arms_without_a_common_seed_are_named(tmp_path):
+    runs({0: 0.5}, tmp_path, model="R26x1")
+    runs({1: 0.5}, tmp_path, model="R50x1")
+    cells, notices = cells_of(tmp_path)
+    assert not cells
+    assert [line.split("network: ")[1] for line in notices] == [
+        "R50x1 with synthetic-natural lacks seed 0",
+        "R26x1 with synthetic-natural lacks seed 1",
+    ]
+
+
 def test_a_partner_with_too_few_seeds_gives_way_and_is_named(tmp_path):
     for source, seeds in (("a", range(4)), ("b", range(4)), ("c", [0])):
         for model, score in (("R26x1", 0.3), ("R50x1", 0.4)):
@@ -256,10 +267,10 @@ def test_one_pair_has_no_interval_and_that_is_said(call, tmp_path):
     runs({0: 0.6}, tmp_path / "results", model="R50x1")
     status, out, err = call("--figure", "gain")
     assert status == 0 and "+10.0 (1)" in out
-    assert "one pair, no interval: synthetic-natural-target, 10-shot, R50x1 minus R26x1" in err
+    assert "one seed, no interval: synthetic-natural-target, 10-shot, R50x1 minus R26x1" in err
     words = texts("figures/gain.svg")
     assert "no interval in 1 cell" in words and "0 of 1" not in words
-    assert "×: one pair, no interval." in " ".join(words)
+    assert "×: one seed, no interval." in " ".join(words)
     (row,) = read_csv("figures/gain.csv")
     assert (row["ci95"], row["verdict"]) == ("", "no interval")
 
