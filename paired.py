@@ -88,20 +88,17 @@ def arm_sizes(runs, kind):
 
 
 def widest(sizes, scores):
-    """The two arms furthest apart in size among those that share a partner: (small, large), or
-    None. scores: {(arm, partner): {seed: score}}."""
+    """The two arms furthest apart in size among those that share the most partners: (small, large),
+    or None. scores: {(arm, partner): {seed: score}}."""
     partners = {arm: {other for name, other in scores if name == arm} for arm in sizes}
     names = list(sizes)
     pairs = [
-        (place, other)
+        (len(partners[small] & partners[large]), other - place, other, small, large)
         for place, small in enumerate(names)
         for other, large in enumerate(names)
         if sizes[small] < sizes[large] and partners[small] & partners[large]
     ]
-    if not pairs:
-        return None
-    small, large = max(pairs, key=lambda pair: (pair[1] - pair[0], pair[1]))
-    return names[small], names[large]
+    return max(pairs)[-2:] if pairs else None
 
 
 def block(differences):
@@ -318,11 +315,11 @@ def shared_cells(records, metric):
 GAIN_RULE = """\
 Gain: the larger arm minus the smaller one, run by run: same target, shots, seed, method, recipe, \
 and same source (larger network) or network (larger source, of one domain). The arms are the \
-largest and the smallest that share such a partner. Each seed's differences are averaged over \
-partners; the 95 % interval is Student's t over seeds, about these sources and networks: the draw \
-of a seed is common to its pairs, so pairs do not count as independent. ▲ interval above zero, \
-▼ below zero, neither: not off zero, or one seed and no interval. A seed that one arm lacks counts \
-in neither."""
+largest and the smallest of those that share the most such partners. Each seed's differences are \
+averaged over partners; the 95 % interval is Student's t over seeds, about these sources and \
+networks: the draw of a seed is common to its pairs, so pairs do not count as independent. ▲ \
+interval above zero, ▼ below zero, neither: not off zero, or one seed and no interval. A seed that \
+one arm lacks counts in neither."""
 
 
 def count_rows(cells):
