@@ -9,7 +9,7 @@ from matplotlib.ticker import LogLocator
 
 from figures import DOMAINS, MARKERS, draw_footnote, short, two_columns, write_note
 from paired import GAINS, REGIMES, axis_points, counts, fit, group_words, regime
-from tables import METRICS, differing, group
+from tables import METRICS, differing, group, words
 
 LOOKS = {  # verdict -> marker, whether it is filled
     "above": ("^", True),
@@ -88,7 +88,7 @@ def draw_gain_panel(ax, rows, cells, labelled):
     ax.axvline(0, color="black", linewidth=0.8, zorder=1)
     for cell in cells:
         draw_gain(ax, rows.index((cell["shots"], cell["target"])), cell)
-    names = [f"{short(target, LONG)}  {shots or 'full'}" for shots, target in rows]
+    names = [f"{short(target, LONG)}, {words(shots)}" for shots, target in rows]
     ax.set_yticks(range(len(rows)), names if labelled else [], fontsize=6.5)
     ax.tick_params(axis="y", length=0)
     ax.set_ylim(len(rows) - 0.4, -0.6)
@@ -113,7 +113,7 @@ def gain_columns(cells):
     columns, x = [], 0.0
     for origin in ("own", "published"):
         part = [cell for cell in cells if cell["origin"] == origin]
-        x += 0.055 * max((len(short(cell["target"], LONG)) + 6 for cell in part), default=0)
+        x += 0.055 * max((len(short(cell["target"], LONG)) + 10 for cell in part), default=0)
         for kind in [kind for kind in GAINS if any(cell["kind"] == kind for cell in part)]:
             columns.append((origin, kind, x))
             x += SIZES["panel"] + SIZES["counts"]

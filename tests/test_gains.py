@@ -366,7 +366,7 @@ def test_gain_panels_hold_the_differences_the_marks_and_the_counts(tmp_path):
     assert ax.get_title() == "larger network better\nin 1 of 3 cells\n▲ 1   ○ 1   ▼ 1"
     assert [text.get_text() for text in ax.texts] == ["0 of 1", "0 of 1", "1 of 1"]
     names = [label.get_text() for label in ax.get_yticklabels()]
-    assert names == [f"synthetic-natural-target  {s}" for s in ("1", "100", "full")]
+    assert names == [f"synthetic-natural-target, {s}" for s in ("1-shot", "100-shot", "full")]
 
 
 def test_cells_without_interval_are_not_in_the_counts(tmp_path):
