@@ -217,7 +217,7 @@ def draw_distance_panel(ax, points, kind, distance, looks):
     """The points of one kind of gain over one distance; looks: (colours, markers)."""
     colours, markers = looks
     for point in points:
-        if point["kind"] == kind and point[distance] > 0:
+        if point["kind"] == kind:
             hue = colours[point["last"]]
             face = hue if point["source_domain"] != "medical" else "white"
             marker = {"marker": markers[point["target"]], "markersize": 4}
@@ -263,17 +263,11 @@ def draw_distance(points, title, styles=None, notes=()):
             draw_distance_panel(ax, points, kind, distance, (colours, markers))
             ax.label_outer()
     fig.suptitle(title, fontsize=10)
-    words = " and ".join(
-        METRICS[name][0].replace(" (%)", "")
-        for name in METRICS
-        if any(point["metric"] == name for point in points)
-    )
-    note = (
-        f"A point is a source (or pair of sources), target and number of shots; gain in {words}, "
-    )
-    note += (
-        "from 0 to 1. Line: least squares, with 95 % band and slope (Student t over points, which "
-    )
-    note += "share sources, targets and seeds: true uncertainty is larger)."
+    used = [name for name in METRICS if any(point["metric"] == name for point in points)]
+    metrics = " and ".join(METRICS[name][0].replace(" (%)", "") for name in used)
+    note = f"""\
+A point is a source (or pair of sources), target and number of shots; gain in {metrics}, from 0 to \
+1. Line: least squares, with 95 % band and slope (Student t over points, which share sources, \
+targets and seeds: true uncertainty is larger)."""
     draw_footnote(fig, distance_legend(fig, points, colours, markers), " ".join([note, *notes]))
     return fig

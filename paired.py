@@ -241,8 +241,9 @@ the half-widths of the two 95 % intervals (Student t over seeds)."""
 
 def axis_points(points, kind, distance):
     """Points of a kind -> (x, y): the distance (Fréchet as its log10) and the gain, where known."""
-    known = [p for p in points if p["kind"] == kind and p[distance] > 0]
-    x = [math.log10(p[distance]) if distance == "frechet_relative" else p[distance] for p in known]
+    log = distance == "frechet_relative"
+    known = [p for p in points if p["kind"] == kind and p[distance] > (0 if log else -math.inf)]
+    x = [math.log10(p[distance]) if log else p[distance] for p in known]
     return x, [p["gain"] for p in known]
 
 
