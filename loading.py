@@ -5,6 +5,7 @@ of it; `loader` reads ahead with worker processes.
 """
 
 import atexit
+import contextlib
 import math
 import multiprocessing
 import os
@@ -17,7 +18,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from console import writing
 from hardware import available_cores
 from images import Decoded, Joined, Subset
 from transforms import keep
@@ -96,9 +96,6 @@ def preload(dataset, pipeline, limit=2**30):
     if pipeline.read(dataset, 0).numel() * len(dataset) > limit:
         return dataset, pipeline
 
-    def prepared(i):
-        return pipeline.read(dataset, i).contiguous()
-
     images, total = [], 0
     for image in _prepared(dataset, pipeline, available_cores()):
         images.append(image)
@@ -110,13 +107,15 @@ def preload(dataset, pipeline, limit=2**30):
     return dataset.replace(reader=_decoded(pixels, shapes, dataset.reader)), _as_prepared(pipeline)
 
 
-def _prepared(dataset, pipeline, threads):
-    """The images of a dataset, prepared, in order; `threads` of them at once."""
+def _prepared(dataset, pipeline, threads, ahead=256):
+    """The images of a dataset, prepared, in order; `threads` at once, at most `ahead` waiting."""
     with ThreadPoolExecutor(min(16, threads)) as pool:
         try:
-            yield from pool.map(
-                lambda i: pipeline.read(dataset, i).contiguous(), range(len(dataset))
-            )
+            for start in range(0, len(dataset), ahead):
+                yield from pool.map(
+                    lambda i: pipeline.read(dataset, i).contiguous(),
+                    range(start, min(start + ahead, len(dataset))),
+                )
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -135,27 +134,32 @@ def decode_once(dataset, pipeline, env, folder=None):
 
     One process keeps what fits as `preload` does. All else goes to files below `folder` (default:
     the system's for temporary files): each process writes its share, all map them into their
-    memory, and they vanish with the last process. Returns (dataset, pipeline), both as they were
-    where the files would take more than half of what is free there.
+    memory. The files have no name, so that none outlives the processes, however these end. Returns
+    (dataset, pipeline), both as they were where the files would take more than half of what is
+    free there. Raises on all processes what one met: ValueError for a broken image, OSError.
     """
-    ranks, rank, node = _place(env)
-    if ranks == 1:
+    if env.ranks == 1:
         kept = preload(dataset, pipeline)
         if kept[0] is not dataset:
             return kept
     folder = folder or tempfile.gettempdir()
+    ranks, rank, node = _place(env)
     starts = np.arange(ranks + 1) * len(dataset) // ranks
-    share = np.arange(starts[rank], starts[rank + 1])
-    bytes_needed = pipeline.read(dataset, 0).numel() * len(dataset)
-    written = None
-    if bytes_needed < shutil.disk_usage(folder).free / 2:
-        written = _write_prepared(
-            dataset.subset(share), pipeline, folder, available_cores() // ranks
-        )
-    parts = [(node, written)]
+    file, part = None, None
+    try:
+        if pipeline.read(dataset, 0).numel() * len(dataset) < _free(folder) / 2:
+            share = dataset.subset(np.arange(starts[rank], starts[rank + 1]))
+            file, shapes = _write_prepared(share, pipeline, folder, available_cores() // ranks)
+            part = f"/proc/{os.getpid()}/fd/{file.fileno()}", shapes
+    except (ValueError, OSError) as error:
+        part = error
+    parts = [(node, part)]
     if env.ranks > 1:
         parts = [None] * env.ranks
-        dist.all_gather_object(parts, (node, written))
+        dist.all_gather_object(parts, (node, part))
+    for _, part in parts:
+        if isinstance(part, Exception):
+            raise part
     parts = [part for place, part in parts if place == node]
     try:
         if None in parts:
@@ -167,9 +171,28 @@ def decode_once(dataset, pipeline, env, folder=None):
     finally:
         if env.ranks > 1:
             dist.barrier()  # all have mapped them
-        if written:
-            os.unlink(written[0])
+        if file:
+            file.close()
     return dataset.replace(reader=Joined(readers, starts[1:])), _as_prepared(pipeline)
+
+
+@contextlib.contextmanager
+def _writing(folder):
+    """Errors of writing become an OSError that names the folder and the mend."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{folder}: cannot hold decoded images ({error.strerror}); free some space, or name "
+            "another folder by --cache-dir"
+        ) from error
+
+
+def _free(folder):
+    """Bytes free in a folder, which is made; 0 where other processes could not map our files."""
+    with _writing(folder):
+        os.makedirs(folder, exist_ok=True)
+    return shutil.disk_usage(folder).free if os.path.isdir("/proc/self/fd") else 0
 
 
 def _place(env):
@@ -180,20 +203,19 @@ def _place(env):
 
 
 def _write_prepared(dataset, pipeline, folder, threads):
-    """Writes the prepared images, one after the other: (path, shapes (N,3))."""
+    """Writes the prepared images, one after the other, to a file without a name.
+
+    Returns (file, shapes (N,3)). Raises ValueError for a broken image, OSError for a full disk.
+    """
     shapes = np.zeros((len(dataset), 3), np.int64)
-    with tempfile.NamedTemporaryFile(prefix="decoded-", dir=folder, delete=False) as file:
-        try:
-            for i, image in enumerate(_prepared(dataset, pipeline, max(1, threads))):
-                shapes[i] = image.shape
-                with writing(file.name):
-                    file.write(memoryview(image.numpy()))
-            with writing(file.name):
-                file.flush()
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    return file.name, shapes
+    with _writing(folder):
+        file = tempfile.TemporaryFile(dir=folder)
+    for i, image in enumerate(_prepared(dataset, pipeline, max(1, threads))):
+        shapes[i] = image.shape
+        with _writing(folder):
+            file.write(memoryview(image.numpy()))
+            file.flush()
+    return file, shapes
 
 
 def _mapped(path, shapes):
