@@ -166,13 +166,19 @@ def _computes_bf16(device):
 
 
 def shared_out(count, env):
-    """The numbers below count, each on one rank alone, the next to whichever rank comes free."""
+    """The numbers below count, each on one rank alone, the next to whichever rank comes free.
+
+    When the generator of one rank is closed before its end, the others' end too.
+    """
     if env.ranks == 1:
         yield from range(count)
         return
     store = dist.distributed_c10d._get_default_store()
-    while (number := store.add("shared_out", 1) - 1) < count:
-        yield number
+    try:
+        while (number := store.add("shared_out", 1) - 1) < count:
+            yield number
+    except GeneratorExit:
+        store.add("shared_out", count)
 
 
 @functools.lru_cache

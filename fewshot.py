@@ -10,8 +10,6 @@ the script does what is missing. The processes of torchrun share the cells out, 
 a cell that fails is named at the end and stops no other.
 """
 
-import datetime
-
 import console
 import engine
 import grid
@@ -26,8 +24,7 @@ def main():
     parser.add_argument("--seeds", type=console.positive(int), default=3,
         help="runs of each, on other images with another head; the study: 5")  # fmt: skip
     args = parser.parse_args()
-    # A process whose share is done may wait long for the last cells of the others.
-    env = engine.setup(args.precision, timeout=datetime.timedelta(days=30))
+    env = engine.setup(args.precision, runner.PATIENCE)
     targets = grid.open_targets(args, env, few_shot=True)
     cells = grid.make_grid(args, env.alone(), targets, sorted(set(args.shots)))
     return runner.run(cells, targets, args, env)

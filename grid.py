@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,7 +95,7 @@ def _open(path, model, source):
     else:
         if not model or not source:
             raise ValueError(f"{file}: not written by pretrain.py; say --model and --source of it")
-        parts = {part.partition("@")[0] for part in source.split("+")}
+        parts = {data.base_name(part) for part in source.split("+")}
         medical = parts <= {"chexpert", "mimic", "nih", "padchest", "synthetic-xray"}
         domain = "medical" if medical else "natural"
         # BiT's own .npz networks take pixels in [-1,1], whatever the source.
@@ -254,9 +255,13 @@ TRAINING = ("recipe", "steps", "lr", "batch_size", "balanced", "compile")
 def make_grid(args, env, targets, all_shots):
     """Every cell, also those that are finished.
 
-    Raises ValueError for more shots than a class has, for two cells of one path, and for options
-    that the method does not take.
+    Raises ValueError for more shots than a class has, for two cells of one path, for options that
+    the method does not take, and OSError where results cannot be written.
     """
+    out = Path(args.out)
+    there = next(path for path in (out, *out.parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise OSError(f"--out {out}: {there} is no directory that can be written; give another")
     for option in TRAINING if args.method != "finetune" else ():
         if getattr(args, option):
             name = option.replace("_", "-")

@@ -1,6 +1,7 @@
 """How the cells of a grid are run: by all processes together, or shared out among them."""
 
 import contextlib
+import datetime
 import heapq
 import itertools
 import math
@@ -23,6 +24,9 @@ import models
 import records
 from optimizer import make_optimizer
 
+# A process whose share of the cells is done may wait long for the last ones of the others.
+PATIENCE = datetime.timedelta(days=30)
+
 
 def run(cells, targets, args, env):
     """Runs what is unfinished, and reports all; returns the exit status, 1 where cells failed.
@@ -30,8 +34,7 @@ def run(cells, targets, args, env):
     Full-shot fine-tuning takes all processes for each cell; all else is shared out among them.
     """
     todo = grid.unfinished(cells)
-    if env.ranks > 1:
-        dist.barrier()  # every process has its list before the first result is written
+    same_list(todo, args.out, env)
     console.say(env, f"{len(cells)} cells, {len(cells) - len(todo)} finished already")
     together = args.method == "finetune" and not cells[0].shots
     if args.dry_run:
@@ -57,6 +60,21 @@ def run(cells, targets, args, env):
         report(cells)
         report_failures(failures)
     return int(env.main and bool(failures))
+
+
+def same_list(cells, out, env):
+    """Returns when every process has its list, before the first result is written.
+
+    Raises ValueError on all of them unless the lists are the same.
+    """
+    if env.ranks > 1:
+        lists = [None] * env.ranks
+        dist.all_gather_object(lists, [str(cell.path) for cell in cells])
+        if any(one != lists[0] for one in lists):
+            raise ValueError(
+                f"--out {out}: the processes find different results there; name a folder that all "
+                "nodes share"
+            )
 
 
 @contextlib.contextmanager
@@ -85,20 +103,23 @@ def run_together(cells, images, env, signals, failures):
 
 
 def share_out(cells, images, env, signals, failures):
-    """This process's share: job after job, the longest first."""
+    """This process's share: job after job, the longest first, until one process is to stop."""
     jobs, distances = make_jobs(cells), {}
     done = np.cumsum([work(job) for job in jobs])
     place = {cell.path: number for number, cell in enumerate(itertools.chain(*jobs), 1)}
     began = ended = time.monotonic()
-    with engine.progress_bar(env, len(cells), title="cells", unit="cell") as bar:
-        for number in engine.shared_out(len(jobs), env):
+    with (
+        engine.progress_bar(env, len(cells), title="cells", unit="cell") as bar,
+        contextlib.closing(engine.shared_out(len(jobs), env)) as numbers,
+    ):
+        for number in numbers:
             job = jobs[number]
             results = run_job(job, images[job[0].target], distances, env.alone(), signals, failures)
             for cell, record in results:
                 seconds, ended = time.monotonic() - ended, time.monotonic()
                 left = tqdm.format_interval((ended - began) * (done[-1] / done[number] - 1))
                 metric = main_metric(record)
-                score = f"{metric} {record['metrics'][metric]:.3f}"
+                score = f"{metric} {_shown(record['metrics'][metric])}"
                 which = f"[{place[cell.path]}/{len(cells)}] {cell}"
                 tqdm.write(f"{which}: {score}, {seconds:.1f} s, {left} left")
             if bar is not None:
@@ -164,9 +185,9 @@ def classify_frozen(job, images, distances, env, signals, failures):
     """
     began, features = time.monotonic(), None
     with tolerating(failures, job):
+        far = measure_distance(job[0], images, distances, env)
         model = body(job[0], env)
         features = [extract(model, job[0], part, env) for part in (images.train, images.test)]
-        far = measure_distance(job[0], images, distances, env)
     seconds = time.monotonic() - began
     for cell in job if features else ():
         record = None
@@ -211,11 +232,11 @@ def measure_distance(cell, images, distances, env):
     distances: what is known already, {(network, target): distance}.
     """
     key = cell.pretrained.name, cell.target
+    if cell.pretrained.sample is None:
+        return None
     if key not in distances:
-        distances[key] = None
-        if cell.pretrained.sample is not None:
-            sample = distance.project(extract(body(cell, env), cell, images.sample, env))
-            distances[key] = distance.compare(cell.pretrained.sample, sample)
+        sample = distance.project(extract(body(cell, env), cell, images.sample, env))
+        distances[key] = distance.compare(cell.pretrained.sample, sample)
     return distances[key]
 
 
@@ -245,6 +266,10 @@ def make_record(cell, images, scores, train, far, env):
         "config": cell.config,
         "environment": engine.environment(env),
     }
+
+
+def _shown(value):
+    return "undefined" if value is None else f"{value:.3f}"
 
 
 def main_metric(record):

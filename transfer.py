@@ -22,7 +22,8 @@ def main():
     parser.add_argument("--seeds", type=console.positive(int), default=1,
         help="runs of each, with another head and order; the study: 5")  # fmt: skip
     args = parser.parse_args()
-    env = engine.setup(args.precision)
+    timeout = None if args.method == "finetune" else runner.PATIENCE
+    env = engine.setup(args.precision, timeout)
     targets = grid.open_targets(args, env)
     return runner.run(grid.make_grid(args, env, targets, [None]), targets, args, env)
 
