@@ -6,6 +6,7 @@ import heapq
 import itertools
 import math
 import os
+import sys
 import time
 
 import numpy as np
@@ -105,6 +106,7 @@ def run_together(cells, images, env, signals, failures):
 def share_out(cells, images, env, signals, failures):
     """This process's share: job after job, the longest first, until one process is to stop."""
     jobs, distances = make_jobs(cells), {}
+    clear = "" if env.main or not sys.stdout.isatty() else "\r\x1b[K"  # the main rank's bar
     done = np.cumsum([work(job) for job in jobs])
     place = {cell.path: number for number, cell in enumerate(itertools.chain(*jobs), 1)}
     began = ended = time.monotonic()
@@ -121,7 +123,7 @@ def share_out(cells, images, env, signals, failures):
                 metric = main_metric(record)
                 score = f"{metric} {_shown(record['metrics'][metric])}"
                 which = f"[{place[cell.path]}/{len(cells)}] {cell}"
-                tqdm.write(f"{which}: {score}, {seconds:.1f} s, {left} left")
+                tqdm.write(f"{clear}{which}: {score}, {seconds:.1f} s, {left} left")
             if bar is not None:
                 bar.update(place[job[-1].path] - bar.n)  # those of all processes
 
@@ -308,7 +310,8 @@ def report_failures(failures):
     """Which cells failed and why, at the end."""
     if failures:
         print(f"{len(failures)} cells failed; the same command tries them again:")
-        console.print_table(failures.items(), ["cell", "reason"])
+        for path, reason in failures.items():
+            print(f"{path}: {reason}")
 
 
 def dry_run(cells, todo, env, together):

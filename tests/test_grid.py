@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import command, env, run
 
 import data
@@ -107,6 +108,57 @@ def test_a_full_shot_run_that_diverges_stops_no_other(call, folder, checkpoint, 
     output, _ = run("transfer.py", *args, ranks=2, cwd=tmp_path, status=1)
     assert "2 cells failed" in output and output.count("not finite") == 2
     assert not results(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["finetune", "linear"])
+def test_a_failing_distance_fails_each_cell_with_its_reason(
+    call, folder, checkpoint, monkeypatch, tmp_path, method
+):
+    def fails(*args):
+        raise RuntimeError("no distance")
+
+    monkeypatch.setattr(distance, "compare", fails)
+    quick = finetune_args if method == "finetune" else args_for
+    status, output = call(fewshot, *quick(folder, checkpoint, "--method", method))
+    assert status == 1 and output.count("json: no distance") == 4 and not results(tmp_path)
+
+
+def test_results_that_cannot_be_written_are_refused_before_any_cell(
+    call, folder, checkpoint, monkeypatch, tmp_path
+):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="--out file/x: file is no directory"):
+        call(fewshot, *finetune_args(folder, checkpoint), "--out", "file/x")
+    monkeypatch.setattr(grid.os, "access", lambda path, mode: False)
+    with pytest.raises(OSError, match="--out results: . is no directory that can be written"):
+        call(fewshot, *finetune_args(folder, checkpoint))
+
+
+def test_processes_that_see_different_results_are_told_to_share_them(folder, monkeypatch):
+    cells = cells_of((*args_for(folder, "scratch"), "--batch-size", "8"))
+
+    def gather(lists, mine):
+        lists[:] = mine, mine[1:]
+
+    monkeypatch.setattr(runner.dist, "all_gather_object", gather)
+    with pytest.raises(ValueError, match="--out r: .* share"):
+        runner.same_list(cells, "r", engine.setup("fp32")._replace(ranks=2))
+
+
+def test_an_undefined_metric_is_said_so(call, nih_root, tmp_path, monkeypatch):
+    """The AUC of a test set that shows no finding."""
+    original = engine.load_splits
+
+    def without_findings(*args):
+        train, test = original(*args)
+        return train, test.replace(labels=0 * test.labels)
+
+    monkeypatch.setattr(engine, "load_splits", without_findings)
+    status, output = call(
+        fewshot, "--checkpoint", "scratch", "--target", "nih", "--data-dir", nih_root, "--shots",
+        "1", "--seeds", "1", "--steps", "1", *QUICK,
+    )  # fmt: skip
+    assert status == 0 and "mean_auc undefined" in output and len(results(tmp_path)) == 1
 
 
 def test_unknown_target_and_missing_checkpoint_are_refused_before_any_cell(
@@ -209,6 +261,19 @@ def cmdline(pid):
         return file.read()
 
 
+def test_shared_out_ends_on_all_ranks_when_one_stops(monkeypatch):
+    store = dist.HashStore()
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    two = engine.setup("fp32")._replace(ranks=2)
+    first, second, third = (engine.shared_out(9, two) for _ in range(3))
+    assert [next(first), next(second), next(first)] == [0, 1, 2]
+    assert list(second) == [3, 4, 5, 6, 7, 8] and list(first) == []
+    store.delete_key("shared_out")
+    assert next(third) == 0
+    third.close()
+    assert list(engine.shared_out(9, two)) == []
+
+
 def test_a_time_limit_stops_both_processes_in_one_line(folder, checkpoint, tmp_path):
     args = (*args_for(folder, checkpoint, seeds=9), "--steps", "9999", "--batch-size", "8")
     output, errors = run("fewshot.py", *args, "--time-limit", "0.1", ranks=2, cwd=tmp_path)
@@ -274,6 +339,36 @@ def test_each_image_is_read_once_for_the_whole_grid(call, folder, checkpoint, mo
     assert sum(counts[where] for where in test_images) <= 21 + 1
     assert sum(counts[where] for where in chosen) <= 2 * len(chosen) + 3
     assert len(counts) == 21 + 60
+
+
+def test_decoded_images_lie_in_a_file_without_a_name(folder, tmp_path, monkeypatch):
+    """So that nothing is left, however the process ends. The folder is made."""
+    dataset, listings = data.load_dataset(f"folder:{folder}"), []
+    pipeline = transforms.hyperrule_pipeline(40, 32, train=True)
+
+    def spy(image):
+        listings.append(list((tmp_path / "new").glob("*")))
+        return pipeline.prepare(image)
+
+    monkeypatch.setattr(loading, "preload", lambda *args: args)
+    spied = pipeline._replace(prepare=spy)
+    mapped, _ = loading.decode_once(dataset, spied, engine.setup("fp32"), tmp_path / "new")
+    assert isinstance(mapped.reader, images.Joined) and len(listings) == 61
+    assert not any(listings) and (tmp_path / "new").is_dir()
+
+
+def test_a_broken_image_of_another_process_is_named_by_all(folder, tmp_path, monkeypatch):
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK"):
+        monkeypatch.setenv(name, {"LOCAL_WORLD_SIZE": "2"}.get(name, "0"))
+
+    def gather(parts, mine):
+        parts[:] = mine, (1, ValueError("7.png is broken"))
+
+    monkeypatch.setattr(loading.dist, "all_gather_object", gather)
+    dataset = data.load_dataset(f"folder:{folder}")
+    pipeline = transforms.hyperrule_pipeline(40, 32, train=True)
+    with pytest.raises(ValueError, match="7.png is broken"):
+        loading.decode_once(dataset, pipeline, engine.setup("fp32")._replace(ranks=2), tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------
