@@ -1,5 +1,6 @@
 """The grid: who runs which cell, what fails, what is decoded, frozen features, --dry-run."""
 
+import itertools
 import json
 import os
 import re
@@ -197,13 +198,19 @@ def test_jobs_come_longest_first_and_frozen_ones_by_network_and_target(call, fol
 
 def cells_of(args):
     """The cells of a command line."""
+    return grid_of(args)[-1]
+
+
+def grid_of(args):
+    """(args, env, targets, cells) of a command line."""
     parser = fewshot.console.Parser()
     grid.add_options(parser)
     parser.add_argument("--shots", type=int, nargs="+")
     parser.add_argument("--seeds", type=int)
     args = parser.parse_args(list(map(str, args)))
     env = engine.setup("fp32")
-    return grid.make_grid(args, env, grid.open_targets(args, env, True), args.shots)
+    targets = grid.open_targets(args, env, True)
+    return args, env, targets, grid.make_grid(args, env, targets, args.shots)
 
 
 def test_two_processes_share_the_cells_and_decode_for_each_other(folder, checkpoint, tmp_path):
@@ -284,6 +291,25 @@ def test_a_time_limit_stops_both_processes_in_one_line(folder, checkpoint, tmp_p
 # ------------------------------------------------------------------------------------------------
 # Decoding once
 # ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["finetune", "linear"])
+def test_each_cell_reads_its_own_images(folder, checkpoint, method):
+    """Prepared for training, except that frozen features are of images prepared for testing."""
+    more = ("--method", method, *(("--batch-size", "8") if method == "finetune" else ()))
+    args, alone, targets, cells = grid_of(args_for(folder, checkpoint, *more))
+    found = grid.decode(cells, targets, args, alone)[f"folder:{folder}"]
+    train_set, test_set, _ = targets[f"folder:{folder}"]
+    training, testing = (transforms.hyperrule_pipeline(40, 32, train) for train in (True, False))
+    own = training if method == "finetune" else testing
+    for cell in cells:
+        dataset, pipeline = found.train_of(cell)
+        assert (dataset.labels == train_set.labels[cell.indices]).all()
+        for i, original in enumerate(cell.indices):
+            assert torch.equal(pipeline.read(dataset, i), own.read(train_set, original))
+        assert str(pipeline.augment) == str(own.augment)
+    for (dataset, pipeline), original in ((found.test, test_set), (found.sample, train_set)):
+        assert torch.equal(pipeline.read(dataset, 7), testing.read(original, 7))
 
 
 def test_images_on_disk_are_those_in_memory(folder, tmp_path, monkeypatch):
@@ -421,20 +447,20 @@ def features(checkpoint, dataset, indices):
 @pytest.mark.parametrize("method", ["linear", "nearest-mean"])
 def test_features_classify_as_by_hand(call, folder, checkpoint, tmp_path, method):
     """Through the whole script, against features taken here."""
-    status, _ = call(fewshot, *args_for(folder, checkpoint, "--method", method, seeds=1))
+    status, _ = call(fewshot, *args_for(folder, checkpoint, "--method", method))
     assert status == 0
     train, test = (data.load_dataset(f"folder:{folder}", split=split) for split in data.SPLITS)
-    chosen = few_shot_indices(train.labels, 2, 0)
-    train_features, test_features = (
-        features(checkpoint, *of) for of in ((train, chosen), (test, range(21)))
-    )
-    labels = train.labels[chosen]
-    logits, facts = linear.CLASSIFIERS[method](train_features, labels, test_features, 3)
-    expected = engine.compute_metrics(logits, test.labels, test.classes)
-    record = results(tmp_path, f"*/*/2shot-seed0-{method}.json").popitem()[1]
-    assert record["metrics"]["loss"] == pytest.approx(expected["loss"], rel=1e-3)
-    assert record["metrics"]["mean_auc"] == pytest.approx(expected["mean_auc"], abs=1e-3)
-    assert record["train"].keys() >= facts.keys()
+    test_features = features(checkpoint, test, range(21))
+    for shots, seed in itertools.product((1, 2), (0, 1)):
+        chosen = few_shot_indices(train.labels, shots, seed)
+        logits, facts = linear.CLASSIFIERS[method](
+            features(checkpoint, train, chosen), train.labels[chosen], test_features, 3
+        )
+        expected = engine.compute_metrics(logits, test.labels, test.classes)
+        record = results(tmp_path, f"*/*/{shots}shot-seed{seed}-{method}.json").popitem()[1]
+        assert record["metrics"]["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+        assert record["metrics"]["mean_auc"] == pytest.approx(expected["mean_auc"], abs=1e-3)
+        assert record["train"].keys() >= facts.keys()
 
 
 @pytest.mark.parametrize(
