@@ -1,7 +1,8 @@
 """Batches that any layout repeats: the global batch of step s is a function of (seed, s) alone.
 
-`preload` decodes a small dataset once; `Batches` is the global batch of a step, or one rank's part
-of it; `loader` reads ahead with worker processes.
+`preload` decodes a small dataset once, `decode_once` any that fits on the disk for all processes
+of a machine; `Batches` is the global batch of a step, or one rank's part of it; `loader` reads
+ahead with worker processes.
 """
 
 import atexit

@@ -346,7 +346,7 @@ def speed(cell, speeds, env):
     config = cell.config
     key = config["model"], config["crop"]
     if key not in speeds:
-        batch = config.get("batch_size", 128)
+        batch = config.get("batch_size", 128) // (1 if cell.shots else env.ranks)  # of one process
         batch = batch if env.device.type == "cuda" else min(batch, 32)
         model = models.place(models.create_model(config["model"], 2), env.device).train()
         optimizer = make_optimizer(model, 0.0)

@@ -111,6 +111,26 @@ def test_a_full_shot_run_that_diverges_stops_no_other(call, folder, checkpoint, 
     assert not results(tmp_path)
 
 
+def test_what_happened_to_another_process_is_told(folder, monkeypatch, capsys):
+    args, alone, targets, cells = grid_of((*args_for(folder, "scratch"), "--batch-size", "8"))
+    theirs = {"other.json": "no memory"}, None
+
+    def gather(found, mine):
+        found[:] = mine, (mine if isinstance(mine, list) else theirs)
+
+    monkeypatch.setattr(runner.dist, "all_gather_object", gather)
+    monkeypatch.setattr(runner, "share_out", lambda *_: None)
+    monkeypatch.setattr(grid, "decode", lambda *_: {})
+    two = alone._replace(ranks=2)
+    assert runner.run(cells, targets, args, two) == 1
+    assert "1 cells failed" in (output := capsys.readouterr().out)
+    assert "other.json: no memory" in output
+    theirs = {}, ("stopped by SIGTERM", 75)
+    with pytest.raises(engine.Stopped, match="stopped by SIGTERM") as stopped:
+        runner.run(cells, targets, args, two)
+    assert stopped.value.status == 75
+
+
 @pytest.mark.parametrize("method", ["finetune", "linear"])
 def test_a_failing_distance_fails_each_cell_with_its_reason(
     call, folder, checkpoint, monkeypatch, tmp_path, method
