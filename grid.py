@@ -162,6 +162,12 @@ def open_targets(args, env, few_shot=False):
         synthetic = name.startswith("synthetic")
         recipe = args.recipe or ("synthetic" if synthetic else "paper")
         targets[name] = Target(train_set, test_set, recipe)
+    if args.single_label and not any(
+        t.train_set.options.get("single_label") for t in targets.values()
+    ):
+        raise ValueError(
+            f"--single-label means nothing for {', '.join(targets)}: not multi-label; leave it out"
+        )
     return targets
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -498,6 +499,11 @@ def test_options_that_mean_nothing_on_frozen_features(call, folder, checkpoint, 
         call(fewshot, *args_for(folder, checkpoint, "--method", "linear", *options))
 
 
+def test_single_label_of_multi_class_targets_is_refused(call, folder, checkpoint):
+    with pytest.raises(ValueError, match="--single-label means nothing for folder:"):
+        call(fewshot, *args_for(folder, checkpoint, "--single-label"))
+
+
 def test_scratch_has_no_features(call, folder, checkpoint):
     with pytest.raises(ValueError, match="--method linear: scratch has no features"):
         call(fewshot, *args_for(folder, (checkpoint, "scratch"), "--method", "linear"))
@@ -530,6 +536,20 @@ def test_distance_of_a_result_is_that_of_its_features(call, folder, checkpoint, 
     assert record["distance"]["images"] == 60
     # The same images, but that pre-training crops what transfer shows whole.
     assert 0.5 < record["distance"]["frechet_relative"] < 2
+
+
+def test_distances_are_known_by_network_and_target(monkeypatch):
+    monkeypatch.setattr(runner, "body", lambda *_: None)
+    monkeypatch.setattr(runner, "extract", lambda model, cell, part, env: part)
+    monkeypatch.setattr(distance, "project", lambda part: part)
+    monkeypatch.setattr(distance, "compare", lambda source, sample: (source, sample))
+    known = {}
+    for name, target in itertools.product("ab", "xy"):
+        cell = SimpleNamespace(pretrained=SimpleNamespace(name=name, sample=name), target=target)
+        images = SimpleNamespace(sample=target)
+        assert runner.measure_distance(cell, images, known, None) == (name, target)
+    monkeypatch.setattr(runner, "extract", None)
+    assert runner.measure_distance(cell, images, known, None) == ("b", "y")
 
 
 def test_a_dry_run_prints_the_grid_and_writes_nothing(
