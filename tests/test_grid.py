@@ -418,6 +418,24 @@ def test_a_broken_image_of_another_process_is_named_by_all(folder, tmp_path, mon
         loading.decode_once(dataset, pipeline, engine.setup("fp32")._replace(ranks=2), tmp_path)
 
 
+def test_each_machine_maps_its_own_files(folder, tmp_path, monkeypatch):
+    """The second of two machines with a process each."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("GROUP_RANK", "1")
+
+    def gather(parts, mine):
+        parts[:] = (0, ("/of/another/machine", mine[1][1])), mine
+
+    monkeypatch.setattr(loading.dist, "all_gather_object", gather)
+    monkeypatch.setattr(loading.dist, "barrier", lambda: None)
+    dataset = data.load_dataset(f"folder:{folder}")
+    pipeline = transforms.hyperrule_pipeline(40, 32, train=True)
+    two = engine.setup("fp32")._replace(rank=1, ranks=2)
+    mapped, _ = loading.decode_once(dataset, pipeline, two, tmp_path)
+    assert all(torch.equal(mapped.read(i), pipeline.read(dataset, i)) for i in range(60))
+
+
 # ------------------------------------------------------------------------------------------------
 # Frozen features
 # ------------------------------------------------------------------------------------------------
