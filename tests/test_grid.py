@@ -1,5 +1,6 @@
 """The grid: who runs which cell, what fails, what is decoded, frozen features, --dry-run."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -232,6 +233,17 @@ def grid_of(args):
     env = engine.setup("fp32")
     targets = grid.open_targets(args, env, True)
     return args, env, targets, grid.make_grid(args, env, targets, args.shots)
+
+
+def test_the_config_says_what_is_used(folder, checkpoint):
+    args = (*args_for(folder, checkpoint, "--batch-size", "4"), "--steps", "2")
+    cells = cells_of(args)
+    digest = hashlib.sha256((checkpoint / "model.pt").read_bytes()).hexdigest()[:16]
+    always = {"batch_size": 4, "steps": 2, "weights": digest, "target_options": {}, "lr": 0.001}
+    for cell in cells:
+        sampling = "replacement" if cell.shots == 1 else "shuffle"  # of 3 or 6 images
+        expected = always | {"sampling": sampling, "images": 3 * cell.shots, "seed": cell.seed}
+        assert expected.items() <= cell.config.items()
 
 
 def test_two_processes_share_the_cells_and_decode_for_each_other(folder, checkpoint, tmp_path):
@@ -471,6 +483,22 @@ def test_frozen_features_are_extracted_once(
 
     call(fewshot, *finetune_args(folder, checkpoint, seeds=3))  # another method, another file
     assert len(results(tmp_path)) == 12
+
+
+def test_full_shot_runs_on_frozen_features_are_shared_out(
+    call, folder, checkpoint, monkeypatch, tmp_path
+):
+    """So that a process may wait for the others longer than for a step."""
+    waits, original = [], engine.setup
+    monkeypatch.setattr(
+        engine, "setup", lambda precision, wait: waits.append(wait) or original(precision)
+    )
+    args = ("--target", f"folder:{folder}", "--image-size", "32", "--method", "linear")
+    status, _ = call(transfer, "--checkpoint", checkpoint, *args)
+    assert status == 0 and waits == [runner.PATIENCE]
+    ((name, record),) = results(tmp_path).items()
+    assert name.endswith("/full-seed0-linear.json") and record["train"]["images"] == 60
+    assert (record["kind"], record["shots"]) == ("transfer", None)
 
 
 def features(checkpoint, dataset, indices):
