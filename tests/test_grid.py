@@ -501,6 +501,24 @@ def test_full_shot_runs_on_frozen_features_are_shared_out(
     assert (record["kind"], record["shots"]) == ("transfer", None)
 
 
+def test_frozen_cells_stop_between_two(call, folder, checkpoint, tmp_path):
+    args = args_for(folder, checkpoint, "--method", "nearest-mean", "--time-limit", "1e-9")
+    with pytest.raises(engine.Stopped, match="--time-limit"):
+        call(fewshot, *args)
+    assert len(results(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    "source, domain",
+    [("nih@224+chexpert", "medical"), ("synthetic-xray~0.4", "medical"), ("pets", "natural")],
+)
+def test_the_domain_of_a_foreign_weight_file(tmp_path, source, domain):
+    torch.save({"model": models.create_model("R14x0.5", 3).state_dict()}, tmp_path / "model.pth")
+    (opened,) = grid.open_checkpoints([tmp_path / "model.pth"], "R14x0.5", source)
+    assert (opened.domain, opened.sample) == (domain, None)
+    assert opened.normalization == transforms.NORMALIZATION[domain]
+
+
 def features(checkpoint, dataset, indices):
     """Taken without the scripts: (N,D) float32."""
     (opened,) = grid.open_checkpoints([str(checkpoint)])
