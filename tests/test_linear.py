@@ -324,3 +324,17 @@ def test_benchmark_measures_every_arm(tmp_path):
             == min(rows[kind, arm]["ms"] for arm in arms[1:3]) / (rows[kind, "ours"]["ms"])
         )
     assert all(required["reached"] for required in record["required"][2:])
+
+
+def test_each_problem_goes_its_own_way(rng):
+    features, labels = findings(rng, 80, 12, 2)
+    space = linear.make_space(features)
+    problem = space.points, *linear._targets(labels, 2, space.points.device)
+    start = torch.from_numpy(50 * rng.normal(size=(2, 1, 13)))  # saturated: whole steps overshoot
+    far, iterations, gradient = linear.minimise(*problem, 1e-3, start, space.spread, 1e-7)
+    near = linear.minimise(*problem, 1e-3, 0 * start, space.spread, 1e-7)[0]
+    assert gradient <= 1e-7 and iterations < 200
+    torch.testing.assert_close(far, near, rtol=0, atol=1e-3)
+    start[0] = near[0]
+    mixed = linear.minimise(*problem, 1e-3, start, space.spread, 1e-7)[0]
+    assert (mixed[0] == near[0]).all() and (mixed[1] != start[1]).all()
