@@ -2,7 +2,7 @@ PYTHON ?= python3
 WORLDS = runs/synthetic-natural runs/synthetic-xray
 NETWORKS = $(WORLDS:%=%-R14x0.5)
 LARGE = $(WORLDS:%=%-R26x1)
-# A tenth of the images, as many steps.
+# A tenth of the images, as many epochs, as in the study.
 TENTH = $(WORLDS:%=%-0.1-R14x0.5)
 LARGE_TENTH = $(WORLDS:%=%-0.1-R26x1)
 ALL = $(LARGE) $(LARGE_TENTH) $(NETWORKS) $(TENTH)
@@ -29,10 +29,10 @@ $(LARGE): runs/%-R26x1:
 	$(PRETRAIN) --model R26x1
 
 $(TENTH): runs/%-0.1-R14x0.5:
-	$(PRETRAIN) --fraction 0.1 --epochs 60
+	$(PRETRAIN) --fraction 0.1
 
 $(LARGE_TENTH): runs/%-0.1-R26x1:
-	$(PRETRAIN) --fraction 0.1 --epochs 60 --model R26x1
+	$(PRETRAIN) --fraction 0.1 --model R26x1
 
 test: .venv/tests-installed
 	.venv/bin/python -m pytest

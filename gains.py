@@ -93,7 +93,7 @@ def draw_gain_panel(ax, rows, cells, labelled):
     ax.tick_params(axis="y", length=0)
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.set_xlim(gain_limits(cells))
-    ax.locator_params(axis="x", nbins=4)
+    ax.locator_params(axis="x", nbins=3)
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("-", "−"))
     unit = {"accuracy": "gain in accuracy (points)"}
     ax.set_xlabel(unit.get(cells[0]["metric"], f"gain in {METRICS[cells[0]['metric']][0]}"))
