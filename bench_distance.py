@@ -11,7 +11,6 @@ import console
 import data
 import distance
 import engine
-import finetune
 import grid
 import models
 import runner
@@ -39,7 +38,8 @@ def measure_distance(args, env):
 
     Each row: mean ± standard deviation over seeds, other images each. A step is what a measure
     gains from a gap to the next, its spread the larger standard deviation of the two gaps. The time
-    of a distance, without reading the images, is compared with that of one run of fewshot.py.
+    of a distance, without reading the images, is compared with that of a run of fewshot.py that
+    measures it; the other runs of that network and target take it from there.
     """
     folders = args.checkpoint or sorted(str(p.parent) for p in Path("runs").glob("*/model.pt"))
     if not folders:
@@ -129,7 +129,8 @@ def rank_correlation(x, y):
 
 
 def _seconds(folder, record, rounds, env):
-    """Of fine-tuning on 10 images a class, evaluation included, and of a distance: the fastest."""
+    """Of one run on 10 images a class, evaluation and distance included, and of a distance alone:
+    the fastest."""
     name = TARGETS[record["domain"]]
     with tempfile.TemporaryDirectory() as out:
         parser = console.Parser("")
@@ -141,9 +142,7 @@ def _seconds(folder, record, rounds, env):
         (cell,) = grid.make_grid(options, env, targets, [10])
         images = grid.decode([cell], targets, options, env)[name]
         arms = {
-            "transfer": lambda: finetune.fine_tune(
-                cell, images.train_of(cell), images.test, env, None
-            ),
+            "transfer": lambda: runner.fine_tune(cell, images, {}, env, None),
             "distance": lambda: runner.measure_distance(cell, images, {}, env),
         }
         seconds = dict.fromkeys(arms, float("inf"))

@@ -25,10 +25,10 @@ def linear_options(parser):
     add = parser.add_argument
     add("--shots", type=console.positive(int), nargs="+", default=[1, 10, 100],
         help=f"training images of each of {CLASSES} classes, up to 140")  # fmt: skip
-    add("--threads", type=console.positive(int), nargs="+", default=[1, 2],
+    add("--threads", type=console.positive(int), nargs="+", default=[1],
         help="threads of the CPU, the same for both packages")  # fmt: skip
-    add("--rounds", type=console.positive(int), default=5, help="turns an arm; the best counts")
-    add("--fits", type=console.positive(int), default=2, help="fits a turn")
+    add("--rounds", type=console.positive(int), default=3, help="turns an arm; the best counts")
+    add("--fits", type=console.positive(int), default=1, help="fits a turn")
 
 
 def linear(args, env):

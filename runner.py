@@ -216,8 +216,12 @@ def classify(cell, images, features):
 
 
 def body(cell, env):
-    """The pre-trained network, whose head is never used."""
-    return finetune.pretrained_model(cell.pretrained, 1, 0, env.device).eval()
+    """The pre-trained network in eval mode; its head holds nothing."""
+    with torch.device("meta"):  # initialising what is loaded anyway takes as long as loading it
+        model = models.create_model(cell.pretrained.model, 1)
+    model.to_empty(device="cpu")
+    models.load_weights(model, cell.pretrained.path)
+    return models.place(model, env.device).eval()
 
 
 def extract(model, cell, part, env):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import plot
 import xrays
 from data import load_dataset
 
@@ -84,6 +85,18 @@ def run(script, *args, ranks=1, cwd, status=0):
 
 def env():
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """Run plot.main in an empty folder -> (status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv):
+        status = plot.main([str(word) for word in argv])
+        return status, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture

@@ -18,23 +18,10 @@ from test_plot import write
 import figures
 import gains
 import paired
-import plot
 import tables
 
 PUBLISHED = ROOT / "published.json"
 NATURAL = ("cifar10", "cifar100", "pets", "flowers102")
-
-
-@pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
-    """Run plot.main in an empty folder -> (status, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*argv):
-        status = plot.main([str(word) for word in argv])
-        return status, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -67,18 +67,6 @@ def write_grid(folder):
                     write_seeds(folder, (0.3, 0.4), **about)
 
 
-@pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
-    """Run plot.main in an empty folder -> (status, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*argv):
-        status = plot.main([str(word) for word in argv])
-        return status, *capsys.readouterr()
-
-    return run
-
-
 def read_csv(path="figures/fewshot.csv"):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
