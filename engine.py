@@ -43,7 +43,8 @@ def add_common_options(parser, out, auto_batch=False):
     """The options that mean the same in every training script."""
     add = parser.add_argument
     add("--data-dir", default="datasets", help="directory that holds the real datasets")
-    add("--cache-dir", help="directory for the index of large datasets (default: beside them)")
+    add("--cache-dir", help="directory for the index of large datasets (default: beside them) and "
+        "the decoded images of a grid (default: the system's temporary one)")  # fmt: skip
     add("--download", action="store_true", help="fetch what torchvision can fetch")
     add("--views", nargs="+", metavar="VIEW", help="X-ray views to keep, e.g. PA AP (default: the "
         "study's of the dataset)")  # fmt: skip
