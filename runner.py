@@ -123,7 +123,8 @@ def share_out(cells, images, env, signals, failures):
                 metric = main_metric(record)
                 score = f"{metric} {_shown(record['metrics'][metric])}"
                 which = f"[{place[cell.path]}/{len(cells)}] {cell}"
-                tqdm.write(f"{clear}{which}: {score}, {seconds:.1f} s, {left} left")
+                # In one piece: unbuffered processes would glue their lines together.
+                tqdm.write(f"{clear}{which}: {score}, {seconds:.1f} s, {left} left\n", end="")
             if bar is not None:
                 bar.update(place[job[-1].path] - bar.n)  # those of all processes
 
