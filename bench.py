@@ -345,13 +345,12 @@ def grid(args, env):
     """
     speeds = {"1 process": 0.0, "2 processes": 0.0}
     with tempfile.TemporaryDirectory() as folder:
-        for turn, ranks in itertools.product(range(args.rounds), (1, 2)):
+        for turn, (ranks, name) in itertools.product(range(args.rounds), enumerate(speeds, 1)):
             options = "--checkpoint", "scratch", "--seeds", str(args.seeds)
             out = Path(folder) / f"{turn}-{ranks}"
             began = time.perf_counter()
             _torchrun(ranks, "fewshot.py", *options, "--out", str(out))
             speed = len(list(out.glob("*/*/*.json"))) / (time.perf_counter() - began)
-            name = "1 process" if ranks == 1 else "2 processes"
             speeds[name] = max(speeds[name], speed)
     required = (("2 processes", "1 process", 1.8),)
     return speed_report(speeds, "1 process", required, "cells/s")

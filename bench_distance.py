@@ -2,7 +2,6 @@
 
 import itertools
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import grid
 import models
 import runner
 import transforms
-from measure import Report
+from measure import Report, best_speeds
 
 GAPS = (0, 0.2, 0.4, 0.6, 0.8, 1)
 MEASURES = ("frechet_relative", "energy")
@@ -142,13 +141,8 @@ def _seconds(folder, record, rounds, env):
         (cell,) = grid.make_grid(options, env, targets, [10])
         images = grid.decode([cell], targets, options, env)[name]
         arms = {
-            "transfer": lambda: runner.fine_tune(cell, images, {}, env, None),
-            "distance": lambda: runner.measure_distance(cell, images, {}, env),
+            "transfer": lambda _: runner.fine_tune(cell, images, {}, env, None),
+            "distance": lambda _: runner.measure_distance(cell, images, {}, env),
         }
-        seconds = dict.fromkeys(arms, float("inf"))
-        for _ in range(rounds):
-            for arm, run in arms.items():
-                began = time.perf_counter()
-                run()
-                seconds[arm] = min(seconds[arm], time.perf_counter() - began)
-    return seconds
+        speeds = best_speeds(arms, rounds, 1, 1, env)
+    return {arm: 1 / speed for arm, speed in speeds.items()}

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter
 
-from tables import LINE, METRICS, differing, group, line_order, plain_name, size_order
+from tables import LINE, METRICS, differing, group, line_order, mark, plain_name, size_order
 
 # ------------------------------------------------------------------------------------------------
 # Settings
@@ -143,8 +143,7 @@ def short(name, width):
 
 def draw_title(ax, target):
     """Name and domain of the target over its panel, and whether its numbers are published ones."""
-    published = ", published" if target[2] == "published" else ""
-    text = f"{textwrap.fill(target[0], 40)}\n{target[1]} target{published}"
+    text = f"{textwrap.fill(target[0], 40)}\n{target[1]} target{mark(target[2])}"
     ax.set_title(text, color=DOMAINS[target[1]][1][-1], fontsize=8.5)
 
 
@@ -374,9 +373,8 @@ def draw_full_shot(panels, title, styles=None, notes=()):
         draw_bars(bars, panel, styles, differ)
         draw_lines(lines, panel, styles)
         draw_y_axis(bars, panel, with_chance=False)
-        published = ", published" if target[2] == "published" else ""
         look = {"loc": "left", "color": DOMAINS[target[1]][1][-1], "fontsize": 8.5}
-        bars.set_title(f"{short(target[0], 30)} ({target[1]}{published})", **look)
+        bars.set_title(f"{short(target[0], 30)} ({target[1]}{mark(target[2])})", **look)
         draw_size_axis(lines, cells, labelled=lines is axes[-1, 1])
     fig.suptitle(title, fontsize=10)
     note = f"{footnote(cells)} All training images of the target."

@@ -170,12 +170,11 @@ def fine_tune(cell, train, test, env, signals, log=None, bar=None):
         log_every=config["log_every"], progress=bar,
     )  # fmt: skip
     run.save(env)
-    metrics = engine.evaluate(
-        model, *test, env, normalization, evaluation_batch(config), config["workers"]
-    )
+    at_once = max(config["batch_size"], images_at_once(config["crop"]))
+    metrics = engine.evaluate(model, *test, env, normalization, at_once, config["workers"])
     return metrics, run.summary(len(train_set), env)
 
 
-def evaluation_batch(config):
-    """Images that are evaluated at once: a batch of training, or 4 million pixels."""
-    return max(config["batch_size"], 2**22 // config["crop"] ** 2)
+def images_at_once(size):
+    """How many images of size x size pixels a forward pass takes: 4 million pixels."""
+    return max(1, 2**22 // size**2)

@@ -9,7 +9,7 @@ from matplotlib.ticker import LogLocator
 
 from figures import DOMAINS, MARKERS, draw_footnote, short, two_columns, write_note
 from paired import GAINS, REGIMES, axis_points, counts, fit, group_words, regime
-from tables import METRICS, differing, group, words
+from tables import METRICS, differing, group, mark, words
 
 LOOKS = {  # verdict -> marker, whether it is filled
     "above": ("^", True),
@@ -103,9 +103,8 @@ def draw_gain_panel(ax, rows, cells, labelled):
 
 def block_name(cells, differ):
     """The heading of the panels of a group."""
-    published = ["published"] if cells[0]["origin"] == "published" else []
     methods = [cells[0][key] or "–" for key in differ]
-    return ", ".join([group_words(cells[0]), *methods, *published])
+    return ", ".join([group_words(cells[0]), *methods]) + mark(cells[0]["origin"])
 
 
 def gain_columns(cells):

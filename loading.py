@@ -222,7 +222,11 @@ def _write_prepared(dataset, pipeline, folder, threads):
 def _mapped(path, shapes):
     """The bytes of a file of such images, (M,) uint8; what is written to them stays here."""
     size = int(shapes.prod(1).sum())
-    return torch.from_file(path, size=size, dtype=torch.uint8) if size else torch.empty(0)
+    return (
+        torch.from_file(path, size=size, dtype=torch.uint8)
+        if size
+        else torch.empty(0, dtype=torch.uint8)
+    )
 
 
 class Batches(torch.utils.data.Dataset):

@@ -251,7 +251,7 @@ def distance_points(records, metric):
     """Records -> points of gain against distance: of each source for the network gain, of each
     pair of sources for the source gain (with the mean distance of the runs that it pairs)."""
     keys = ("origin", "target", "source", "model")
-    known = {key: runs for key, runs in group(records, keys).items()}
+    known = group(records, keys)
     points = []
     for cell in gain_cells(records, metric):
         arms = [cell["small"], cell["large"]]

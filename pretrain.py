@@ -213,7 +213,8 @@ def pretrain(train_set, test_set, config, state, folder, env):
 
 
 def sample_features(model, train_set, config, env):
-    """What model.pt keeps of the source, for the distance of targets: (SAMPLE, 64) float32."""
+    """What model.pt keeps of the source, for the distance of targets: (N, D) float32, what
+    distance.project makes of the features of at most distance.SAMPLE images."""
     domain, own_size = train_set.domain, train_set.size is not None
     chosen = train_set.subset(distance.sample(len(train_set)))
     pipeline = transforms.pretraining_pipeline(domain, config["image_size"], False, own_size)

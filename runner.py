@@ -188,8 +188,8 @@ def classify_frozen(job, images, distances, env, signals, failures):
     """
     began, features = time.monotonic(), None
     with tolerating(failures, job):
-        far = measure_distance(job[0], images, distances, env)
         model = body(job[0], env)
+        far = measure_distance(job[0], images, distances, env, model)
         features = [extract(model, job[0], part, env) for part in (images.train, images.test)]
     seconds = time.monotonic() - began
     for cell in job if features else ():
@@ -229,21 +229,22 @@ def extract(model, cell, part, env):
     """The network's features of part = (dataset, pipeline): (N,D) float32."""
     return engine.predict(
         model.features, model.head.conv.in_channels, *part, env, cell.pretrained.normalization,
-        max(1, 2**22 // cell.config["crop"] ** 2), cell.config["workers"],
+        finetune.images_at_once(cell.config["crop"]), cell.config["workers"],
     )  # fmt: skip
 
 
-def measure_distance(cell, images, distances, env):
+def measure_distance(cell, images, distances, env, model=None):
     """How far the target is from the network's source (distance.compare); None where unknown.
 
-    distances: what is known already, {(network, target): distance}.
+    distances: what is known already, {(network, target): distance}. model: the network, where it
+    has been read already.
     """
     key = cell.pretrained.name, cell.target
     if cell.pretrained.sample is None:
         return None
     if key not in distances:
-        sample = distance.project(extract(body(cell, env), cell, images.sample, env))
-        distances[key] = distance.compare(cell.pretrained.sample, sample)
+        features = extract(model or body(cell, env), cell, images.sample, env)
+        distances[key] = distance.compare(cell.pretrained.sample, distance.project(features))
     return distances[key]
 
 

@@ -339,10 +339,14 @@ def cell_text(cell, column):
     return text + {"above": " ▲", "below": " ▼"}.get(cell.get("verdict"), "")
 
 
+def mark(origin):
+    """What follows a name whose numbers are published ones."""
+    return ", published" if origin == "published" else ""
+
+
 def target_heading(target):
     """(target, domain, origin) in words."""
-    published = ", published" if target[2] == "published" else ""
-    return f"{target[0]} ({target[1]} target{published})"
+    return f"{target[0]} ({target[1]} target{mark(target[2])})"
 
 
 def shots_table(cells, line, head):
@@ -384,7 +388,7 @@ def full_markdown(panels):
                 at = {tuple(cell[key] for key in LINE): cell for cell in panel}
                 texts.append(cell_text(at.get(line), [cell for cell in panel if cell["n"]]))
             rows.append([*(escaped(members[0][name]) for name in names), *texts])
-        title = f"### full-shot{', published' if origin == 'published' else ''}\n"
+        title = f"### full-shot{mark(origin)}\n"
         parts += [title, *table_text(rows), ""] if shown else []
     return "\n".join([*parts, RULE, ""])
 
