@@ -21,14 +21,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-import natural
-import packs
-import synthetic
-import xrays
-from console import EXIT_STOPPED, Parser, complain, one_of, positive, print_table, write_json
-from images import ImageDataset, Joined, refuse_missing
-from loading import Stream, generator
-from transforms import resize_square
+from engine.console import EXIT_STOPPED, Parser, complain, one_of, positive, print_table, write_json
+from readers import natural, packs, synthetic, xrays
+from readers.cache import Stream, generator
+from readers.images import ImageDataset, Joined, refuse_missing
+from readers.transforms import resize_square
 
 SPLITS = ("train", "test")
 

@@ -10,10 +10,10 @@ the script does what is missing. The processes of torchrun share the cells out, 
 a cell that fails is named at the end and stops no other.
 """
 
-import console
-import engine
 import grid
-import runner
+from engine import console
+from engine import grid as runner
+from engine import processes as engine
 
 
 def main():

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import torch
 
-import engine
-import loading
 import models
-import records
-import transforms
-from optimizer import make_optimizer
+from engine import checkpoint as records
+from engine import processes as engine
+from engine.optimizer import make_optimizer
+from readers import cache as loading
+from readers import transforms
 
 # ------------------------------------------------------------------------------------------------
 # BiT-HyperRule (Kolesnikov et al. 2020, arXiv:1912.11370, section 3.3)

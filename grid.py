@@ -9,15 +9,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import console
 import data
-import distance
-import engine
 import finetune
-import loading
 import models
-import records
-import transforms
+from engine import checkpoint as records
+from engine import console, distance
+from engine import processes as engine
+from readers import cache as loading
+from readers import transforms
 
 METHODS = ("finetune", "linear", "nearest-mean")
 

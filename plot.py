@@ -32,12 +32,12 @@ from pathlib import Path
 
 import matplotlib
 
-import curves
-import figures
-import gains
-import paired
-import tables
-from tables import METRICS, write_csv
+from charts import curves
+from charts import gain_figures as gains
+from charts import gains as paired
+from charts import panels as figures
+from charts import results as tables
+from charts.results import METRICS, write_csv
 
 NAMED = 5  # files named in a notice; of the others the number is said
 # Stem of the files -> numbers from (records, metric); figure, Markdown and rows of the CSV from

@@ -12,15 +12,14 @@ from typing import NamedTuple
 
 import torch
 
-import console
 import data
-import distance
-import engine
-import loading
 import models
-import records
-import transforms
-from optimizer import make_optimizer
+from engine import checkpoint as records
+from engine import console, distance
+from engine import processes as engine
+from engine.optimizer import make_optimizer
+from readers import cache as loading
+from readers import transforms
 
 # ------------------------------------------------------------------------------------------------
 # Recipes (the study's, arXiv:2106.00116, section 3 and appendix)

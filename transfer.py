@@ -9,10 +9,10 @@ full-seedS.json when it is finished; started again, the script does what is miss
 of torchrun train each run together (on frozen features they share the runs out).
 """
 
-import console
-import engine
 import grid
-import runner
+from engine import console
+from engine import grid as runner
+from engine import processes as engine
 from finetune import HyperRule, hyperrule  # noqa: F401
 
 

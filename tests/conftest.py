@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 import plot
-import xrays
 from data import load_dataset
+from readers import xrays
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)  # as every process that the tests start
@@ -71,7 +71,8 @@ def command(script, *args, ranks=1):
     launch = [sys.executable]
     if ranks > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return [*launch, str(ROOT / script), *map(str, args)]
+    launch += ["-m", script] if script == "benchmarks" else [str(ROOT / script)]
+    return [*launch, *map(str, args)]
 
 
 def run(script, *args, ranks=1, cwd, status=0):
@@ -84,7 +85,7 @@ def run(script, *args, ranks=1, cwd, status=0):
 
 
 def env():
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture

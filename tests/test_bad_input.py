@@ -10,11 +10,11 @@ import torch
 from conftest import run
 from PIL import Image
 
-import engine
 import fewshot
 import models
 import pretrain
 import transfer
+from engine import processes as engine
 
 MAIN = {"pretrain.py": pretrain.main, "transfer.py": transfer.main, "fewshot.py": fewshot.main}
 

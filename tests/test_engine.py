@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from sklearn import metrics as sklearn_metrics
 
-import console
 import data
-import engine
 import models
-import records
-from metrics import loss_sum
-from optimizer import make_optimizer
-from transforms import NORMALIZATION, Pipeline, keep
+from engine import checkpoint as records
+from engine import console
+from engine import processes as engine
+from engine.metrics import loss_sum
+from engine.optimizer import make_optimizer
+from readers.transforms import NORMALIZATION, Pipeline, keep
 
 nan = math.nan
 CPU = engine.Env(0, 1, torch.device("cpu"), "fp32")

@@ -28,15 +28,15 @@ from conftest import ROOT
 from tqdm import tqdm
 
 import data
-import engine
-import hardware
-import loading
 import models
 import pretrain
-import records
-import transforms
-from optimizer import SGD_AGC, make_optimizer
-from transforms import Pipeline, keep
+from engine import checkpoint as records
+from engine import memory as hardware
+from engine import processes as engine
+from engine.optimizer import SGD_AGC, make_optimizer
+from readers import cache as loading
+from readers import transforms
+from readers.transforms import Pipeline, keep
 
 STEPS, BATCH, IMAGES = 23, 8, 60  # three epochs, which end within a batch: after steps 8, 15, 23
 EACH_STEP = ("--save-minutes", "1e-6")
@@ -147,7 +147,8 @@ def send(number):
 DRIVER = """
 import os, signal, sys, time, types
 sys.path.insert(0, {root!r})
-import engine, pretrain
+from engine import processes as engine
+import pretrain
 add, receive, got = engine.Meter.add, engine.StopSignal._receive, []
 def acting(meter, step, *rest):
     add(meter, step, *rest)

@@ -13,14 +13,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import ROOT, run, save
 
-import engine
-import hardware
-import loading
 import models
 import pretrain
 from data import load_dataset
-from optimizer import make_optimizer
-from transforms import NORMALIZATION, Pipeline, keep, pretraining_pipeline
+from engine import memory as hardware
+from engine import processes as engine
+from engine.optimizer import make_optimizer
+from readers import cache as loading
+from readers.transforms import NORMALIZATION, Pipeline, keep, pretraining_pipeline
 
 nan = math.nan
 CPU = engine.Env(0, 1, torch.device("cpu"), "fp32")
@@ -34,7 +34,8 @@ CPU = engine.Env(0, 1, torch.device("cpu"), "fp32")
 SEVERAL = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
-import engine, pretrain
+from engine import processes as engine
+import pretrain
 
 def main():
     for sys.argv in json.load(open(sys.argv[1])):

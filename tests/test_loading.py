@@ -14,11 +14,11 @@ import torch
 from conftest import ROOT, load_folder, random_image, refuses
 from scipy.stats import chisquare
 
-import loading
 from data import load_dataset
-from images import ImageDataset
-from loading import Batches, batch_indices, loader, preload
-from transforms import (
+from readers import cache as loading
+from readers.cache import Batches, batch_indices, loader, preload
+from readers.images import ImageDataset
+from readers.transforms import (
     Pipeline,
     hyperrule_pipeline,
     keep,
@@ -205,8 +205,9 @@ def test_worker_names_a_broken_image(pets_at_home):
 
 
 FAILING = """
-import data, loading
-from transforms import Pipeline, keep
+import data
+from readers import cache as loading
+from readers.transforms import Pipeline, keep
 if __name__ == "__main__":
     dataset = data.load_dataset("synthetic-natural")
     batches = loading.Batches(dataset, Pipeline(keep, keep), 8)

@@ -13,10 +13,10 @@ import pytest
 from conftest import ROOT
 from scipy import stats
 
-import curves
-import figures
 import plot
-import tables
+from charts import curves
+from charts import panels as figures
+from charts import results as tables
 
 FILES = ["fewshot.csv", "fewshot.md", "fewshot.png", "fewshot.svg"]
 

@@ -10,7 +10,7 @@ import finetune
 import grid
 import models
 import pretrain
-import transforms
+from readers import transforms
 from transfer import HyperRule, hyperrule
 
 

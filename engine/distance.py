@@ -16,7 +16,7 @@ distance (Lee et al. 2018, arXiv:1807.03888). Classes make a network's features 
 without it a target with other classes, or more of one, is far away, and a change of appearance,
 which moves the features where the source's hardly vary, goes unseen. In plain coordinates the ranks
 of synthetic targets correlated with their gap by 0.60 to 0.94, in these by 0.97 to 0.99 (four
-networks; `bench.py distance` measures it).
+networks; `python -m benchmarks distance` measures it).
 """
 
 import functools

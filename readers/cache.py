@@ -19,9 +19,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hardware import available_cores
-from images import Decoded, Joined, Subset
-from transforms import keep
+from engine.memory import available_cores
+from readers.images import Decoded, Joined, Subset
+from readers.transforms import keep
 
 
 class Stream:

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from tables import (
+from charts.results import (
     DISTANCES,
     DOMAINS,
     METRICS,

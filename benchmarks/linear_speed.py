@@ -1,4 +1,4 @@
-"""The benchmark of logistic regression on frozen features; bench.py runs it."""
+"""The benchmark of logistic regression on frozen features; `python -m benchmarks` runs it."""
 
 import warnings
 
@@ -6,12 +6,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import console
 import data
-import linear as classifiers
 import models
-import transforms
-from measure import Report, best_speeds, import_peer
+from benchmarks.measure import Report, best_speeds, import_peer
+from engine import console
+from engine import linear as classifiers
+from readers import transforms
 
 CLASSES, WIDTH, TEST_IMAGES = 10, 1024, 500
 OURS, CHOICE = "ours", "ours, strength chosen"

@@ -6,15 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-import console
 import data
-import distance
-import engine
 import grid
 import models
-import runner
-import transforms
-from measure import Report, best_speeds
+from benchmarks.measure import Report, best_speeds
+from engine import console, distance
+from engine import grid as runner
+from engine import processes as engine
+from readers import transforms
 
 GAPS = (0, 0.2, 0.4, 0.6, 0.8, 1)
 MEASURES = ("frechet_relative", "energy")

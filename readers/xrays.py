@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from images import Files, ImageDataset, encoded, need
+from readers.images import Files, ImageDataset, encoded, need
 
 # ------------------------------------------------------------------------------------------------
 # Tables and lists

@@ -13,8 +13,8 @@ from scipy.stats import chisquare, ks_2samp
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-import transforms
-from transforms import (
+from readers import transforms
+from readers.transforms import (
     area_resize,
     hyperrule_pipeline,
     keep,

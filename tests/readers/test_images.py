@@ -10,7 +10,7 @@ import torch
 from conftest import luma, noise, pixels_of, refuses, save
 from PIL import Image
 
-from images import read_image
+from readers.images import read_image
 
 GREY = np.array([[0, 1, 128], [200, 254, 255]], np.uint8)
 COLOUR = np.stack([GREY, GREY[::-1], GREY[:, ::-1]], -1)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import models
-from console import say, write_atomically, writing
+from engine.console import say, write_atomically, writing
 
 
 def save_tensors(path, state):

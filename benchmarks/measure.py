@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-import engine
-import hardware
+from engine import memory as hardware
+from engine import processes as engine
 
 
 def best_speeds(arms, rounds, steps, images, env, clock=time.perf_counter):

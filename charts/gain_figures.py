@@ -7,9 +7,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
-from figures import DOMAINS, MARKERS, draw_footnote, short, two_columns, write_note
-from paired import GAINS, REGIMES, axis_points, counts, fit, group_words, regime
-from tables import METRICS, differing, group, mark, words
+from charts.gains import GAINS, REGIMES, axis_points, counts, fit, group_words, regime
+from charts.panels import DOMAINS, MARKERS, draw_footnote, short, two_columns, write_note
+from charts.results import METRICS, differing, group, mark, words
 
 LOOKS = {  # verdict -> marker, whether it is filled
     "above": ("^", True),

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.neighbors import NearestCentroid
 
-import linear
+from engine import linear
 
 
 def blobs(rng, counts, width, apart=1.0):
@@ -306,7 +306,7 @@ def test_nearest_mean_is_the_nearest_centroid(rng):
 
 def test_benchmark_measures_every_arm(tmp_path):
     args = ("linear", "--shots", 2, "--threads", 1, "--rounds", 1, "--json", tmp_path / "b.json")
-    result = subprocess.run(command("bench.py", *args), capture_output=True, text=True, env=env())
+    result = subprocess.run(command("benchmarks", *args), capture_output=True, text=True, env=env())
     assert result.returncode in (0, 1), result.stderr
     record = json.loads((tmp_path / "b.json").read_text())
     rows = {(row["features"], row["arm"]): row for row in record["measured"]}

@@ -10,7 +10,7 @@ from conftest import command, env
 def bench(name, *args, folder):
     """(the record, what it printed, its status)."""
     args = (name, *args, "--rounds", 1, "--json", folder / "bench.json")
-    result = subprocess.run(command("bench.py", *args), capture_output=True, text=True, env=env())
+    result = subprocess.run(command("benchmarks", *args), capture_output=True, text=True, env=env())
     assert result.returncode in (0, 1), result.stderr
     record = json.loads((folder / "bench.json").read_text())
     assert record["kind"] == f"bench-{name}" and record["config"]["rounds"] == 1

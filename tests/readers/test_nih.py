@@ -9,7 +9,7 @@ import torch
 from conftest import NIH_HEADER, NIH_ROWS, luma, noise, pixels_of, refuses, save
 
 from data import load_dataset
-from xrays import NIH_CLASSES
+from readers.xrays import NIH_CLASSES
 
 
 def test_nih_classes():

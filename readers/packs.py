@@ -23,11 +23,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from console import write_json
-from hardware import available_cores
-from images import ImageDataset, read_image
-from loading import loader
-from transforms import resize_shorter, xray_square
+from engine.console import write_json
+from engine.memory import available_cores
+from readers.cache import loader
+from readers.images import ImageDataset, read_image
+from readers.transforms import resize_shorter, xray_square
 
 PACK_SCHEMA = 1
 PACK_CHUNK = 16  # images that one process prepares at a time

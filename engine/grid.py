@@ -14,16 +14,13 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import console
-import distance
-import engine
 import finetune
 import grid
-import linear
-import metrics
 import models
-import records
-from optimizer import make_optimizer
+from engine import checkpoint as records
+from engine import console, distance, linear, metrics
+from engine import processes as engine
+from engine.optimizer import make_optimizer
 
 # A process whose share of the cells is done may wait long for the last ones of the others.
 PATIENCE = datetime.timedelta(days=30)

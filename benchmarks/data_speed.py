@@ -1,4 +1,4 @@
-"""The benchmarks of data: from files to batches, and the index of a dataset; bench.py runs them."""
+"""The benchmarks of data: from files to batches, and the index of a dataset."""
 
 import functools
 import gzip
@@ -18,17 +18,22 @@ from PIL import Image
 from torchvision import transforms as T
 from tqdm import tqdm
 
-import console
 import data
-import engine
-import loading
-import natural
-import packs
-import synthetic
-import transforms
-import xrays
-from images import ImageDataset
-from measure import Report, apart, best_speeds, fastest, import_peer, memory, speed_report, timed
+from benchmarks.measure import (
+    Report,
+    apart,
+    best_speeds,
+    fastest,
+    import_peer,
+    memory,
+    speed_report,
+    timed,
+)
+from engine import console
+from engine import processes as engine
+from readers import cache as loading
+from readers import natural, packs, synthetic, transforms, xrays
+from readers.images import ImageDataset
 
 # ------------------------------------------------------------------------------------------------
 # load: from files to batches

@@ -16,7 +16,7 @@ import numpy as np
 import torchvision
 from tqdm import tqdm
 
-from images import IMAGE_ENDINGS, Array, Files, ImageDataset, Members, encoded, need
+from readers.images import IMAGE_ENDINGS, Array, Files, ImageDataset, Members, encoded, need
 
 # ------------------------------------------------------------------------------------------------
 # Through torchvision

@@ -8,14 +8,23 @@ import torch
 from scipy.linalg import sqrtm
 from scipy.stats import energy_distance, spearmanr
 
-import bench_distance
 import data
-import distance
-import engine
 import models
 import pretrain
-import records
-from distance import DIMENSIONS, SAMPLE, compare, energy, frechet, project, projection, sample
+from benchmarks import distance_cost as bench_distance
+from engine import checkpoint as records
+from engine import distance
+from engine import processes as engine
+from engine.distance import (
+    DIMENSIONS,
+    SAMPLE,
+    compare,
+    energy,
+    frechet,
+    project,
+    projection,
+    sample,
+)
 
 
 def normal(seed, *shape):

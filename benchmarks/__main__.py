@@ -1,14 +1,14 @@
 """Speed beside peers: the same work by this project and by the library that one would else take.
 
-    python bench.py train           # one training step: ours and timm's, eager and compiled
-    python bench.py train --peers   # the same from files to the loss, with timm's own loader
-    python bench.py memory          # the peak of one step of R152x4, plain and checkpointed
-    python bench.py scaling         # two processes of one thread beside one: pre-training
-    python bench.py grid            # the same: the cells of a few-shot grid
-    python bench.py load            # from files to batches: decoding, packs, folders
-    python bench.py index           # the index of a dataset: mimic's tables, 14 million paths
-    python bench.py linear          # logistic regression on frozen features
-    python bench.py distance        # distances of targets at known gaps, and what they cost
+    python -m benchmarks train           # one training step: ours and timm's, eager and compiled
+    python -m benchmarks train --peers   # the same from files to the loss, with timm's own loader
+    python -m benchmarks memory          # the peak of one step of R152x4, plain and checkpointed
+    python -m benchmarks scaling         # two processes of one thread beside one: pre-training
+    python -m benchmarks grid            # the same: the cells of a few-shot grid
+    python -m benchmarks load            # from files to batches: decoding, packs, folders
+    python -m benchmarks index           # the index of a dataset: mimic's tables, 14 million paths
+    python -m benchmarks linear          # logistic regression on frozen features
+    python -m benchmarks distance        # distances of targets at known gaps, and what they cost
 
 All arms of a benchmark take turns in one process, so that noise of the machine meets all alike.
 """
@@ -27,20 +27,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import bench_data
-import bench_distance
-import bench_linear
-import console
 import data
-import engine
-import hardware
-import loading
 import models
-import synthetic
-import transforms
-from images import Array, ImageDataset
-from measure import Report, apart, best_speeds, import_peer, speed_report
-from optimizer import make_optimizer
+from benchmarks import data_speed as bench_data
+from benchmarks import distance_cost as bench_distance
+from benchmarks import linear_speed as bench_linear
+from benchmarks.measure import Report, apart, best_speeds, import_peer, speed_report
+from engine import console
+from engine import memory as hardware
+from engine import processes as engine
+from engine.optimizer import make_optimizer
+from readers import cache as loading
+from readers import synthetic, transforms
+from readers.images import Array, ImageDataset
 
 # ------------------------------------------------------------------------------------------------
 # train: a training step, ours and timm's
@@ -323,7 +322,7 @@ def _pretrain_speed(args, ranks, batch_size, out):
 def _torchrun(ranks, script, *options):
     """A script of this project on so many processes of one thread, without GPUs."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launch += [f"--nproc_per_node={ranks}", str(Path(__file__).parent / script)]
+    launch += [f"--nproc_per_node={ranks}", str(Path(__file__).parent.parent / script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run([*launch, *options], env=environment, check=True, capture_output=True)
 
@@ -374,7 +373,7 @@ BENCHMARKS = {
 
 
 def main():
-    parser = console.Parser(f"{__doc__}\nbench.py BENCHMARK --help states the options of each.")
+    parser = console.Parser(f"{__doc__}\nBENCHMARK --help states its options.")
     parser.add_argument("benchmark", nargs="?", type=console.one_of(*BENCHMARKS), default="train",
         help=", ".join(BENCHMARKS))  # fmt: skip
     name = parser.parse_args(sys.argv[1:2]).benchmark

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator
 
-from figures import DOMAINS, LINES, MARKERS, PANEL, draw_footnote, line_style
-from tables import AUTO, METRICS, size_order
+from charts.panels import DOMAINS, LINES, MARKERS, PANEL, draw_footnote, line_style
+from charts.results import AUTO, METRICS, size_order
 
 # ------------------------------------------------------------------------------------------------
 # Settings

@@ -15,8 +15,8 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-import synthetic
-from synthetic import FINDINGS, SHAPES, TEXTURES, WORLDS, labels, render
+from readers import synthetic
+from readers.synthetic import FINDINGS, SHAPES, TEXTURES, WORLDS, labels, render
 
 NAMES = tuple(WORLDS)
 MULTICLASS = tuple(name for name in NAMES if WORLDS[name].task == "multiclass")
@@ -65,7 +65,7 @@ def digest():
 @pytest.mark.parametrize("hash_seed", ("1", "2"))
 def test_same_in_another_process(hash_seed):
     here = Path(__file__).parent
-    path = os.pathsep.join((str(here), str(here.parent)))
+    path = os.pathsep.join((str(here), str(here.parent.parent)))
     answer = subprocess.run(
         [sys.executable, "-c", "import test_synthetic as t; print(t.digest().hexdigest())"],
         env=os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": path},

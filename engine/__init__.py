@@ -1,0 +1,1 @@
+"""What any training needs; knows neither datasets nor the network."""

@@ -1,0 +1,1 @@
+"""From a file to a uint8 image with its label."""
