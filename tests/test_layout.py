@@ -11,7 +11,8 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ROOT, run, save
+from conftest import ROOT, run
+from trees import save
 
 import models
 import pretrain

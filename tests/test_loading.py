@@ -11,8 +11,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load_folder, random_image, refuses
+from conftest import ROOT, refuses
 from scipy.stats import chisquare
+from trees import load_folder, random_image
 
 from data import load_dataset
 from readers import cache as loading

@@ -7,8 +7,9 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import luma, noise, pixels_of, refuses, save
+from conftest import refuses
 from PIL import Image
+from trees import luma, noise, pixels_of, save
 
 from readers.images import read_image
 

@@ -9,7 +9,8 @@ import pytest
 import scipy.io
 import torch
 import torchvision
-from conftest import load_folder, noise, pixels_of, refuses, save
+from conftest import refuses
+from trees import load_folder, noise, pixels_of, save
 
 import data
 from data import load_dataset

@@ -6,7 +6,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import NIH_HEADER, NIH_ROWS, luma, noise, pixels_of, refuses, save
+from conftest import refuses
+from trees import NIH_HEADER, NIH_ROWS, luma, noise, pixels_of, save
 
 from data import load_dataset
 from readers.xrays import NIH_CLASSES

@@ -22,10 +22,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import noise, refuses, run, save
+from conftest import refuses, run
 from PIL import Image
 from torchvision.transforms import v2
 from tqdm import tqdm
+from trees import noise, save
 
 import data
 from data import load_dataset

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import refuses, save
+from conftest import refuses
 from PIL import Image
+from trees import save
 
 import data
 from data import load_dataset

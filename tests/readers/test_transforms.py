@@ -7,11 +7,12 @@ import pytest
 import scipy.ndimage
 import torch
 import torchvision
-from conftest import random_image, refuses
+from conftest import refuses
 from PIL import Image
 from scipy.stats import chisquare, ks_2samp
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
+from trees import random_image
 
 from readers import transforms
 from readers.transforms import (
