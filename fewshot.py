@@ -1,8 +1,8 @@
-"""Few-shot transfer: the grid of checkpoints x targets x shots x seeds, on a few images a class.
+"""Few-shot transfer: targets x shots x seeds x networks, on a few images a class.
 
     python fewshot.py                     # what runs/ holds, and scratch, to the synthetic targets
     torchrun --nproc_per_node=8 fewshot.py --checkpoint runs/* scratch --target cifar10 pets \\
-        --shots 1 5 10 --seeds 5
+        --shots 1 5 10 full --seeds 5
     python fewshot.py --method linear     # logistic regression on frozen features instead
 
 Each cell writes results/TARGET/SOURCE-MODEL/Nshot-seedS.json when it is finished; started again,
@@ -10,25 +10,114 @@ the script does what is missing. The processes of torchrun share the cells out, 
 a cell that fails is named at the end and stops no other.
 """
 
-import grid
-from engine import console
-from engine import grid as runner
-from engine import processes as engine
+import time
+
+import numpy as np
+import torch
+
+import models
+from data import few_shot_indices
+from engine import distance, linear, options
+from engine.console import one_of
+from engine.grid import PATIENCE, Grid, unfinished, write_result
+from engine.metrics import compute_metrics
+from engine.processes import StopSignal, run_script, setup
+from transfer import (
+    DEFAULTS,
+    FLAGS,
+    extract,
+    fine_tune,
+    make_cell,
+    open_networks,
+    open_targets,
+    read_weights,
+)
+
+# Options of training, which mean nothing on frozen features.
+TRAINING = ("recipe", "steps", "lr", "batch_size", "balanced", "compile")
+
+
+def classify(cell, signals, args, env):
+    """Fits a classifier of linear.CLASSIFIERS on the network's frozen features of the cell's images
+    and evaluates it on the test set. Features are extracted once for each network and target.
+
+    Returns (metrics, what the result file says of the fit).
+    """
+    signals.raise_if_agreed()
+    network, target, test_set = cell.network, cell.target, cell.target.test_set
+    if network.name not in target.features:
+        began = time.monotonic()
+        with torch.device("meta"):  # initialising what is loaded anyway takes as long as loading
+            model = models.create_model(network.model, 1)
+        model.to_empty(device="cpu")
+        models.load_weights(model, network.path, read_weights(network.path), head=False)
+        model = models.place(model, env.device)
+        if network.sample is not None and network.name not in target.distances:
+            features = distance.project(extract(model, cell, target.sample, args, env))
+            target.distances[network.name] = distance.compare(network.sample, features)
+        train, test = (
+            extract(model, cell, part, args, env) for part in (target.train, target.test)
+        )
+        target.features = {network.name: (train, test, time.monotonic() - began)}
+    train, test, seconds = target.features[network.name]
+    began, rows = time.monotonic(), target.rows(cell)
+    fit = linear.CLASSIFIERS[cell.method]
+    logits, facts = fit(train[rows], target.train[0].labels[rows], test, len(test_set.classes))
+    metrics = compute_metrics(logits, test_set.labels, test_set.classes)
+    about = {"images": len(rows), "steps": None, "seconds": time.monotonic() - began}
+    return metrics, about | {"images_per_second": None, **facts, "features_seconds": seconds}
+
+
+# (cell, signals, args, env) -> (metrics, what the result file says of the training)
+METHODS = {"finetune": fine_tune} | dict.fromkeys(linear.CLASSIFIERS, classify)
 
 
 def main():
-    parser = console.Parser(__doc__)
-    grid.add_options(parser)
-    parser.add_argument("--shots", type=console.positive(int), nargs="+", default=[1, 10, 100],
-        help="training images of each class; the study: 1 5 10 100 500")  # fmt: skip
-    parser.add_argument("--seeds", type=console.positive(int), default=3,
-        help="runs of each, on other images with another head; the study: 5")  # fmt: skip
-    args = parser.parse_args()
-    env = engine.setup(args.precision, runner.PATIENCE)
-    targets = grid.open_targets(args, env, few_shot=True)
-    cells = grid.make_grid(args, env.alone(), targets, sorted(set(args.shots)))
-    return runner.run(cells, targets, args, env)
+    changes = {
+        "shots": dict(type=options.number_or("full"), default=[1, 10, 100]),
+        "seeds": dict(default=3),
+        "method": dict(type=one_of(*METHODS), default="finetune"),
+    }
+    args = options.parse(__doc__, f"{FLAGS} --shots --method", **DEFAULTS | changes)
+    frozen = args.method != "finetune"
+    for option in TRAINING if frozen else ():
+        if getattr(args, option):
+            name = option.replace("_", "-")
+            raise ValueError(f"--{name} means nothing for --method {args.method}; leave it out")
+    env = setup(args.precision, PATIENCE)
+    alone = env.alone()  # each cell is run by one process
+    shot_counts = sorted({shots for shots in args.shots if shots != "full"})
+    targets = open_targets(args, env, few_shot=bool(shot_counts))
+    networks, cells = open_networks(args, frozen), []
+    for target in targets:
+        labels, classes = target.train_set.labels, target.train_set.classes
+        for shots in [*shot_counts, None] if "full" in args.shots else shot_counts:
+            for seed in range(args.seed, args.seed + args.seeds):
+                chosen = np.arange(len(labels))
+                if shots:
+                    chosen = few_shot_indices(labels, shots, seed, classes)
+                for network in networks:
+                    cells.append(make_cell(network, target, shots, seed, chosen, args, alone))
+
+    todo, results = unfinished(cells, args.out, env)
+    jobs = {}  # frozen features are extracted by one process for all their cells
+    for cell in todo:
+        key = (cell.target.name, cell.network.name) if frozen else cell.path
+        jobs.setdefault(key, []).append(cell)
+    grid = Grid(jobs.values(), results, env)
+    if args.dry_run:
+        return grid.dry_run(cells, models.create_model)
+    for target in targets:
+        if mine := [cell for cell in todo if cell.target is target]:
+            target.decode(mine, args, env)
+    signals = StopSignal(alone, args.time_limit)
+    for cell in grid:  # as processes come free, the longest first
+        with grid.tolerating(cell):
+            metrics, train = METHODS[args.method](cell, signals, args, alone)
+            write_result(cell, metrics, train, args.workers, alone)
+            grid.done(cell, metrics)
+    return grid.finish(cells)
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    run_script(main)

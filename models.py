@@ -6,10 +6,10 @@ from Qiao et al. 2019, arXiv:1903.10520; group normalisation from Wu & He 2018, 
 
 import difflib
 import functools
-import pickle
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,17 +18,30 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-# name: (blocks a stage, width factor). The small ones are ours, for tests and for laptops.
+from engine.checkpoint import read_tensors
+
+
+class Size(NamedTuple):
+    """blocks: units of each stage. width: factor of the channels. recipe: of pre-training, that of
+    "small" networks (the study's R50x1) or of "large" ones (its R152x4).
+    """
+
+    blocks: tuple
+    width: float
+    recipe: str
+
+
+# Those below R50x1 are ours, for tests and for laptops.
 MODELS = {
-    "R14x0.5": ((1, 1, 1, 1), 0.5),
-    "R26x0.5": ((2, 2, 2, 2), 0.5),
-    "R26x1": ((2, 2, 2, 2), 1),
-    "R50x1": ((3, 4, 6, 3), 1),
-    "R50x3": ((3, 4, 6, 3), 3),
-    "R101x1": ((3, 4, 23, 3), 1),
-    "R101x3": ((3, 4, 23, 3), 3),
-    "R152x2": ((3, 8, 36, 3), 2),
-    "R152x4": ((3, 8, 36, 3), 4),
+    "R14x0.5": Size((1, 1, 1, 1), 0.5, "small"),
+    "R26x0.5": Size((2, 2, 2, 2), 0.5, "small"),
+    "R26x1": Size((2, 2, 2, 2), 1, "small"),
+    "R50x1": Size((3, 4, 6, 3), 1, "small"),
+    "R50x3": Size((3, 4, 6, 3), 3, "large"),
+    "R101x1": Size((3, 4, 23, 3), 1, "large"),
+    "R101x3": Size((3, 4, 23, 3), 3, "large"),
+    "R152x2": Size((3, 8, 36, 3), 2, "large"),
+    "R152x4": Size((3, 8, 36, 3), 4, "large"),
 }
 
 
@@ -127,6 +140,12 @@ class ResNetV2(nn.Module):
     def num_classes(self):
         return self.head.conv.out_channels
 
+    def parameter_groups(self):
+        """For SGD_AGC: all but the classifier, and the classifier, which is not clipped."""
+        head = list(self.head.conv.parameters())
+        body = [p for p in self.parameters() if all(p is not q for q in head)]
+        return [{"params": body}, {"params": head, "clipping": None}]
+
     def _pooled(self, images):
         # The root's pooling is several times faster in channels_last, also on CPUs.
         x = self.root(images.contiguous(memory_format=torch.channels_last))
@@ -148,6 +167,15 @@ class ResNetV2(nn.Module):
         return self.head.conv(self._pooled(images)).flatten(1)
 
 
+def check_name(name):
+    """Raises ValueError for a name that is not in MODELS; it says the nearest."""
+    if name not in MODELS:
+        near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0)[0]
+        raise ValueError(
+            f"unknown model {name!r}; did you mean {near!r}? known: {', '.join(MODELS)}"
+        )
+
+
 def create_model(name, num_classes, checkpoint_activations=False):
     """A freshly initialised network, on the CPU; `place` moves it.
 
@@ -155,13 +183,9 @@ def create_model(name, num_classes, checkpoint_activations=False):
     block's activations in the backward pass, which trades about a third more arithmetic for memory.
     Raises ValueError for an unknown name.
     """
-    if name not in MODELS:
-        near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0)[0]
-        raise ValueError(
-            f"unknown model {name!r}; did you mean {near!r}? known: {', '.join(MODELS)}"
-        )
-    blocks, width = MODELS[name]
-    return ResNetV2(blocks, width, num_classes, checkpoint_activations)
+    check_name(name)
+    size = MODELS[name]
+    return ResNetV2(size.blocks, size.width, num_classes, checkpoint_activations)
 
 
 @functools.lru_cache
@@ -227,40 +251,38 @@ def read_weights(path):
 
     Raises FileNotFoundError, or ValueError when the file is damaged or holds code.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}")
+    if Path(path).suffix != ".npz" or not Path(path).is_file():
+        return read_tensors(path)
     try:
-        if path.suffix == ".npz":
-            return {"model": _read_npz(path)}
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path}: refused, it is not plain weights: it holds code or is no checkpoint "
-            "(only tensors, numbers and strings are read, torch.load(weights_only=True))"
-        ) from error
+        return {"model": _read_npz(path)}
     except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, OSError) as error:
         raise ValueError(f"{path}: damaged or not a weight file ({str(error)[:100]})") from error
 
 
-def load_weights(model, path):
+def load_weights(model, path, content=None, head=True):
     """Fills the model in place from one of three formats, told apart by the file itself:
 
     - our checkpoints, and the published model.pth.tar: a dict with the state dict under "model"
     - BiT's .npz
 
-    A head for another number of classes is left as it is (fresh). Raises ValueError naming the
-    first keys when anything else differs, FileNotFoundError when there is no such file.
+    content: what read_weights has read of it already. A head for another number of classes, and
+    any with head=False, is left as it is (fresh). Raises ValueError naming the first keys when
+    anything else differs, FileNotFoundError when there is no such file.
     """
-    state = read_weights(path)
+    model.load_state_dict(matching_state(model, path, content, head))
+
+
+def matching_state(model, path, content=None, head=True):
+    """What load_weights loads: a state dict of the model's own keys and shapes."""
+    state = content or read_weights(path)
     state = state.get("model", state) if isinstance(state, dict) else None
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
         raise ValueError(f"{path}: holds no state dict under 'model'")
     own = model.state_dict()
     state = {key.removeprefix("module."): value for key, value in state.items()}
-    head = ("head.conv.weight", "head.conv.bias")
-    if all(key in state and len(state[key]) != model.num_classes for key in head):
-        state.update({key: own[key] for key in head})
+    heads = ("head.conv.weight", "head.conv.bias")
+    if all(key in state and (not head or len(state[key]) != model.num_classes) for key in heads):
+        state |= {key: own[key] for key in heads}
     differences = [f"{key} is missing" for key in own if key not in state]
     differences += [f"{key} is unexpected" for key in state if key not in own]
     differences += [
@@ -274,4 +296,4 @@ def load_weights(model, path):
             f"{path}: weights of another network: {'; '.join(differences[:3])}{more}; "
             "give the --model that these weights were trained as"
         )
-    model.load_state_dict(state)
+    return state

@@ -7,6 +7,8 @@ Started again with the same options, an interrupted run continues from its last 
 """
 
 import math
+import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,12 +16,17 @@ import torch
 
 import data
 import models
-from engine import checkpoint as records
-from engine import console, distance
-from engine import processes as engine
-from engine.optimizer import make_optimizer
-from readers import cache as loading
+from engine import console, distance, memory, options
+from engine.checkpoint import Run, read_result, save_tensors
+from engine.evaluate import evaluate, predict, to_input
+from engine.log import Log, trim_log
+from engine.metrics import loss_sum
+from engine.optimizer import SGD_AGC, set_learning_rate
+from engine.processes import StopSignal, environment, parallel, parts, run_script, setup
+from open_splits import open_splits, refuse_options
 from readers import transforms
+from readers.cache import preload
+from readers.workers import loader
 
 # ------------------------------------------------------------------------------------------------
 # Recipes (the study's, arXiv:2106.00116, section 3 and appendix)
@@ -43,26 +50,26 @@ class Recipe(NamedTuple):
     rand_augment: bool = False
 
 
-# {recipe: {source: (of R50x1 and smaller networks, of larger ones)}}; "natural" and "medical" are
-# all other sources of the domain.
+WORLD = Recipe(0.12, None, 0.3, 6, "cosine", 64, image_size=None)
+# {recipe: {(source, size class of the network in models.MODELS): Recipe}}; "natural" and "medical"
+# are all other sources of the domain.
 RECIPES = {
     "paper": {
-        "imagenet21k": (Recipe(0.01, 0.01, 2, 90), Recipe(0.01, 0.01, 2, 90, worker_batch=16)),
-        "natural": (Recipe(0.1, None, 5, 90), Recipe(0.03, 0.01, 15, 90, worker_batch=16)),
-        "medical": (Recipe(0.01, 0.01, 15, 90), Recipe(0.01, 0.01, 15, 90, worker_batch=16)),
+        ("imagenet21k", "small"): Recipe(0.01, 0.01, 2, 90),
+        ("imagenet21k", "large"): Recipe(0.01, 0.01, 2, 90, worker_batch=16),
+        ("natural", "small"): Recipe(0.1, None, 5, 90),
+        ("natural", "large"): Recipe(0.03, 0.01, 15, 90, worker_batch=16),
+        ("medical", "small"): Recipe(0.01, 0.01, 15, 90),
+        ("medical", "large"): Recipe(0.01, 0.01, 15, 90, worker_batch=16),
     },
     "optimised": {
-        "natural": (
-            Recipe(0.03, 0.01, 15, 120, "cosine", rand_augment=True),
-            Recipe(0.03, 0.01, 15, 90, "cosine", worker_batch=16, rand_augment=True),
-        ),
+        ("natural", "small"): Recipe(0.03, 0.01, 15, 120, "cosine", rand_augment=True),
+        ("natural", "large"): Recipe(0.03, 0.01, 15, 90, "cosine", 256, 16, rand_augment=True),
     },
     "synthetic": {
-        domain: (Recipe(0.12, None, 0.3, 6, "cosine", 64, image_size=None),) * 2
-        for domain in ("natural", "medical")
+        (domain, size): WORLD for domain in ("natural", "medical") for size in ("small", "large")
     },
 }
-SMALL = ("R14x0.5", "R26x0.5", "R26x1", "R50x1")
 
 
 def choose_recipe(name, source, domain, model):
@@ -71,11 +78,12 @@ def choose_recipe(name, source, domain, model):
     """
     source = data.base_name(source)
     name = name or ("synthetic" if source in ("synthetic-natural", "synthetic-xray") else "paper")
-    families = RECIPES[name]
+    families = {family for family, _ in RECIPES[name]}
     family = source if source in families else domain
     if family not in families:
-        raise ValueError(f"--recipe {name} is for {', '.join(families)} sources, not {source}")
-    return name, families[family][model not in SMALL]
+        known = ", ".join(sorted(families, reverse=True))
+        raise ValueError(f"--recipe {name} is for {known} sources, not {source}")
+    return name, RECIPES[name][family, models.MODELS[model].recipe]
 
 
 def learning_rate(epoch, lr, start_lr, warmup, epochs, schedule):
@@ -90,237 +98,262 @@ def learning_rate(epoch, lr, start_lr, warmup, epochs, schedule):
     return lr * 0.1 ** sum(epoch >= epochs * part / 9 for part in (3, 6, 8))
 
 
+def choose_pipeline(source, size, train, rand_augment=False):
+    """The transforms of a source's images (an ImageDataset), to size x size pixels.
+
+    Made images have that size already, and are only shifted. X-rays: the study's pipeline. Natural
+    images: Inception's crop and flip, after RandAugment if wanted; ImageNet's central crop to test.
+    """
+    if source.size is not None:
+        return transforms.Pipeline(
+            transforms.keep, transforms.random_shift_flip if train else transforms.keep
+        )
+    if source.domain == "medical":
+        return transforms.xray_pipeline(size, train)
+    if train and rand_augment:
+        augment = partial(transforms.random_augment_crop_flip, size=size)
+        return transforms.Pipeline(transforms.keep, augment)
+    if train:
+        augment = partial(transforms.random_resized_crop_flip, size=size)
+        return transforms.Pipeline(transforms.keep, augment)
+    prepare = partial(transforms.resize_center_crop, size=size)
+    return transforms.Pipeline(prepare, transforms.keep, round(size * 256 / 224))
+
+
 # ------------------------------------------------------------------------------------------------
-# The run
+# Options
 # ------------------------------------------------------------------------------------------------
 
-
-def parse_args():
-    parser = console.Parser(__doc__)
-    add = parser.add_argument
-    add("--source", default="synthetic-natural", help="dataset to pre-train on")
-    add("--model", default="R14x0.5", help=f"network: {', '.join(models.MODELS)}")
-    add("--recipe", type=console.one_of(*RECIPES), help=f"{', '.join(RECIPES)} (default: synthetic "
-        "for the made worlds, else paper)")  # fmt: skip
-    add("--epochs", type=console.positive(float), help="passes over the source (default: recipe)")
-    add(
-        "--warmup",
-        type=console.positive(float, or_zero=True),
-        help="epochs of it (default: the recipe's share of --epochs)",
-    )
-    add("--schedule", type=console.one_of("step", "cosine"), help="(default: recipe)")
-    add("--weight-decay", type=console.positive(float, or_zero=True), help="(default: recipe)")
-    add(
-        "--clipping",
-        type=console.positive(float, or_zero=True),
-        help="of AGC; 0: plain SGD (default: recipe)",
-    )
-    add(
-        "--checkpoint-activations", action="store_true", help="less memory, a third more arithmetic"
-    )
-    add("--accumulate", type=console.positive(int), default=1, help="parts in which a process "
-        "computes its share of a batch")  # fmt: skip
-    add("--fraction", type=console.positive(float), default=1.0, help="of the source's images, "
-        "up to 1; by --seed, and 0.1 inside 0.3")  # fmt: skip
-    engine.add_common_options(parser, out="runs", auto_batch=True)
-    return parser.parse_args()
+FLAGS = """--epochs --warmup --schedule --weight-decay --clipping --fraction --accumulate
+    --checkpoint-activations"""
+DEFAULTS = {
+    "source": dict(default="synthetic-natural"),
+    "model": dict(default="R14x0.5", help=f"network: {', '.join(models.MODELS)}"),
+    "out": dict(default="runs"),
+    "recipe": dict(type=console.one_of(*RECIPES)),
+    "batch_size": dict(
+        type=options.number_or("auto"),
+        help="images a step, over all processes; auto: the recipe's, in as few parts as fit into "
+        "memory (default: recipe)",
+    ),
+}
+# What may differ between a run and its continuation, because it changes no result.
+LAYOUT = ("checkpoint_activations", "workers")
 
 
-def resolve(args, env, source):
-    """The settings of this run: the options, and the recipe where an option was not given."""
+def recipe_table():
+    """The numbers of all recipes, for --help."""
+    rows = [
+        [name, source, size, *("" if value is None else value for value in recipe)]
+        for name, recipes in RECIPES.items()
+        for (source, size), recipe in recipes.items()
+    ]
+    return console.table(rows, ["recipe", "source", "network", *Recipe._fields])
+
+
+def make_config(args, env, source):
+    """What decides the weights of this run: options, and the recipe where none was given.
+
+    Raises ValueError for a warm-up that is no part of the run, or a batch smaller than its parts.
+    """
     name, recipe = choose_recipe(args.recipe, args.source, source.domain, args.model)
-    config = {key: value for key, value in vars(args).items() if key not in engine.DATA_OPTIONS}
-    config |= {"precision": env.precision, "source_options": source.options, "recipe": name}
-    if args.batch_size == "auto":
-        if args.accumulate != 1:
-            raise ValueError("--accumulate: --batch-size auto chooses it; leave out one of them")
-        config |= {"batch_size": None, "accumulate": None}
-    for key, value in recipe._asdict().items():
-        if key != "warmup" and config.get(key) is None:
-            config[key] = value
-    config["image_size"] = config["image_size"] or source.size
-    config["clipping"] = config["clipping"] or None
-    config["images"], config["num_classes"] = len(source), len(source.classes)
-    if config["warmup"] is None:
+    given = {key: value for key, value in vars(args).items() if value not in (None, "auto")}
+    config = recipe._asdict() | {key: given[key] for key in Recipe._fields if key in given}
+    if "warmup" not in given:
         config["warmup"] = recipe.warmup * config["epochs"] / recipe.epochs
     if not 0 <= config["warmup"] < config["epochs"]:
         raise ValueError(
             f"--warmup {config['warmup']:g} is not within --epochs {config['epochs']:g}"
         )
-    if config["batch_size"] < env.ranks * (config["accumulate"] or 1):
+    if config["batch_size"] < env.ranks * args.accumulate:
         raise ValueError(
             f"--batch-size {config['batch_size']} is less than {env.ranks} processes x "
             f"--accumulate {args.accumulate}"
         )
-    return config
+    return config | {
+        "source": args.source,
+        "source_options": source.options,
+        "images": len(source),
+        "num_classes": len(source.classes),
+        "model": args.model,
+        "recipe": name,
+        "clipping": config["clipping"] or None,
+        "image_size": config["image_size"] or source.size,
+        "fraction": args.fraction,
+        "balanced": args.balanced,
+        "single_label": args.single_label,
+        "seed": args.seed,
+        "precision": env.precision,
+        "compile": args.compile,
+    }
+
+
+# ------------------------------------------------------------------------------------------------
+# The run
+# ------------------------------------------------------------------------------------------------
 
 
 def main():
-    args = parse_args()
-    env = engine.setup(args.precision)
-    # On the meta device an unknown --model is refused before a dataset is read.
-    with torch.device("meta"):
-        models.create_model(args.model, 1)
-    size = {"size": args.image_size} if args.source.startswith("synthetic") else {}
-    engine.check_data_options([args.source], args)
+    args = options.parse(f"{__doc__}\n{recipe_table()}", FLAGS, **DEFAULTS)
+    env = setup(args.precision)
+    models.check_name(args.model)  # before a dataset is read
+    if args.batch_size == "auto" and args.accumulate != 1:
+        raise ValueError("--accumulate: --batch-size auto chooses it; leave out one of them")
+    refuse_options([args.source], args)
     subset = {"fraction": args.fraction, "fraction_seed": args.seed}
-    subset |= {"single_label": True} if args.single_label else {}
-    train_set, test_set = engine.load_splits(args.source, args, env, **size, **subset)
+    if args.single_label:
+        subset["single_label"] = True
+    if args.source.startswith("synthetic"):
+        subset["size"] = args.image_size
+    train_set, test_set = open_splits(args.source, args, env, **subset)
     if args.balanced and train_set.task == "multilabel":
         raise ValueError(f"--balanced: {args.source} is multi-label; it has no one class an image")
-    config = resolve(args, env, train_set)
+    config = make_config(args, env, train_set)
     folder = Path(args.out) / f"{data.dataset_slug(train_set.name)}-{args.model}"
-    finished = records.read_result(folder / "result.json", "pretrain", config)
-    if finished:
+    record = read_result(folder / "result.json", "pretrain", config)
+    if record:
+        console.say(env, f"{folder}: finished already; remove that folder to train anew")
         if env.main:
-            print(f"{folder}: finished already; remove that folder to train anew")
-            report(finished)
+            report(record)
         return
-    state = records.load_checkpoint(folder / "checkpoint.pt", config)
-    record = pretrain(train_set, test_set, config, state, folder, env)
+    record = pretrain(train_set, test_set, config, folder, args, env)
     if env.main:
         report(record)
         print(f"wrote {folder}/model.pt")
 
 
-def pretrain(train_set, test_set, config, state, folder, env):
-    """Trains from `state` (a checkpoint, or None) to the end; writes everything below `folder`."""
+def pretrain(train_set, test_set, config, folder, args, env):
+    """Trains to the end, from the checkpoint in `folder` if there is one, and writes there.
+
+    Returns the content of result.json.
+    """
     torch.manual_seed(config["seed"])
-    model = models.create_model(
-        config["model"], len(train_set.classes), config["checkpoint_activations"]
-    )
+    model = models.create_model(args.model, len(train_set.classes), args.checkpoint_activations)
     model = models.place(model, env.device)
-    optimizer = make_optimizer(model, config["lr"], config["weight_decay"], config["clipping"])
-    if config["accumulate"] is None:
-        config["accumulate"] = parts_that_fit(model, config, env)
-    run = engine.Run(folder / "checkpoint.pt", model, optimizer, config, state)
-    records.same_step(run.step, env)
-    if state:
+    optimizer = SGD_AGC(
+        model.parameter_groups(),
+        config["lr"],
+        weight_decay=config["weight_decay"],
+        clipping=config["clipping"],
+    )
+    accumulate = args.accumulate
+    if args.batch_size == "auto":
+        accumulate = memory.parts_that_fit(model, config["image_size"], config["batch_size"], env)
+    run = Run(folder / "checkpoint.pt", model, optimizer, config, env, args.save_minutes)
+    if run.step:
         console.say(env, f"{folder}: continues after step {run.step}")
-    records.trim_log(env, folder / "log.jsonl", run.step)
-    metrics = run_epochs(run, train_set, test_set, folder, env)
-    record = make_record(run, train_set, metrics, env)
-    sample = sample_features(model, train_set, config, env)
-    if env.main:
-        mean, std = transforms.NORMALIZATION[train_set.domain]
-        facts = {"name": config["model"], "classes": train_set.classes, "task": train_set.task}
-        facts |= {"source": train_set.name, "domain": train_set.domain, "mean": mean, "std": std}
-        facts |= {"images": len(train_set), "image_size": config["image_size"], "sample": sample}
-        records.save_tensors(folder / "model.pt", {"model": model.state_dict(), **facts})
-        console.write_json(folder / "result.json", record)
-    return record
+    trim_log(env, folder / "log.jsonl", run.step)
 
-
-def sample_features(model, train_set, config, env):
-    """What model.pt keeps of the source, for the distance of targets: (N, D) float32, what
-    distance.project makes of the features of at most distance.SAMPLE images."""
-    domain, own_size = train_set.domain, train_set.size is not None
-    chosen = train_set.subset(distance.sample(len(train_set)))
-    pipeline = transforms.pretraining_pipeline(domain, config["image_size"], False, own_size)
-    features = engine.predict(
-        model.eval().features, model.head.conv.in_channels, chosen, pipeline, env,
-        transforms.NORMALIZATION[domain], workers=config["workers"],
-    )  # fmt: skip
-    return distance.project(features)
-
-
-def parts_that_fit(model, config, env):
-    """--batch-size auto: in how many parts the recipe's batch is computed, by what fits."""
-    share = math.ceil(config["batch_size"] / env.ranks)
-    fits = engine.largest_batch(model, config["image_size"], share, env)
-    console.say(env, f"--batch-size auto: {fits} images at a time on each process")
-    return math.ceil(share / fits)
-
-
-def run_epochs(run, train_set, test_set, folder, env):
-    """Trains epoch by epoch, evaluating and saving after each; returns the last test metrics."""
-    config, domain = run.config, train_set.domain
-    own_size, augment = train_set.size is not None, config["rand_augment"]
-    (train_set, pipeline), (test_set, test_pipeline) = (
-        loading.preload(
-            dataset,
-            transforms.pretraining_pipeline(domain, config["image_size"], train, own_size, augment),
-        )
-        for dataset, train in ((train_set, True), (test_set, False))
-    )
-    images, batch_size = len(train_set), config["batch_size"]
+    # Small sets are decoded once, into memory.
+    size, batch_size = config["image_size"], config["batch_size"]
+    augmented = choose_pipeline(train_set, size, True, config["rand_augment"])
+    decoded, pipeline = preload(train_set, augmented)
+    test_decoded, test_pipeline = preload(test_set, choose_pipeline(test_set, size, False))
     sampling = "balanced" if config["balanced"] else "shuffle"
-    batches = loading.Batches(
-        train_set, pipeline, batch_size, config["seed"], sampling, env.rank, env.ranks
-    )
-    forward = engine.parallel(run.model, env, config["compile"])
-    signals = engine.StopSignal(env, config["time_limit"])
-    rate = rate_of_step(config, images)
-    last = math.ceil(config["epochs"] * images / batch_size)
-    title = f"{train_set.name} {config['model']}"
-    pinned = env.device.type == "cuda"
-    stream = loading.loader(batches, run.step, last, config["workers"], pinned)
-    with engine.progress_bar(env, last, run.step, title) as bar:
-        log = records.Log(env, folder / "log.jsonl", run.step, last, bar, title)
-        epoch = max(run.step - 1, 0) * batch_size // images  # at an epoch's end: evaluate it again
+    batches = data.Batches(decoded, pipeline, batch_size, args.seed, sampling, env.rank, env.ranks)
+    last = math.ceil(config["epochs"] * len(train_set) / batch_size)
+    stream = loader(batches, run.step, last, args.workers, env.device.type == "cuda")
+    normalization = transforms.NORMALIZATION[train_set.domain]
+    network = parallel(model, env, args.compile)  # averages gradients over the ranks
+    signals = StopSignal(env, args.time_limit)
+    log_path, title = folder / "log.jsonl", f"{train_set.name} {args.model}"
+    with Log(env, run.step, last, batch_size, args.log_every, log_path, title) as log:
         while True:
-            stop = min(last, math.ceil((epoch + 1) * images / batch_size))
-            engine.train(
-                run, forward, batches, stream, rate, stop, env, transforms.NORMALIZATION[domain],
-                accumulate=config["accumulate"], signals=signals,
-                save_minutes=config["save_minutes"], log=log, log_every=config["log_every"],
-                progress=bar,
-            )  # fmt: skip
-            run.save(env, wait=False)
-            metrics = engine.evaluate(
-                run.model, test_set, test_pipeline, env, transforms.NORMALIZATION[domain],
-                workers=config["workers"],
-            )  # fmt: skip
-            log.evaluation(stop, metrics)
-            if stop == last:
-                run.finish_saving()
-                return metrics
-            epoch = stop * batch_size // images
+            if ends_epoch(run.step, last, config):
+                run.save(wait=False)
+                tested = data.in_order(
+                    test_decoded, test_pipeline, 256, env.rank, env.ranks, args.workers
+                )
+                metrics = evaluate(
+                    model, tested, test_set.labels, test_set.classes, env, normalization
+                )
+                log.evaluation(run.step, metrics)
+            if run.step == last:
+                break
+            began = time.monotonic()
+            batch, targets, count = log.next(stream)  # count: valid labels of the global batch
+            lr = rate(run.step, config)
+            set_learning_rate(optimizer, lr)
+            optimizer.zero_grad(set_to_none=True)
+            loss = 0.0
+            for images, labels in parts(network, batch, targets, accumulate, env):
+                with env.autocast():
+                    logits = network(to_input(images, normalization, env.device))
+                part_loss = loss_sum(logits, labels, train_set.task)
+                # DDP averages over ranks; the mean over the global batch is a sum over ranks.
+                (part_loss * (env.ranks / max(count, 1))).backward()
+                loss = loss + part_loss.detach()
+            optimizer.step()
+            run.step += 1
+            log.add(run.step, lr, loss, count, optimizer, ends_epoch(run.step, last, config))
+            run.seconds += time.monotonic() - began
+            run.save_or_stop(signals, log)
+        run.finish_saving()
 
-
-def rate_of_step(config, images):
-    """step -> learning rate, by the linear scaling rule (Goyal et al. 2017, arXiv:1706.02677)."""
-    batch_size, scale = config["batch_size"], config["lr"] / 256
-    start_batch = min(batch_size, config["worker_batch"])
-    schedule = config["warmup"], config["epochs"], config["schedule"]
-
-    def rate(step):
-        epoch = step * batch_size / images
-        return learning_rate(epoch, scale * batch_size, scale * start_batch, *schedule)
-
-    return rate
-
-
-def make_record(run, train_set, metrics, env):
-    """The result file's content."""
-    return {
+    flops = models.forward_flops(args.model, len(train_set.classes), size)
+    record = {
         "schema": 1,
         "kind": "pretrain",
         "source": train_set.name,
         "source_domain": train_set.domain,
         "source_images": len(train_set),
-        "model": run.config["model"],
-        "recipe": run.config["recipe"],
+        "model": args.model,
+        "recipe": config["recipe"],
         "metrics": metrics,
-        "train": run.summary(len(train_set), env),
-        "config": run.config,
-        "environment": engine.environment(env),
+        "train": run.summary(len(train_set), batch_size, flops),
+        "config": config,
+        "layout": {key: getattr(args, key) for key in LAYOUT} | {"accumulate": accumulate},
+        "environment": environment(env),
     }
+    sample = sample_features(model, train_set, size, normalization, args.workers, env)
+    if env.main:
+        mean, std = normalization
+        facts = {"name": args.model, "classes": train_set.classes, "task": train_set.task}
+        facts |= {"source": train_set.name, "domain": train_set.domain, "mean": mean, "std": std}
+        facts |= {"images": len(train_set), "image_size": size, "sample": sample}
+        save_tensors(folder / "model.pt", {"model": model.state_dict(), **facts})
+        console.write_json(folder / "result.json", record)
+    return record
+
+
+def rate(step, config):
+    """The learning rate of a step (linear scaling rule: Goyal et al. 2017, arXiv:1706.02677)."""
+    batch_size, scale = config["batch_size"], config["lr"] / 256
+    start = scale * min(batch_size, config["worker_batch"])
+    schedule = config["warmup"], config["epochs"], config["schedule"]
+    return learning_rate(step * batch_size / config["images"], scale * batch_size, start, *schedule)
+
+
+def ends_epoch(step, last, config):
+    """Whether an epoch, or the run, is through after so many steps."""
+    batch_size, images = config["batch_size"], config["images"]
+    return step == last or step * batch_size // images > max(step - 1, 0) * batch_size // images
+
+
+def sample_features(model, source, size, normalization, workers, env):
+    """What model.pt keeps of the source, for the distance of targets: (N, D) float32, what
+    distance.project makes of the features of at most distance.SAMPLE images."""
+    chosen = source.subset(distance.sample(len(source)))
+    pipeline = choose_pipeline(source, size, False)
+    stream = data.in_order(chosen, pipeline, 256, env.rank, env.ranks, workers)
+    width = model.head.conv.in_channels
+    model.eval()
+    return distance.project(predict(model.features, width, stream, len(chosen), env, normalization))
 
 
 def report(record):
     """The closing table."""
     metrics, train = record["metrics"], record["train"]
     shown = ("accuracy", "top5", "mean_auc", "mean_ap", "loss")
-    console.print_table(
-        [[name, f"{metrics[name]:.4f}"] for name in shown if metrics[name] is not None]
-        + [["seconds", f"{train['seconds']:.0f}"]]
-        + [["images/s", f"{train['images_per_second']:.0f}"]]
-        + [["GFLOP/s", f"{train['flops_per_second'] / 1e9:.1f}"]]
-        + [["share of the device's peak", f"{train['peak_share']:.3f}"]],
-        [f"{record['source']} {record['model']} (test)", "value"],
-    )
+    rows = [[name, f"{metrics[name]:.4f}"] for name in shown if metrics[name] is not None]
+    rows += [
+        ["seconds", f"{train['seconds']:.0f}"],
+        ["images/s", f"{train['images_per_second']:.0f}"],
+        ["GFLOP/s", f"{train['flops_per_second'] / 1e9:.1f}"],
+        ["share of the device's peak", f"{train['peak_share']:.3f}"],
+    ]
+    console.print_table(rows, [f"{record['source']} {record['model']} (test)", "value"])
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    run_script(main)

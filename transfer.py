@@ -2,31 +2,418 @@
 
     python transfer.py                    # what runs/ holds, and scratch, to the synthetic targets
     torchrun --nproc_per_node=8 transfer.py --checkpoint runs/nih-R50x1 scratch --target cifar10
-    python transfer.py --method linear    # logistic regression on frozen features instead
 
-Each run of the grid checkpoints x targets x seeds writes results/TARGET/SOURCE-MODEL/
-full-seedS.json when it is finished; started again, the script does what is missing. The processes
-of torchrun train each run together (on frozen features they share the runs out).
+Each run of targets x networks x seeds writes results/TARGET/SOURCE-MODEL/full-seedS.json when it
+is finished; started again, the script does what is missing. The processes of torchrun train each
+run together. fewshot.py does the same on a few images a class, and classifies frozen features.
+
+Kolesnikov et al. 2020 (BiT), arXiv:1912.11370, section 3.3; Cherti & Jitsev, arXiv:2106.00116,
+appendix.
 """
 
-import grid
-from engine import console
-from engine import grid as runner
-from engine import processes as engine
-from finetune import HyperRule, hyperrule  # noqa: F401
+import functools
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import data
+import models
+from engine import console, distance, options
+from engine.checkpoint import Run, file_digest
+from engine.evaluate import evaluate, predict, to_input
+from engine.grid import Cell, Grid, Network, unfinished, write_result
+from engine.log import Log
+from engine.metrics import loss_sum
+from engine.optimizer import SGD_AGC, set_learning_rate
+from engine.processes import StopSignal, parallel, parts, run_script, setup
+from open_splits import open_splits, refuse_options
+from readers import transforms
+from readers.cache import decode_once
+from readers.workers import loader
+
+# ------------------------------------------------------------------------------------------------
+# Recipes
+# ------------------------------------------------------------------------------------------------
+
+
+class HyperRule(NamedTuple):
+    """resize, crop: pixels. mixup: alpha, 0 for none. warmup, decays, steps: in steps."""
+
+    resize: int
+    crop: int
+    mixup: float
+    warmup: int
+    decays: tuple[int, ...]
+    steps: int
+
+    def learning_rate(self, step, base_lr):
+        """Linear from 0 during warm-up; a tenth from the step after each boundary of `decays`."""
+        if step < self.warmup:
+            return base_lr * step / self.warmup
+        return base_lr * 0.1 ** sum(step > boundary for boundary in self.decays)
+
+
+def hyperrule(num_examples, image_size):
+    """The rule for a training set of that many images of that size (pixels: side, or (H,W)).
+
+    BiT, section 3.3.
+    """
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    resize, crop = (160, 128) if height * width < 96 * 96 else (512, 480)
+    if num_examples < 20_000:
+        return HyperRule(resize, crop, 0.0, 100, (200, 300, 400), 500)
+    if num_examples < 500_000:
+        return HyperRule(resize, crop, 0.1, 500, (3000, 6000, 9000), 10_000)
+    return HyperRule(resize, crop, 0.1, 500, (6000, 12_000, 18_000), 20_000)
+
+
+class Recipe(NamedTuple):
+    """clipping: of AGC, or None. nesterov: of the momentum 0.9.
+
+    zero_head: the classifier starts at 0, else at PyTorch's default. square: training images are
+    resized to a square, else by their shorter side. steps: in place of the rule's number, or None.
+    """
+
+    batch_size: int
+    lr: float
+    clipping: float | None
+    nesterov: bool = True
+    zero_head: bool = False
+    square: bool = False
+    steps: int | None = None
+
+
+RECIPES = {
+    "paper": Recipe(128, 0.001, 0.01),
+    "bit": Recipe(512, 0.003, None, nesterov=False, zero_head=True, square=True),
+    "synthetic": Recipe(32, 0.02, 0.01, steps=40),
+}
+# Their full training sets are drawn with probability inverse to class frequency (study, appendix).
+BALANCED = ("covidx", "flowers102")
+# Their few-shot images have exactly one label each (PadChest-Cl of the study).
+SINGLE_LABEL = ("padchest",)
+
+
+def choose_rule(target, num_examples, args, steps=None):
+    """The HyperRule for a Target, as the study ran it, with the command line's size and steps.
+
+    Synthetic images keep their own size; multi-label X-ray sets take the X-ray pipeline at 224.
+    The first training image tells the size of all.
+    """
+    rule = hyperrule(num_examples, target.image_size)
+    own_size = target.train_set.size or (224 if target.xray_pipeline else None)
+    if own_size:
+        rule = rule._replace(resize=own_size, crop=own_size)
+    if args.image_size:  # the same ratio of resize to crop
+        resize = round(args.image_size * rule.resize / rule.crop)
+        rule = rule._replace(resize=resize, crop=args.image_size)
+    steps = steps or args.steps or RECIPES[target.recipe].steps
+    if steps:  # the same schedule
+        warmup, *decays = (round(s * steps / rule.steps) for s in (rule.warmup, *rule.decays))
+        rule = rule._replace(warmup=warmup, decays=tuple(decays), steps=steps)
+    return rule
+
+
+def choose_pipeline(target, rule, train):
+    """The transforms of a Target: the X-ray pipeline, or the HyperRule's: random crop and flip; to
+    test, the whole image as a square. Raises ValueError when the crop does not fit.
+    """
+    if target.xray_pipeline:
+        return transforms.xray_pipeline(rule.crop, train)
+    if rule.crop > rule.resize:
+        raise ValueError(
+            f"a crop of {rule.crop} pixels does not fit into images resized to {rule.resize}"
+        )
+    if not train:
+        prepare = functools.partial(transforms.resize_square, size=rule.crop)
+        return transforms.Pipeline(prepare, transforms.keep, rule.crop)
+    square = RECIPES[target.recipe].square
+    resize = transforms.resize_square if square else transforms.resize_shorter
+    augment = functools.partial(transforms.random_crop_flip, size=rule.crop)
+    return transforms.Pipeline(functools.partial(resize, size=rule.resize), augment, rule.resize)
+
+
+FLAGS = "--checkpoint --target --seeds --steps --scratch-steps --dry-run"
+DEFAULTS = {
+    "target": dict(default=["synthetic-natural-target", "synthetic-xray-target"]),
+    "out": dict(default="results"),
+    "model": dict(help="network of scratch, or of a weight file that pretrain.py did not write"),
+    "source": dict(help="what such a weight file was trained on"),
+    "recipe": dict(
+        type=console.one_of(*RECIPES),
+        help=f"{', '.join(RECIPES)} (default: synthetic for synthetic targets, else paper)",
+    ),
+    "seeds": dict(default=1),
+}
+
+
+# ------------------------------------------------------------------------------------------------
+# Networks and targets
+# ------------------------------------------------------------------------------------------------
+
+
+read_weights = functools.lru_cache(maxsize=1)(models.read_weights)  # of the network in hand
+
+
+def open_networks(args, frozen=False):
+    """The networks that --checkpoint names: run folders, weight files, "scratch".
+
+    None named: every finished run below runs/, and scratch (which has no features to classify:
+    frozen). Every file is read, so that a wrong one is refused before any training. Raises
+    ValueError or FileNotFoundError.
+    """
+    checkpoints = args.checkpoint
+    if not checkpoints:
+        checkpoints = sorted(str(path.parent) for path in Path("runs").glob("*/model.pt"))
+        if not checkpoints:
+            raise FileNotFoundError(
+                "no pre-trained network in runs/; run pretrain.py first, or give --checkpoint"
+            )
+        checkpoints += [] if frozen else ["scratch"]
+    if frozen and "scratch" in checkpoints:
+        raise ValueError(f"--method {args.method}: scratch has no features; leave it out")
+    if args.scratch_steps and "scratch" not in checkpoints:
+        raise ValueError("--scratch-steps: name scratch among --checkpoint too")
+    networks = [open_network(path, args) for path in checkpoints if path != "scratch"]
+    if "scratch" in checkpoints:
+        found = sorted({network.model for network in networks}) or ["R14x0.5"]
+        for model in [args.model] if args.model else found:
+            models.check_name(model)
+            networks.append(Network(f"scratch-{model}", "scratch", model))
+            if args.scratch_steps:
+                source = f"scratch-{args.scratch_steps}steps"
+                longer = Network(f"{source}-{model}", source, model, steps=args.scratch_steps)
+                networks.append(longer)
+    return networks
+
+
+def open_network(path, args):
+    """The Network of a run folder or weight file; --model and --source tell of a foreign one."""
+    path = Path(path)
+    file = path / "model.pt" if path.is_dir() else path
+    if path.is_dir() and not file.exists():
+        raise FileNotFoundError(f"{path}: holds no model.pt; pretrain.py has not finished there")
+    content, sample = read_weights(str(file)), None
+    if isinstance(content, dict) and "name" in content:
+        model = content["name"]
+        if args.model and args.model != model:
+            raise ValueError(f"{file} is of {model}, not of --model {args.model}")
+        normalization = tuple(content["mean"]), tuple(content["std"])
+        source, domain, images = content["source"], content["domain"], content["images"]
+        sample = content.get("sample")
+    else:
+        model, source, images = args.model, args.source, None
+        if not model or not source:
+            raise ValueError(f"{file}: not written by pretrain.py; say --model and --source of it")
+        parts = [data.base_name(part) for part in source.split("+")]
+        domains = {data.DATASETS[part].domain for part in parts if part in data.DATASETS}
+        domain = "medical" if domains == {"medical"} else "natural"
+        # BiT's own .npz networks take pixels in [-1,1], whatever the source.
+        normalization = transforms.NORMALIZATION["medical" if file.suffix == ".npz" else domain]
+    with torch.device("meta"):
+        models.matching_state(models.create_model(model, 1), file, content)
+    name, digest = f"{data.dataset_slug(source)}-{model}", file_digest(file)
+    return Network(name, source, model, domain, images, str(file), digest, normalization, sample)
+
+
+class Target:
+    """A dataset to transfer to. Its images are decoded once, by `decode`; then train, test and
+    sample are (dataset, pipeline): the training images of all cells, the test set, and what the
+    distance compares (None where no network needs it). recipe: a name of RECIPES.
+    """
+
+    def __init__(self, name, train_set, test_set, recipe):
+        self.name, self.train_set, self.test_set, self.recipe = name, train_set, test_set, recipe
+        self.image_size = tuple(train_set.read(0).shape[-2:])  # of the first image, as of all
+        findings = train_set.task == "multilabel" or train_set.options.get("single_label")
+        # Multi-label X-ray sets take it, also when each image was left a single label.
+        self.xray_pipeline = train_set.domain == "medical" and findings and not train_set.size
+        self.distances, self.features = {}, {}  # by network, as they are measured
+
+    def decode(self, cells, args, env):
+        """Reads the images that these cells need, each once on a machine."""
+        rule = choose_rule(self, len(self.train_set), args)
+        testing = choose_pipeline(self, rule, False)
+        training = choose_pipeline(self, rule, True) if args.method == "finetune" else testing
+        train_set, self.sample = self.train_set, None
+        if any(cell.network.sample is not None for cell in cells):
+            chosen = train_set.subset(distance.sample(len(train_set), distance.SAMPLE // 2))
+            self.sample = decode_once(chosen, testing, env, args.cache_dir)
+        self.indices = np.unique(np.concatenate([cell.indices for cell in cells]))
+        if len(self.indices) < len(train_set):
+            train_set = train_set.subset(self.indices)
+        console.say(env, f"{self.name}: reading {len(train_set):,} + {len(self.test_set):,} images")
+        self.train = decode_once(train_set, training, env, args.cache_dir)
+        self.test = decode_once(self.test_set, testing, env, args.cache_dir)
+
+    def rows(self, cell):
+        """Where in `train` the images of a cell are: (M,) int64."""
+        return np.searchsorted(self.indices, cell.indices)
+
+
+def open_targets(args, env, few_shot=False):
+    """[Target]. Raises ValueError or FileNotFoundError naming the dataset and the mend."""
+    refuse_options(args.target, args)
+    targets = []
+    for name in dict.fromkeys(args.target):
+        sets = open_splits(name, args, env)
+        single_label = args.single_label
+        if single_label is None:
+            single_label = few_shot and data.base_name(name) in SINGLE_LABEL
+        if single_label and sets[0].task == "multilabel":
+            sets = map(data.keep_single_label, sets)
+        recipe = args.recipe or ("synthetic" if name.startswith("synthetic") else "paper")
+        targets.append(Target(name, *sets, recipe))
+        if args.balanced and targets[-1].train_set.task == "multilabel":
+            raise ValueError(f"--balanced: {name} is multi-label; it has no one class an image")
+    if args.single_label and not any(t.train_set.options.get("single_label") for t in targets):
+        names = ", ".join(args.target)
+        raise ValueError(f"--single-label means nothing for {names}: not multi-label; leave it out")
+    return targets
+
+
+def make_cell(network, target, shots, seed, indices, args, env):
+    """The Cell of one run: indices of its training images, and every setting as used.
+
+    Raises ValueError for a batch that is too small.
+    """
+    recipe = RECIPES[target.recipe]
+    rule = choose_rule(target, len(indices), args, network.steps)
+    settings = {"precision": env.precision, "crop": rule.crop}
+    if args.method == "finetune":
+        batch_size = args.batch_size or recipe.batch_size
+        if batch_size < 2 * env.ranks:
+            raise ValueError(f"--batch-size {batch_size} is less than 2 images a process")
+        sampling = "replacement" if len(indices) < batch_size else "shuffle"
+        if args.balanced or (data.base_name(target.name) in BALANCED and shots is None):
+            sampling = "balanced"
+        settings |= {"recipe": target.recipe, "batch_size": batch_size, "lr": args.lr or recipe.lr}
+        settings |= {"clipping": recipe.clipping, "sampling": sampling, "compile": args.compile}
+        settings |= rule._asdict()
+    flops = models.forward_flops(network.model, 1, rule.crop)
+    about = network, target, shots, seed, args.method, indices, settings, flops
+    return Cell(*about, args.out, data.dataset_slug(target.name))
+
+
+# ------------------------------------------------------------------------------------------------
+# The runs
+# ------------------------------------------------------------------------------------------------
 
 
 def main():
-    parser = console.Parser(__doc__)
-    grid.add_options(parser)
-    parser.add_argument("--seeds", type=console.positive(int), default=1,
-        help="runs of each, with another head and order; the study: 5")  # fmt: skip
-    args = parser.parse_args()
-    timeout = None if args.method == "finetune" else runner.PATIENCE
-    env = engine.setup(args.precision, timeout)
-    targets = grid.open_targets(args, env)
-    return runner.run(grid.make_grid(args, env, targets, [None]), targets, args, env)
+    args = options.parse(__doc__, FLAGS, **DEFAULTS)
+    args.method = "finetune"
+    env = setup(args.precision)
+    targets, networks, cells = open_targets(args, env), open_networks(args), []
+    for target in targets:
+        everything = np.arange(len(target.train_set))
+        for seed in range(args.seed, args.seed + args.seeds):
+            for network in networks:
+                cells.append(make_cell(network, target, None, seed, everything, args, env))
+    todo, results = unfinished(cells, args.out, env)
+    grid = Grid([[cell] for cell in todo], results, env, together=True)
+    if args.dry_run:
+        return grid.dry_run(cells, models.create_model)
+    for target in targets:
+        if mine := [cell for cell in todo if cell.target is target]:
+            target.decode(mine, args, env)
+    signals = StopSignal(env, args.time_limit)
+    for cell in grid:
+        with grid.tolerating(cell):
+            metrics, train = fine_tune(cell, signals, args, env, grid.title(cell))
+            write_result(cell, metrics, train, args.workers, env)
+            grid.done(cell, metrics)
+    return grid.finish(cells)
+
+
+def fine_tune(cell, signals, args, env, title=None):
+    """Fine-tunes the whole network and evaluates its last step on the test set.
+
+    A full-shot run keeps a checkpoint beside its result and continues from it. title: of what is
+    said of it, None for nothing. Returns (metrics, what the result file says of the training).
+    """
+    config, network, target = cell.config, cell.network, cell.target
+    recipe = RECIPES[target.recipe]
+    rule = HyperRule(**{key: config[key] for key in HyperRule._fields})
+    train_set, pipeline = target.train
+    if len(cell.indices) < len(train_set):
+        train_set = train_set.subset(target.rows(cell))
+    torch.manual_seed(cell.seed)
+    model = models.create_model(network.model, len(train_set.classes))  # with a fresh head
+    if network.path:
+        models.load_weights(model, network.path, read_weights(network.path), head=False)
+    if recipe.zero_head:
+        torch.nn.init.zeros_(model.head.conv.weight)
+        torch.nn.init.zeros_(model.head.conv.bias)
+    model = models.place(model, env.device)
+    if network.sample is not None and network.name not in target.distances:
+        features = distance.project(extract(model, cell, target.sample, args, env))
+        target.distances[network.name] = distance.compare(network.sample, features)
+    normalization = network.normalization or transforms.NORMALIZATION[train_set.domain]
+    groups = model.parameter_groups()
+    optimizer = SGD_AGC(groups, config["lr"], nesterov=recipe.nesterov, clipping=recipe.clipping)
+    run = Run(cell.checkpoint, model, optimizer, config, env, args.save_minutes)
+    order = config["batch_size"], cell.seed, config["sampling"], env.rank, env.ranks
+    batches = data.Batches(train_set, pipeline, *order, pairs=rule.mixup > 0)
+    stream = loader(batches, run.step, rule.steps, args.workers, env.device.type == "cuda")
+    forward = parallel(model.train(), env, args.compile)  # averages gradients over the ranks
+    with Log(env, run.step, rule.steps, config["batch_size"], args.log_every, None, title) as log:
+        while run.step < rule.steps:
+            began = time.monotonic()
+            batch, targets, count = log.next(stream)  # count: valid labels of the global batch
+            lr = rule.learning_rate(run.step, config["lr"])
+            set_learning_rate(optimizer, lr)
+            optimizer.zero_grad(set_to_none=True)
+            loss = 0.0
+            # MixUp (Zhang et al. 2018, arXiv:1710.09412) of neighbours, one coefficient a step.
+            rng = data.generator(cell.seed, data.Stream.MIXUP, run.step)
+            share = float(rng.beta(rule.mixup, rule.mixup)) if rule.mixup else None
+            for images, labels in parts(forward, batch, targets, 1, env, multiple=2):
+                inputs = to_input(images, normalization, env.device)
+                partner = torch.arange(len(inputs), device=env.device).bitwise_xor(1)
+                partner = partner.clamp(max=len(inputs) - 1)
+                if rule.mixup:
+                    inputs = share * inputs + (1 - share) * inputs[partner]
+                with env.autocast():
+                    logits = forward(inputs)
+                part_loss = loss_sum(logits, labels, train_set.task)
+                if rule.mixup:
+                    other_loss = loss_sum(logits, labels[partner], train_set.task)
+                    part_loss = share * part_loss + (1 - share) * other_loss
+                # DDP averages over ranks; the mean over the global batch is a sum over ranks.
+                (part_loss * (env.ranks / max(count, 1))).backward()
+                loss = loss + part_loss.detach()
+            optimizer.step()
+            run.step += 1
+            log.add(run.step, lr, loss, count, optimizer, run.step == rule.steps)
+            run.seconds += time.monotonic() - began
+            run.save_or_stop(signals, log)
+        run.save()
+        at_once = max(config["batch_size"], images_at_once(rule.crop))
+        tested = data.in_order(*target.test, at_once, env.rank, env.ranks, args.workers)
+        test_set = target.test_set
+        metrics = evaluate(model, tested, test_set.labels, test_set.classes, env, normalization)
+        log.evaluation(run.step, metrics)
+    flops = models.forward_flops(network.model, len(train_set.classes), rule.crop)
+    return metrics, run.summary(len(train_set), config["batch_size"], flops)
+
+
+def images_at_once(size):
+    """How many images of size x size pixels a forward pass takes: 4 million pixels."""
+    return max(1, 2**22 // size**2)
+
+
+def extract(model, cell, part, args, env):
+    """The network's features of part = (dataset, pipeline): (N,D) float32, on the CPU."""
+    at_once = images_at_once(cell.config["crop"])
+    stream = data.in_order(*part, at_once, env.rank, env.ranks, args.workers)
+    width, count = model.head.conv.in_channels, len(part[0])
+    model.eval()
+    return predict(model.features, width, stream, count, env, cell.network.normalization)
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    run_script(main)

@@ -1,15 +1,23 @@
-"""What a training leaves: checkpoints, log.jsonl and result files, each whole or not there."""
+"""What a run leaves to be continued or read: checkpoints and result files, whole or not there."""
 
+import hashlib
 import json
+import pickle
 import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
-import models
-from engine.console import say, write_atomically, writing
+from engine.console import write_atomically
+from engine.memory import peak_flops
+from engine.processes import Stopped
+
+# ------------------------------------------------------------------------------------------------
+# Files
+# ------------------------------------------------------------------------------------------------
 
 
 def save_tensors(path, state):
@@ -22,105 +30,31 @@ def save_tensors(path, state):
     write_atomically(path, write)
 
 
-def load_checkpoint(path, config):
-    """The state of an interrupted run, or None if there is none.
+def read_tensors(path):
+    """torch.load on the CPU, of tensors, numbers and strings alone: nothing in the file is run.
 
-    Raises ValueError when it was made with another config.
+    Raises FileNotFoundError, or ValueError when the file is damaged or holds code.
     """
-    if path is None or not Path(path).exists():
-        return None
-    state = models.read_weights(path)
-    check_same_config(path, state["config"], config)
-    return state
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no weights at {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: refused, it is not plain weights: it holds code or is no checkpoint "
+            "(only tensors, numbers and strings are read, torch.load(weights_only=True))"
+        ) from error
+    except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, OSError) as error:
+        raise ValueError(f"{path}: damaged or not a weight file ({str(error)[:100]})") from error
 
 
-def same_step(step, env):
-    """Raises ValueError on all ranks unless they all continue after the same step."""
-    if env.ranks > 1:
-        steps = [None] * env.ranks
-        dist.all_gather_object(steps, step)
-        if len(set(steps)) > 1:
-            raise ValueError(f"the ranks would continue after steps {steps}: share --out")
-
-
-# What may differ between a run and its continuation, because it changes no result.
-LAYOUT_OPTIONS = {
-    "accumulate",
-    "cache_dir",
-    "checkpoint",
-    "checkpoint_activations",
-    "data_dir",
-    "download",
-    "log_every",
-    "out",
-    "save_minutes",
-    "time_limit",
-    "workers",
-}
-
-
-def check_same_config(path, theirs, ours):
-    """Raises ValueError naming the first option that differs between two runs."""
-    theirs, ours = json.loads(json.dumps([theirs, ours]))  # tuples become lists, as in the file
-    for key in sorted((theirs.keys() | ours.keys()) - LAYOUT_OPTIONS):
-        if theirs.get(key) != ours.get(key):
-            raise ValueError(
-                f"{path} was made with {key} = {theirs.get(key)}, not {ours.get(key)}; "
-                "use the same options, give another --out, or remove it"
-            )
-
-
-class Log:
-    """log.jsonl (if path is given), and for the eye: the bar on a terminal, else plain lines."""
-
-    def __init__(self, env, path, start, last, bar, title):
-        self.env, self.path, self.bar, self.title = env, path, bar, title
-        self.start, self.last, self.began = start, last, time.monotonic()
-
-    def __call__(self, step, lr, readings):
-        """What `train` calls, with the readings of its Meter."""
-        self._append({"step": step, "lr": lr, **readings})
-        loss, speed = readings["loss"], readings["images_per_second"]
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.4g}, {speed:.0f} images/s")
-            return
-        pace = (time.monotonic() - self.began) / max(step - self.start, 1)
-        left = tqdm.format_interval(pace * (self.last - step))
-        text = f"loss {loss:.4f}  lr {lr:.4g}  {speed:.0f} images/s  {left} left"
-        say(self.env, f"{self.title}  step {step}/{self.last}  {text}")
-
-    def evaluation(self, step, metrics):
-        """A line of test metrics."""
-        shown = {k: v for k, v in metrics.items() if k != "per_class" and v is not None}
-        self._append({"step": step, "test": shown})
-        say(
-            self.env,
-            f"{self.title}  step {step}  test  "
-            + "  ".join(f"{k} {v:.4f}" for k, v in shown.items()),
-        )
-
-    def _append(self, record):
-        if self.env.main and self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with writing(self.path), open(self.path, "a") as file:
-                file.write(json.dumps(record, allow_nan=False) + "\n")
-
-
-def trim_log(env, path, step):
-    """Drops the lines after `step`, which a continued run will write again."""
-    if env.main and path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        kept = []
-        for number, line in enumerate(lines, 1):
-            if not line.endswith("\n"):
-                continue  # cut by a kill
-            try:
-                record = json.loads(line)
-                if record["step"] < step + ("loss" in record):  # the evaluation is made again
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}: damaged; remove that line") from error
-        write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
+def file_digest(path):
+    """16 hexadecimal digits of the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def read_result(path, kind, config=None):
@@ -140,3 +74,122 @@ def read_result(path, kind, config=None):
     if config is not None:
         check_same_config(path, record["config"], config)
     return record
+
+
+def load_checkpoint(path, config):
+    """The state of an interrupted run, or None if there is none.
+
+    Raises ValueError when it was made with another config.
+    """
+    if path is None or not Path(path).exists():
+        return None
+    state = read_tensors(path)
+    check_same_config(path, state["config"], config)
+    return state
+
+
+def check_same_config(path, theirs, ours):
+    """Raises ValueError naming the first setting of `ours` that was another there."""
+    theirs, ours = json.loads(json.dumps([theirs, ours]))  # tuples become lists, as in the file
+    for key in sorted(ours):
+        if theirs.get(key) != ours[key]:
+            raise ValueError(
+                f"{path} was made with {key} = {theirs.get(key)}, not {ours[key]}; "
+                "use the same options, give another --out, or remove it"
+            )
+
+
+# ------------------------------------------------------------------------------------------------
+# A training under way
+# ------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A training under way: restored from its checkpoint if there is one, and saved to it.
+
+    path: of the checkpoint, None to keep none. config: what must be the same to continue. step:
+    steps done. seconds: spent in training. Raises ValueError when the checkpoint was made with
+    another config, or when the ranks would continue after different steps.
+    """
+
+    def __init__(self, path, model, optimizer, config, env, save_minutes=10.0):
+        self.path, self.model, self.optimizer, self.config = path, model, optimizer, config
+        self.env, self.save_minutes = env, save_minutes
+        self.step, self.seconds, self.saved = 0, 0.0, time.monotonic()
+        self._writer, self._writing = ThreadPoolExecutor(1, "checkpoint"), None
+        if state := load_checkpoint(path, config):
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            self.step, self.seconds = state["step"], state["seconds"]
+        if env.ranks > 1:
+            steps = [None] * env.ranks
+            dist.all_gather_object(steps, self.step)
+            if len(set(steps)) > 1:
+                raise ValueError(f"the ranks would continue after steps {steps}: share --out")
+
+    def save(self, wait=True):
+        """Writes the checkpoint, on the main rank; the one before is kept until it is whole.
+
+        wait=False: the device waits only while the state is copied to the host's memory, and a
+        thread writes. Weights that are not finite are not saved: the next loss will say so. Raises
+        OSError, also for the write before, when the disk is full.
+        """
+        self.saved = time.monotonic()
+        if not (self.path and self.env.main):
+            return
+        self.finish_saving()
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            return
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state |= {"step": self.step, "seconds": self.seconds, "config": self.config}
+        self._writing = self._writer.submit(save_tensors, self.path, _on_host(state))
+        if wait:
+            self.finish_saving()
+
+    def finish_saving(self, wait=True):
+        """Waits for the checkpoint that is being written; raises what went wrong with it."""
+        if self._writing is not None and (wait or self._writing.done()):
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def summary(self, images, batch_size, flops):
+        """What a result file says of a training on so many images.
+
+        flops: of an image's forward pass. flops_per_second: of the model (3 times the forward pass:
+        forward, and backward for inputs and weights), 2 a multiply-add, recomputation not counted.
+        peak_share: of what the devices can do.
+        """
+        speed = self.step * batch_size / self.seconds
+        peak = self.env.ranks * peak_flops(self.env.device, self.env.precision)
+        return {
+            "images": images,
+            "steps": self.step,
+            "seconds": self.seconds,
+            "images_per_second": speed,
+            "flops_per_second": 3 * flops * speed,
+            "peak_share": 3 * flops * speed / peak,
+        }
+
+    def save_or_stop(self, signals, log):
+        """After a step: saves every save_minutes in the background; once any process was asked to
+        stop, saves and raises Stopped on all. What is saved is finite: log raises Diverged else.
+        """
+        self.finish_saving(wait=False)
+        if stop := signals.agreed():
+            log.refuse_nonfinite()
+            self.save()
+            if self.env.ranks > 1:
+                dist.barrier()  # torchrun kills the others soon after the first one leaves
+            reason, status = stop
+            raise Stopped(f"stopped by {reason} after step {self.step}", status)
+        if time.monotonic() - self.saved > 60 * self.save_minutes and log.finite():
+            self.save(wait=False)
+
+
+def _on_host(state):
+    """A copy of nested dicts and lists with every tensor in the host's memory."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: _on_host(value) for key, value in state.items()}
+    return [_on_host(value) for value in state] if isinstance(state, list) else state

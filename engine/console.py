@@ -37,10 +37,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description=None, **settings):
         super().__init__(
-            description=description,
-            allow_abbrev=False,
-            formatter_class=HelpFormatter,
-            **settings,
+            description=description, allow_abbrev=False, formatter_class=HelpFormatter, **settings
         )
 
     def error(self, message):
@@ -90,6 +87,19 @@ def say(env, text):
         tqdm.write(text)
 
 
+def progress_bar(env, total, start=0, title="", unit="step"):
+    """A tqdm bar; disabled off a terminal, on the other ranks, and with TQDM_DISABLE set."""
+    hidden = not env.main or bool(os.environ.get("TQDM_DISABLE"))
+    return tqdm(
+        total=total,
+        initial=start,
+        desc=title,
+        unit=unit,
+        dynamic_ncols=True,
+        disable=hidden or None,
+    )
+
+
 def complain(error):
     """Says in one line what is wrong and returns the exit status; TRACEBACK=1 shows where."""
     if os.environ.get("TRACEBACK"):
@@ -112,13 +122,18 @@ def one_line(error):
 # ------------------------------------------------------------------------------------------------
 
 
-def print_table(rows, header):
-    """Prints a Markdown table with aligned columns."""
+def table(rows, header):
+    """A Markdown table with aligned columns, as text."""
     rows = [list(map(str, row)) for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
-    for row in rows:
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
+    lines = (" | ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows)
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def print_table(rows, header):
+    """Prints a Markdown table with aligned columns."""
+    print(table(rows, header))
 
 
 @contextlib.contextmanager

@@ -1,368 +1,342 @@
-"""How the cells of a grid are run: by all processes together, or shared out among them."""
+"""Many cells in one command: what a cell is, which process runs which, what failed."""
 
 import contextlib
 import datetime
+import functools
 import heapq
-import itertools
-import math
 import os
 import sys
 import time
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import finetune
-import grid
-import models
-from engine import checkpoint as records
-from engine import console, distance, linear, metrics
-from engine import processes as engine
-from engine.optimizer import make_optimizer
+from engine import console
+from engine.checkpoint import load_checkpoint, read_result
+from engine.memory import flops_per_second
+from engine.metrics import MAIN_METRIC, Diverged
+from engine.processes import Stopped, environment
 
 # A process whose share of the cells is done may wait long for the last ones of the others.
 PATIENCE = datetime.timedelta(days=30)
 
 
-def run(cells, targets, args, env):
-    """Runs what is unfinished, and reports all; returns the exit status, 1 where cells failed.
-
-    Full-shot fine-tuning takes all processes for each cell; all else is shared out among them.
+class Network(NamedTuple):
+    """A network to transfer. name: SOURCE-MODEL. path: of its weights, None for scratch; digest: of
+    that file. domain, images: of its source; None where unknown. steps: of fine-tuning, in place of
+    the recipe's. sample: projected features of the source (distance.project), or None.
     """
-    todo = grid.unfinished(cells)
-    same_list(todo, args.out, env)
-    console.say(env, f"{len(cells)} cells, {len(cells) - len(todo)} finished already")
-    together = args.method == "finetune" and not cells[0].shots
-    if args.dry_run:
-        if env.main:
-            dry_run(cells, todo, env, together)
-        return 0
-    images = grid.decode(todo, targets, args, env)
-    signals = engine.StopSignal(env if together else env.alone(), args.time_limit)
-    failures, stopped = {}, None
-    try:
-        (run_together if together else share_out)(todo, images, env, signals, failures)
-    except engine.Stopped as stop:
-        stopped = stop
-    if env.ranks > 1:
-        found = [None] * env.ranks
-        dist.all_gather_object(found, (failures, stopped and stopped.args))
-        failures = {path: reason for one, _ in found for path, reason in one.items()}
-        stops = [args for _, args in found if args]
-        stopped = engine.Stopped(*stops[0]) if stops else None
-    if stopped:
-        raise stopped
-    if env.main:
-        report(cells)
-        report_failures(failures)
-    return int(env.main and bool(failures))
+
+    name: str
+    source: str
+    model: str
+    domain: str | None = None
+    images: int | None = 0
+    path: str | None = None
+    digest: str | None = None
+    normalization: tuple | None = None
+    sample: torch.Tensor | None = None
+    steps: int | None = None
 
 
-def same_list(cells, out, env):
-    """Returns when every process has its list, before the first result is written.
+class Cell(NamedTuple):
+    """One run: which network, to which target, on how many shots (None: all images).
 
-    Raises ValueError on all of them unless the lists are the same.
+    target: has name, train_set, test_set and distances. indices: its training images among the
+    target's, sorted (M,) int64. settings: of the method. flops: of an image's forward pass. out:
+    folder of all results; folder: of the target's below it.
     """
+
+    network: Network
+    target: object
+    shots: int | None
+    seed: int
+    method: str
+    indices: np.ndarray
+    settings: dict
+    flops: int
+    out: str
+    folder: str
+
+    @property
+    def path(self):
+        """Of the result file."""
+        shots = f"{self.shots}shot" if self.shots else "full"
+        ending = ".json" if self.method == "finetune" else f"-{self.method}.json"
+        return Path(self.out, self.folder, self.network.name, f"{shots}-seed{self.seed}{ending}")
+
+    @property
+    def config(self):
+        """What decides the result."""
+        return {
+            "weights": self.network.digest,
+            "source": self.network.source,
+            "model": self.network.model,
+            "target": self.target.name,
+            "target_options": self.target.train_set.options,
+            "shots": self.shots,
+            "seed": self.seed,
+            "images": len(self.indices),
+            "train_images": len(self.target.train_set),
+            "test_images": len(self.target.test_set),
+            **self.settings,
+        }
+
+    @property
+    def metric(self):
+        """The study's for such a target."""
+        return MAIN_METRIC[self.target.train_set.domain]
+
+    @property
+    def kind(self):
+        return "fewshot" if self.shots else "transfer"
+
+    @property
+    def checkpoint(self):
+        """Where unfinished full-shot fine-tuning is kept; all else is short and starts anew."""
+        kept = self.method == "finetune" and not self.shots
+        return self.path.with_suffix(".checkpoint.pt") if kept else None
+
+    def __str__(self):
+        shots = f"{self.shots} shots" if self.shots else "all images"
+        return f"{self.target.name} from {self.network.name}, {shots}, seed {self.seed}"
+
+
+def unfinished(cells, out, env):
+    """(the cells without a result, {path: main metric} of the others), alike on all processes.
+
+    Raises OSError where results cannot be written, ValueError for two cells of one path, a file
+    made with other settings, and processes that find different results.
+    """
+    paths = [cell.path for cell in cells]
+    if twice := [path for path in paths if paths.count(path) > 1]:
+        raise ValueError(
+            f"two checkpoints or targets would write {twice[0]}; run them apart, one with another "
+            "--out"
+        )
+    there = next(path for path in (Path(out), *Path(out).parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise OSError(f"--out {out}: {there} is no directory that can be written; give another")
+    todo, results = [], {}
+    for cell in cells:
+        record = read_result(cell.path, cell.kind, cell.config)
+        if record:
+            results[str(cell.path)] = record["metrics"][cell.metric]
+        else:
+            load_checkpoint(cell.checkpoint, cell.config)
+            todo.append(cell)
     if env.ranks > 1:
         lists = [None] * env.ranks
-        dist.all_gather_object(lists, [str(cell.path) for cell in cells])
+        dist.all_gather_object(lists, [str(cell.path) for cell in todo])
         if any(one != lists[0] for one in lists):
             raise ValueError(
                 f"--out {out}: the processes find different results there; name a folder that all "
                 "nodes share"
             )
+    console.say(env, f"{len(cells)} cells, {len(cells) - len(todo)} finished already")
+    return todo, results
 
 
-@contextlib.contextmanager
-def tolerating(failures, cells, errors=Exception):
-    """A block whose error is noted as the reason why these cells failed, {path: reason}."""
-    try:
-        yield
-    except errors as error:
-        if isinstance(error, engine.Stopped) or os.environ.get("TRACEBACK"):
-            raise
-        failures.update({str(cell.path): console.one_line(error) for cell in cells})
-
-
-def run_together(cells, images, env, signals, failures):
-    """One cell after the other, each on all processes."""
-    distances = {}
-    # What one process alone meets leaves the others waiting: then the run ends, to be continued.
-    errors = metrics.Diverged if env.ranks > 1 else Exception
-    for number, cell in enumerate(cells):
-        steps, title = cell.config["steps"], f"[{number + 1}/{len(cells)}] {cell}"
-        with engine.progress_bar(env, steps, title=title) as bar:
-            log = records.Log(env, None, 0, steps, bar, title)
-            with tolerating(failures, [cell], errors):
-                record = fine_tune(cell, images[cell.target], distances, env, signals, log, bar)
-                log.evaluation(steps, record["metrics"])
-
-
-def share_out(cells, images, env, signals, failures):
-    """This process's share: job after job, the longest first, until one process is to stop."""
-    jobs, distances = make_jobs(cells), {}
-    clear = "" if env.main or not sys.stdout.isatty() else "\r\x1b[K"  # the main rank's bar
-    done = np.cumsum([work(job) for job in jobs])
-    place = {cell.path: number for number, cell in enumerate(itertools.chain(*jobs), 1)}
-    began = ended = time.monotonic()
-    with (
-        engine.progress_bar(env, len(cells), title="cells", unit="cell") as bar,
-        contextlib.closing(engine.shared_out(len(jobs), env)) as numbers,
-    ):
-        for number in numbers:
-            job = jobs[number]
-            results = run_job(job, images[job[0].target], distances, env.alone(), signals, failures)
-            for cell, record in results:
-                seconds, ended = time.monotonic() - ended, time.monotonic()
-                left = tqdm.format_interval((ended - began) * (done[-1] / done[number] - 1))
-                metric = main_metric(record)
-                score = f"{metric} {_shown(record['metrics'][metric])}"
-                which = f"[{place[cell.path]}/{len(cells)}] {cell}"
-                # In one piece: unbuffered processes would glue their lines together.
-                tqdm.write(f"{clear}{which}: {score}, {seconds:.1f} s, {left} left\n", end="")
-            if bar is not None:
-                bar.update(place[job[-1].path] - bar.n)  # those of all processes
-
-
-def make_jobs(cells):
-    """Lists of cells that one process runs, the longest first: those of a checkpoint and target
-    that read the same frozen features; each fine-tuned cell is a job of its own.
-    """
-    jobs = {}
-    for cell in cells:
-        shared = cell.method != "finetune"
-        key = (cell.pretrained.name, cell.target) if shared else cell.path
-        jobs.setdefault(key, []).append(cell)
-    return sorted(jobs.values(), key=work, reverse=True)
-
-
-def work(job):
-    """Floating-point operations of a job, about: forward passes, and training as three of them."""
-    config = job[0].config
-    images = config["test_images"] + max(cell.config["images"] for cell in job)
-    if "steps" in config:
-        images = config["test_images"] + 3 * config["steps"] * config["batch_size"]
-    return images * models.forward_flops(config["model"], 1, config["crop"])
-
-
-def run_job(job, images, distances, env, signals, failures):
-    """Yields (cell, its record) of each cell that did not fail."""
-    if job[0].method != "finetune":
-        yield from classify_frozen(job, images, distances, env, signals, failures)
-        return
-    record = None
-    with tolerating(failures, job):
-        record = fine_tune(job[0], images, distances, env, signals)
-    if record:
-        yield job[0], record
-
-
-def fine_tune(cell, images, distances, env, signals, log=None, bar=None):
-    """Fine-tunes one cell and writes its result; returns the record."""
-    far = measure_distance(cell, images, distances, env)
-    scores, train = finetune.fine_tune(
-        cell, images.train_of(cell), images.test, env, signals, log, bar
-    )
-    record = make_record(cell, images, scores, train, far, env)
-    if env.main:
-        console.write_json(cell.path, record)
-        if cell.checkpoint:
-            cell.checkpoint.unlink(missing_ok=True)
-    return record
-
-
-# ------------------------------------------------------------------------------------------------
-# Frozen features
-# ------------------------------------------------------------------------------------------------
-
-
-def classify_frozen(job, images, distances, env, signals, failures):
-    """Extracts the features of a checkpoint and target once, then fits a classifier for each cell.
-
-    Yields (cell, record), each written.
-    """
-    began, features = time.monotonic(), None
-    with tolerating(failures, job):
-        model = body(job[0], env)
-        far = measure_distance(job[0], images, distances, env, model)
-        features = [extract(model, job[0], part, env) for part in (images.train, images.test)]
-    seconds = time.monotonic() - began
-    for cell in job if features else ():
-        record = None
-        with tolerating(failures, [cell]):
-            scores, train = classify(cell, images, features)
-            train |= {"features_seconds": seconds}
-            record = make_record(cell, images, scores, train, far, env)
-            console.write_json(cell.path, record)
-        if record:
-            yield cell, record
-        if stop := signals.agreed():
-            raise engine.Stopped(f"stopped by {stop[0]}", stop[1])
-
-
-def classify(cell, images, features):
-    """Fits the cell's classifier; features: train (N,D), test (M,D). Returns (metrics, facts)."""
-    began, rows, test_set = time.monotonic(), images.rows(cell), images.test[0]
-    logits, facts = linear.CLASSIFIERS[cell.method](
-        features[0][rows], images.train[0].labels[rows], features[1], len(test_set.classes)
-    )
-    scores = metrics.compute_metrics(logits, test_set.labels, test_set.classes)
-    train = {"images": len(rows), "steps": None, "seconds": time.monotonic() - began}
-    return scores, train | {"images_per_second": None, **facts}
-
-
-def body(cell, env):
-    """The pre-trained network in eval mode; its head holds nothing."""
-    with torch.device("meta"):  # initialising what is loaded anyway takes as long as loading it
-        model = models.create_model(cell.pretrained.model, 1)
-    model.to_empty(device="cpu")
-    models.load_weights(model, cell.pretrained.path)
-    return models.place(model, env.device).eval()
-
-
-def extract(model, cell, part, env):
-    """The network's features of part = (dataset, pipeline): (N,D) float32."""
-    return engine.predict(
-        model.features, model.head.conv.in_channels, *part, env, cell.pretrained.normalization,
-        finetune.images_at_once(cell.config["crop"]), cell.config["workers"],
-    )  # fmt: skip
-
-
-def measure_distance(cell, images, distances, env, model=None):
-    """How far the target is from the network's source (distance.compare); None where unknown.
-
-    distances: what is known already, {(network, target): distance}. model: the network, where it
-    has been read already.
-    """
-    key = cell.pretrained.name, cell.target
-    if cell.pretrained.sample is None:
-        return None
-    if key not in distances:
-        features = extract(model or body(cell, env), cell, images.sample, env)
-        distances[key] = distance.compare(cell.pretrained.sample, distance.project(features))
-    return distances[key]
-
-
-# ------------------------------------------------------------------------------------------------
-# What is said of them
-# ------------------------------------------------------------------------------------------------
-
-
-def make_record(cell, images, scores, train, far, env):
-    """The result file's content."""
-    return {
+def write_result(cell, metrics, train, workers, env):
+    """Writes the result of a cell, on the main rank; train: what it says of the training."""
+    network, target = cell.network, cell.target
+    record = {
         "schema": 1,
         "kind": cell.kind,
-        "source": cell.pretrained.source,
-        "source_domain": cell.pretrained.domain,
-        "source_images": cell.pretrained.images,
-        "model": cell.pretrained.model,
-        "target": cell.target,
-        "target_domain": images.test[0].domain,
+        "source": network.source,
+        "source_domain": network.domain,
+        "source_images": network.images,
+        "model": network.model,
+        "target": target.name,
+        "target_domain": target.train_set.domain,
         "shots": cell.shots,
         "seed": cell.seed,
         "method": cell.method,
         "recipe": cell.config.get("recipe"),
-        "distance": far,
-        "metrics": scores,
+        "distance": target.distances.get(network.name),
+        "metrics": metrics,
         "train": train,
         "config": cell.config,
-        "environment": engine.environment(env),
+        "layout": {"checkpoint": network.path or "scratch", "workers": workers},
+        "environment": environment(env),
     }
+    if env.main:
+        console.write_json(cell.path, record)
+        if cell.checkpoint:
+            cell.checkpoint.unlink(missing_ok=True)
 
 
-def _shown(value):
-    return "undefined" if value is None else f"{value:.3f}"
+class Grid:
+    """The cells still to be run, in turn: `for cell in grid: with grid.tolerating(cell): …`.
 
-
-def main_metric(record):
-    return "mean_auc" if record["target_domain"] == "medical" else "accuracy"
-
-
-def report(cells):
-    """Mean and standard deviation over seeds, a row a target and network, a column a shot count."""
-    values, columns = {}, []
-    for cell in cells:
-        record = records.read_result(cell.path, cell.kind)
-        if record is None:
-            continue
-        metric = main_metric(record)
-        column = f"{cell.shots} shots" if cell.shots else "full"
-        if column not in columns:
-            columns.append(column)
-        row = cell.target, cell.pretrained.name, metric
-        values.setdefault(row, {}).setdefault(column, []).append(record["metrics"][metric])
-    rows = [
-        [*row, *(describe(by_column.get(column, [])) for column in columns)]
-        for row, by_column in values.items()
-    ]
-    console.print_table(rows, ["target", "source-model", "metric", *columns])
-
-
-def describe(values):
-    """mean ± sd (n) of what is not None."""
-    values = [value for value in values if value is not None]
-    if len(values) < 2:
-        return f"{values[0]:.3f} (1)" if values else ""
-    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} ({len(values)})"
-
-
-def report_failures(failures):
-    """Which cells failed and why, at the end."""
-    if failures:
-        print(f"{len(failures)} cells failed; the same command tries them again:")
-        for path, reason in failures.items():
-            print(f"{path}: {reason}")
-
-
-def dry_run(cells, todo, env, together):
-    """The grid, and how long what is unfinished would take: a training step of each network is
-    timed. Decoding is not counted, and processes that share cores are slower than one alone.
+    jobs: lists of cells that one process runs one after the other, as they share features. results:
+    {path: main metric} of the finished ones. together: every process runs every cell, in the order
+    given; else each job goes to whichever process comes free, the longest first.
     """
-    speeds, rows, missing = {}, [], {cell.path for cell in todo}
-    jobs = make_jobs(todo)
-    seconds = [work(job) / speed(job[0], speeds, env) for job in jobs]
-    each = {cell.path: s / len(job) for job, s in zip(jobs, seconds) for cell in job}
-    groups = {}
+
+    def __init__(self, jobs, results, env, together=False):
+        self.jobs = list(jobs) if together else sorted(jobs, key=operations, reverse=True)
+        self.env, self.together, self.results = env, together, results
+        self.cells = [cell for job in self.jobs for cell in job]
+        self.places = {cell.path: place for place, cell in enumerate(self.cells, 1)}
+        self.failures, self.stopped = {}, None
+
+    def __iter__(self):
+        if self.together:
+            yield from self.cells
+            return
+        ends = np.cumsum([operations(job) for job in self.jobs])
+        self.began = self.ended = time.monotonic()
+        with console.progress_bar(self.env, len(self.cells), 0, "cells", "cell") as bar:
+            for number in self._numbers():
+                self.ahead = ends[-1] / ends[number] - 1  # work that is left to work that is done
+                for cell in self.jobs[number]:
+                    if not self.stopped:
+                        yield cell
+                bar.update(self.places[self.jobs[number][-1].path] - bar.n)  # of all processes
+
+    def _numbers(self):
+        """The numbers of the jobs, each on one rank alone, the next to whichever comes free."""
+        if self.env.ranks == 1:
+            yield from range(len(self.jobs))
+            return
+        store = dist.distributed_c10d._get_default_store()
+        while (number := store.add("jobs", 1) - 1) < len(self.jobs):
+            yield number
+
+    @contextlib.contextmanager
+    def tolerating(self, cell):
+        """A block whose error is noted as the reason why this cell failed, and stops no other.
+
+        When one process is to stop, all stop after the cell in hand.
+        """
+        # What one process of several alone meets leaves the others waiting: then the run ends, to
+        # be continued.
+        several = self.together and self.env.ranks > 1
+        tolerated = Diverged if several else Exception
+        try:
+            yield
+        except Stopped as stop:
+            if self.together or self.env.ranks == 1:
+                raise
+            self.stopped = stop
+            dist.distributed_c10d._get_default_store().add("jobs", len(self.jobs))
+        except tolerated as error:
+            if os.environ.get("TRACEBACK"):
+                raise
+            self.failures[str(cell.path)] = console.one_line(error)
+
+    def title(self, cell):
+        """Which of how many it is, and what."""
+        return f"[{self.places[cell.path]}/{len(self.cells)}] {cell}"
+
+    def done(self, cell, metrics):
+        """A cell has its result; where cells are shared out, a line says so and what is left."""
+        value = self.results[str(cell.path)] = metrics[cell.metric]
+        if self.together:
+            return
+        seconds, self.ended = time.monotonic() - self.ended, time.monotonic()
+        left = tqdm.format_interval((self.ended - self.began) * self.ahead)
+        clear = (
+            "" if self.env.main or not sys.stdout.isatty() else "\r\x1b[K"
+        )  # the main rank's bar
+        score = f"{cell.metric} {'undefined' if value is None else f'{value:.3f}'}"
+        # In one piece: unbuffered processes would glue their lines together.
+        line = f"{clear}{self.title(cell)}: {score}, {seconds:.1f} s, {left} left\n"
+        tqdm.write(line, end="")
+
+    def finish(self, cells):
+        """Once every process is through: raises Stopped on all if one was stopped. Prints the table
+        of all cells, and those that failed with their reasons; returns the exit status.
+        """
+        if self.env.ranks > 1:
+            found = [None] * self.env.ranks
+            stop = self.stopped and self.stopped.args
+            dist.all_gather_object(found, (self.results, self.failures, stop))
+            for results, failures, stop in found:
+                self.results |= results
+                self.failures |= failures
+                if stop:
+                    raise Stopped(*stop)
+        if not self.env.main:
+            return 0
+        report(cells, self.results)
+        if self.failures:
+            print(f"{len(self.failures)} cells failed; the same command tries them again:")
+            for path, reason in self.failures.items():
+                print(f"{path}: {reason}")
+        return int(bool(self.failures))
+
+    def dry_run(self, cells, create_model):
+        """Prints all cells, and how long what is unfinished would take: a training step of each
+        network is timed. Decoding is not counted, and processes that share cores are slower than
+        one alone.
+
+        create_model: (name, classes) -> a network on the device.
+        """
+
+        @functools.cache
+        def speed(name, crop, batch, flops):
+            model = create_model(name, 2).train()
+            return flops_per_second(model, batch, crop, flops, self.env)
+
+        each, busy = {}, [0.0] * (1 if self.together else self.env.ranks)
+        for job in self.jobs:
+            config = job[0].config
+            batch = config.get("batch_size", 128) // (self.env.ranks if self.together else 1)
+            batch = batch if self.env.device.type == "cuda" else min(batch, 32)
+            rate = speed(config["model"], config["crop"], batch, job[0].flops)
+            needed = operations(job) / rate
+            each |= {cell.path: needed / len(job) for cell in job}
+            heapq.heappush(busy, heapq.heappop(busy) + needed)
+        if not self.env.main:
+            return
+        groups = {}
+        for cell in cells:
+            key = cell.target.name, cell.network.name, cell.shots or "full"
+            groups.setdefault(key, []).append(cell.path)
+        rows = []
+        for key, paths in groups.items():
+            left = [each[path] for path in paths if path in each]
+            rows.append([*key, len(paths), len(paths) - len(left), f"{sum(left):.0f}"])
+        header = ["target", "source-model", "shots", "cells", "finished", "seconds for the rest"]
+        console.print_table(rows, header)
+        total = max(busy) / (self.env.ranks if self.together else 1)
+        processes = "one process" if self.env.ranks == 1 else f"{self.env.ranks} processes"
+        print(f"about {tqdm.format_interval(total)} on {processes}")
+
+
+def operations(job):
+    """Floating-point operations of cells that share features, or of one that is fine-tuned, about:
+    forward passes, and training as three of them.
+    """
+    config = job[0].config
+    images = config["test_images"] + max(cell.config["images"] for cell in job)
+    if "steps" in config:
+        images = config["test_images"] + 3 * config["steps"] * config["batch_size"]
+    return images * job[0].flops
+
+
+def report(cells, results):
+    """Mean ± sd over seeds (how many), a row a target and network, a column a number of shots."""
+    columns, values = [], {}
     for cell in cells:
-        groups.setdefault((cell.target, cell.pretrained.name, cell.shots or "full"), []).append(
-            cell
-        )
-    for key, group in groups.items():
-        left = [cell for cell in group if cell.path in missing]
-        time_left = sum(each[cell.path] for cell in left)
-        rows.append([*key, len(group), len(group) - len(left), f"{time_left:.0f}"])
-    header = ["target", "source-model", "shots", "cells", "finished", "seconds for the rest"]
-    console.print_table(rows, header)
-    busy = [0.0] * (1 if together else env.ranks)
-    for needed in seconds:
-        heapq.heappush(busy, heapq.heappop(busy) + needed)
-    total = max(busy) / (env.ranks if together else 1)
-    processes = "one process" if env.ranks == 1 else f"{env.ranks} processes"
-    print(f"about {tqdm.format_interval(total)} on {processes}")
-
-
-def speed(cell, speeds, env):
-    """Floating-point operations a second of a training step (of its forward pass on features)."""
-    config = cell.config
-    key = config["model"], config["crop"]
-    if key not in speeds:
-        batch = config.get("batch_size", 128) // (1 if cell.shots else env.ranks)  # of one process
-        batch = batch if env.device.type == "cuda" else min(batch, 32)
-        model = models.place(models.create_model(config["model"], 2), env.device).train()
-        optimizer = make_optimizer(model, 0.0)
-        images = torch.zeros(batch, 3, config["crop"], config["crop"], dtype=torch.uint8)
-        labels = torch.zeros(batch, dtype=torch.int64)
-        best = math.inf
-        for _ in range(4):  # the first is slow
-            began = time.perf_counter()
-            loss = engine.train_step(
-                model, optimizer, images, labels, batch, 0.0, "multiclass", env,
-                cell.pretrained.normalization or ((0.5,) * 3,) * 2,
-            )  # fmt: skip
-            float(loss)
-            best = min(best, time.perf_counter() - began)
-        speeds[key] = 3 * batch * models.forward_flops(config["model"], 1, config["crop"]) / best
-    return speeds[key]
+        if str(cell.path) in results:
+            column = f"{cell.shots} shots" if cell.shots else "full"
+            columns += [] if column in columns else [column]
+            row = cell.target.name, cell.network.name, cell.metric
+            values.setdefault(row, {}).setdefault(column, []).append(results[str(cell.path)])
+    rows = []
+    for row, by_column in values.items():
+        texts = []
+        for column in columns:
+            scores = [score for score in by_column.get(column, []) if score is not None]
+            text = f"{np.mean(scores):.3f}" if scores else ""
+            text += f" ± {np.std(scores, ddof=1):.3f}" if len(scores) > 1 else ""
+            texts.append(f"{text} ({len(scores)})" if scores else "")
+        rows.append([*row, *texts])
+    console.print_table(rows, ["target", "source-model", "metric", *columns])

@@ -1,18 +1,26 @@
 """What a device can hold and do: memory in bytes, floating-point operations a second."""
 
 import functools
+import math
 import os
 import re
 import resource
 import time
 
 import torch
+import torch.distributed as dist
+
+from engine.console import say
 
 # Makers' figures for dense bf16 products; the first name that the device's own name holds counts.
 PEAKS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
     "L4": 121e12,
-}  # fmt: skip
+}
 
 
 @functools.lru_cache
@@ -34,13 +42,6 @@ def peak_flops(device, precision):
         (matrix @ matrix)[0, 0].item()  # waits for the device
         best = max(best, 2 * side**3 / (time.perf_counter() - began))
     return best
-
-
-def available_cores():
-    """Those that this process may use (fewer than the machine's under SLURM, say)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
 
 
 def peak_memory(device):
@@ -75,3 +76,64 @@ def proc_bytes(path, field):
     """A figure in kB of a file like /proc/meminfo, in bytes."""
     with open(path) as file:
         return int(re.search(rf"{field}:\s+(\d+) kB", file.read())[1]) * 1024
+
+
+def training_step(model, batch, image_size, env):
+    """Forward and backward pass of so many empty images of image_size x image_size pixels."""
+    images = torch.zeros(batch, 3, image_size, image_size, device=env.device)
+    with env.autocast():
+        logits = model(images)
+    logits.float().sum().backward()
+
+
+def largest_batch(model, image_size, limit, env):
+    """The largest power of two of images, up to `limit`, whose training step fits on every rank.
+
+    Found by doing it: on CUDA until memory runs out, else until twice as many would take more than
+    four fifths of what is available. A tenth is left free, and room for the momentum.
+    """
+    momentum = [torch.empty_like(p).zero_() for p in model.parameters()]
+    fits, batch = 1, 1
+    while batch <= limit and _step_fits(model, image_size, batch, env):
+        fits, batch = batch, 2 * batch
+    del momentum
+    model.zero_grad(set_to_none=True)
+    if env.ranks > 1:
+        least = torch.tensor([fits])
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        fits = int(least)
+    return fits
+
+
+def parts_that_fit(model, image_size, batch_size, env):
+    """In how many parts each rank computes its share of a batch: the fewest that fit."""
+    share = math.ceil(batch_size / env.ranks)
+    fits = largest_batch(model, image_size, share, env)
+    say(env, f"--batch-size auto: {fits} images at a time on each process")
+    return math.ceil(share / fits)
+
+
+def _step_fits(model, image_size, batch, env):
+    """Whether forward and backward of so many images leave a fifth of the memory free."""
+    free = free_memory(env.device) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    reset_peak_memory(env.device)
+    before = peak_memory(env.device)
+    try:
+        training_step(model, batch, image_size, env)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return False
+    return peak_memory(env.device) - before < 0.8 * free
+
+
+def flops_per_second(model, batch, image_size, flops, env):
+    """Of a training step of so many images, the best of four; flops: of one image's forward pass,
+    of which a training step counts as three.
+    """
+    best = math.inf
+    for _ in range(4):  # the first is slow
+        began = time.perf_counter()
+        training_step(model, batch, image_size, env)
+        float(next(model.parameters()).detach().flatten()[0])  # waits for the device
+        best = min(best, time.perf_counter() - began)
+    return 3 * batch * flops / best

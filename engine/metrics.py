@@ -6,6 +6,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+# domain of the target -> the metric that the study reports
+MAIN_METRIC = {"natural": "accuracy", "medical": "mean_auc"}
+
 
 class Diverged(ValueError):
     """The loss, a gradient or the outputs are not finite, as all ranks see alike."""

@@ -90,9 +90,7 @@ def _unit_norms(tensors):
     return torch.cat(norms)
 
 
-def make_optimizer(model, lr, weight_decay=0.0, clipping=None, nesterov=True):
-    """SGD, momentum 0.9, with AGC if clipping is a number; the head is never clipped."""
-    head = list(model.head.conv.parameters())
-    body = [p for p in model.parameters() if all(p is not q for q in head)]
-    groups = [{"params": body}, {"params": head, "clipping": None}]
-    return SGD_AGC(groups, lr, weight_decay=weight_decay, nesterov=nesterov, clipping=clipping)
+def set_learning_rate(optimizer, lr):
+    """Of all parameters, from the next update on."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

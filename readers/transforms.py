@@ -191,33 +191,7 @@ def random_augment_crop_flip(image, rng, size):
     return random_resized_crop_flip(random_augment(image, rng), rng, size)
 
 
-def pretraining_pipeline(domain, size, train, own_size=False, rand_augment=False):
-    """Pre-training at size x size pixels, for a "natural" or a "medical" source.
-
-    own_size: the images have that size already (the synthetic worlds), and are only shifted.
-    rand_augment: natural training images go through RandAugment first.
-    """
-    at_size = functools.partial
-    if own_size:
-        return Pipeline(keep, random_shift_flip if train else keep)
-    if domain == "medical":
-        augment = random_affine_flip if train else keep
-        return Pipeline(at_size(xray_square, size=size), augment, size)
-    if train:
-        crop = random_augment_crop_flip if rand_augment else random_resized_crop_flip
-        return Pipeline(keep, at_size(crop, size=size))
-    return Pipeline(at_size(resize_center_crop, size=size), keep, round(size * 256 / 224))
-
-
-def hyperrule_pipeline(resize, crop, train, square=False):
-    """BiT-HyperRule: shorter side (square=True: both sides) to `resize`, random crop, flip.
-
-    Test: both sides to `crop`. Kolesnikov et al. 2020, section 3.3. Raises ValueError when the
-    crop does not fit.
-    """
-    if crop > resize:
-        raise ValueError(f"a crop of {crop} pixels does not fit into images resized to {resize}")
-    if not train:
-        return Pipeline(functools.partial(resize_square, size=crop), keep, crop)
-    prepare = functools.partial(resize_square if square else resize_shorter, size=resize)
-    return Pipeline(prepare, functools.partial(random_crop_flip, size=crop), resize)
+def xray_pipeline(size, train):
+    """The study's way with X-rays, in pre-training and for multi-label targets: `size` pixels."""
+    prepare = functools.partial(xray_square, size=size)
+    return Pipeline(prepare, random_affine_flip if train else keep, size)
