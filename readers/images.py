@@ -1,8 +1,9 @@
 """An image on disk and in memory: decoding, where it lies, and `ImageDataset`, images with labels.
 
-Images are uint8 tensors (C,H,W) until they are on the device; engine.py normalises them there.
+Images are uint8 tensors (C,H,W) until they are on the device, where they are normalised.
 """
 
+import dataclasses
 import functools
 import io
 import os
@@ -15,11 +16,6 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
-
-
-# ------------------------------------------------------------------------------------------------
-# Decoding
-# ------------------------------------------------------------------------------------------------
 
 
 def read_image(file, mode, size=None, name=None):
@@ -61,37 +57,25 @@ def _to_uint8(image, mode):
     return grey if mode == "L" else np.repeat(grey[..., None], 3, axis=2)
 
 
-# ------------------------------------------------------------------------------------------------
-# Datasets
-# ------------------------------------------------------------------------------------------------
-
-
+@dataclasses.dataclass(eq=False, repr=False)
 class ImageDataset(torch.utils.data.Dataset):
-    """Images with labels; [i] -> (uint8 (C,H,W), label).
+    """Images with labels; [i] -> (uint8 (C,H,W), label)."""
 
-    name: as given to load_dataset. reader: one of the readers below. labels: (N,) int64 for
-    task "multiclass", (N,C) float32 in {0,1,nan} for "multilabel". classes: tuple of str.
-    domain: "natural" or "medical". groups: (N,) patient ids, or None. size: the images' side in
-    pixels where the set is made at a side of its own (the synthetic ones), else None. options:
-    what shaped it, as used. dropped: {reason: number of images} that the options left out.
-    """
+    name: str  # as given to load_dataset
+    reader: Callable  # one of the readers below
+    labels: np.ndarray  # (N,) int64, or (N,C) float32 in {0,1,nan}
+    classes: tuple  # of str
+    task: str  # "multiclass", or "multilabel" of labels (N,C)
+    domain: str  # "natural" or "medical"
+    groups: np.ndarray | None = None  # (N,) patient ids
+    size: int | None = None  # the side in pixels of a set that is made at a side of its own
+    options: dict = dataclasses.field(default_factory=dict)  # what shaped it, as used
+    dropped: dict = dataclasses.field(
+        default_factory=dict
+    )  # {reason: images that the options left out}
 
-    def __init__(
-        self,
-        name,
-        reader,
-        labels,
-        classes,
-        task,
-        domain,
-        groups=None,
-        size=None,
-        options=None,
-        dropped=None,
-    ):
-        self.name, self.reader, self.labels, self.classes = name, reader, labels, tuple(classes)
-        self.task, self.domain, self.groups, self.size = task, domain, groups, size
-        self.options, self.dropped = options or {}, dropped or {}
+    def __post_init__(self):
+        self.classes = tuple(self.classes)
 
     def __len__(self):
         return len(self.labels)
@@ -121,7 +105,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def replace(self, **changes):
         """A copy with some attributes changed."""
-        return ImageDataset(**(vars(self) | changes))
+        return dataclasses.replace(self, **changes)
 
 
 def missing_files(dataset):
@@ -130,8 +114,8 @@ def missing_files(dataset):
 
     @functools.lru_cache(maxsize=256)
     def listing(folder):
-        path = os.path.join(reader.folder, os.fsdecode(folder))
-        return frozenset(map(os.fsencode, os.listdir(path))) if os.path.isdir(path) else frozenset()
+        path = os.path.join(os.fsencode(reader.folder), folder)
+        return frozenset(os.listdir(path)) if os.path.isdir(path) else frozenset()
 
     places = (name.rpartition(b"/") for name in reader.names)
     return [i for i, (folder, _, file) in enumerate(places) if file not in listing(folder)]
@@ -160,9 +144,7 @@ def encoded(texts):
     return np.array([os.fsencode(text) for text in texts])
 
 
-# ------------------------------------------------------------------------------------------------
-# Readers: (i, size) -> uint8 (C,H,W), and .where(i) -> str. Arrays, no object an image.
-# ------------------------------------------------------------------------------------------------
+# Readers: (i, size) -> uint8 (C,H,W), and .where(i) -> str. They hold arrays, no object an image.
 
 
 class Files(NamedTuple):
@@ -193,33 +175,32 @@ class Array(NamedTuple):
 
 
 class Members(NamedTuple):
-    """Members of one tar archive a class, read in place: names (N,) bytes, labels (N,).
+    """Members of one tar archive a class, read in place.
 
-    starts, sizes (N,) int64: bytes in the archive folder/CLASS.tar; start -1: a file of its own.
+    files: the members' names. The archive is CLASS.tar in their folder, by labels (N,); starts,
+    sizes (N,) int64: the bytes in it; start -1: a file of its own.
     """
 
-    folder: str
+    files: Files
     classes: list
-    names: np.ndarray
     labels: np.ndarray
     starts: np.ndarray
     sizes: np.ndarray
 
     def __call__(self, i, size=None):
         if self.starts[i] < 0:
-            return read_image(self.where(i), "RGB", size)
+            return self.files(i, size)
         with open(self._archive(i), "rb") as file:
             file.seek(self.starts[i])
-            return read_image(file.read(self.sizes[i]), "RGB", size, self.where(i))
+            return read_image(file.read(self.sizes[i]), self.files.mode, size, self.where(i))
 
     def _archive(self, i):
-        return os.path.join(self.folder, f"{self.classes[self.labels[i]]}.tar")
+        return os.path.join(self.files.folder, f"{self.classes[self.labels[i]]}.tar")
 
     def where(self, i):
-        name = os.fsdecode(self.names[i])
-        return (
-            os.path.join(self.folder, name) if self.starts[i] < 0 else f"{self._archive(i)}: {name}"
-        )
+        if self.starts[i] < 0:
+            return self.files.where(i)
+        return f"{self._archive(i)}: {os.fsdecode(self.files.names[i])}"
 
 
 class Joined(NamedTuple):

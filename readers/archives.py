@@ -1,0 +1,202 @@
+"""Folders of classes, each a directory or one tar, as an index of arrays that is kept on disk."""
+
+import hashlib
+import os
+import re
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from readers.images import IMAGE_ENDINGS
+
+CACHE_FROM = 50_000  # images: the index of such a set, and of any archives, is kept on disk
+
+
+def class_entries(folder):
+    """{class: its os.DirEntry}, sorted by class: directories, or archives CLASS.tar."""
+    entries = {}
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        if not entry.is_dir() and not entry.name.endswith(".tar"):
+            raise ValueError(
+                f"{entry.path}: neither a class directory nor CLASS.tar; move it out of the dataset"
+            )
+        cls = entry.name if entry.is_dir() else entry.name.removesuffix(".tar")
+        if cls in entries:
+            raise ValueError(f"{entry.path}: {cls} and {cls}.tar are both there; remove one")
+        entries[cls] = entry
+    if not entries:
+        raise ValueError(f"{folder}: holds no class directory")
+    return dict(sorted(entries.items()))
+
+
+def class_index(folder, cache_dir=None, held_out=None, like=None):
+    """The images of a folder of classes as arrays, class by class and sorted by name.
+
+    Returns {"classes": (C,) bytes, "names": (N,) bytes, "labels": (N,) int64} and, when classes
+    are archives, "starts" and "sizes" (N,) int64: the bytes of the archive that an image takes.
+    held_out: function of a name; such images come last, from "held_from" on. like: a folder that
+    has the same classes, or ValueError is raised. The arrays of archives, and from CACHE_FROM
+    images on of directories, are kept in a directory beside the data, or below cache_dir, and
+    mapped into memory; they are made anew when one of them has changed.
+    """
+    entries = class_entries(folder)
+    known = class_entries(like) if like else entries
+    for unknown in sorted(entries.keys() - known):
+        raise ValueError(f"{folder / unknown}: no class of that name in {like}")
+    for absent in sorted(known.keys() - entries):
+        raise ValueError(f"{folder / absent}: the class has no image; add some or drop it")
+    key = hashlib.sha256(f"1 {held_out and held_out.__name__} {bool(cache_dir)}\n".encode())
+    for entry in entries.values():
+        stat = entry.stat()
+        size = None if entry.is_dir() else stat.st_size
+        # rsync and tar set the time of the content, but none can set that of the change.
+        key.update(os.fsencode(f"{entry.name} {size} {stat.st_mtime_ns} {stat.st_ctime_ns}\n"))
+    # Not inside the folder, where torchvision and others would take it for a class.
+    place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:12]
+    stem = Path(cache_dir or folder.parent) / f".index-{place if cache_dir else folder.name}-"
+    cache = Path(f"{stem}{key.hexdigest()[:24]}")
+    columns = {"classes", "names", "labels"}
+    if not all(entry.is_dir() for entry in entries.values()):
+        columns |= {"starts", "sizes"}
+    if held_out:
+        columns.add("held_from")
+    index = _open_arrays(cache, columns)
+    if index is None:
+        index = _build_index(entries, held_out)
+        if "starts" in index or len(index["names"]) >= CACHE_FROM:
+            index = _keep_arrays(cache, stem, index, required=cache_dir is not None)
+    return index
+
+
+def _build_index(entries, held_out):
+    names, labels, places = [], [], []
+    for label, entry in enumerate(tqdm(entries.values(), "index", disable=None, leave=False)):
+        of_class, where = _class_images(entry)
+        if not len(of_class):
+            raise ValueError(f"{entry.path}: the class has no image; add some or drop it")
+        names.append(of_class)
+        labels.append(np.full(len(of_class), label, np.int64))
+        places.append(where)
+    index = {"names": np.concatenate(names), "labels": np.concatenate(labels)}
+    if not all(entry.is_dir() for entry in entries.values()):
+        index["starts"], index["sizes"] = np.concatenate(places).T
+    if held_out:
+        held = np.fromiter(map(held_out, index["names"]), bool, len(index["names"]))
+        order = np.argsort(held, kind="stable")
+        index = {key: values[order] for key, values in index.items()}
+        index["held_from"] = np.array(len(held) - held.sum())
+    index["classes"] = np.array(list(map(os.fsencode, entries)))
+    return index
+
+
+def _class_images(entry):
+    """(names (N,) bytes, places (N,2) int64: start and size in the archive, -1 for files)."""
+    if not entry.is_dir():
+        members = _tar_members(entry.path)
+        names = np.array([os.fsencode(name) for name, *_ in members], "S")
+        return names, np.array([place for _, *place in members], np.int64).reshape(-1, 2)
+    files = sorted(file.name for file in os.scandir(entry.path) if not file.name.startswith("."))
+    for file in files:
+        _refuse_no_image(file, os.path.join(entry.path, file))
+    names = np.array([os.fsencode(f"{entry.name}/{file}") for file in files], "S")
+    return names, np.full((len(names), 2), -1)
+
+
+def _refuse_no_image(name, where):
+    if not name.lower().endswith(IMAGE_ENDINGS):
+        raise ValueError(
+            f"{where}: not an image by its ending ({' '.join(IMAGE_ENDINGS)}); "
+            "move it out of the dataset"
+        )
+
+
+def _tar_members(path):
+    """[(name, start, size)] of a tar's images, by name; nothing is read or written but headers."""
+    members = {}
+    for member in _tar_headers(path):
+        where = f"{path}: {member.name}"
+        parts = member.name.split("/")
+        if member.isdir() or any(part.startswith(".") and part.strip(".") for part in parts):
+            continue
+        if member.issparse():
+            raise ValueError(f"{where}: a sparse file; make the tar anew, without --sparse")
+        if not member.isreg():
+            raise ValueError(f"{where}: a link or device, not a file; make the tar anew")
+        if member.name.startswith("/") or ".." in parts:
+            raise ValueError(f"{where}: names a place outside; make the tar anew")
+        place = os.path.normpath(member.name)
+        if place in members:
+            raise ValueError(f"{where}: two members of that name; make the tar anew")
+        _refuse_no_image(member.name, where)
+        members[place] = (member.name, member.offset_data, member.size)
+    return sorted(members.values())
+
+
+def _tar_headers(path):
+    """Yields a tar's headers, to its very end. Raises ValueError naming a damaged or cut tar."""
+    with open(path, "rb") as file:
+        try:
+            archive = tarfile.open(fileobj=file, mode="r:")
+            for member in archive:
+                if member.size < 0:
+                    raise tarfile.ReadError(f"{member.name}: {member.size} bytes")
+                yield member
+                archive.members.clear()  # tarfile would keep every header
+            file.seek(archive.offset)
+            if file.read(512) != bytes(512):
+                raise tarfile.ReadError(f"no end of archive at byte {archive.offset}")
+            while rest := file.read(2**20):
+                if rest.strip(b"\0"):
+                    raise tarfile.ReadError("more after its end")
+        # tarfile itself raises these of absurd sizes.
+        except (tarfile.TarError, ValueError, OverflowError, MemoryError, OSError) as error:
+            raise ValueError(
+                f"{path}: a damaged or cut tar ({error}); fetch it again, or decompress it"
+            ) from error
+
+
+def _open_arrays(cache, columns):
+    """{name: array} of a directory of .npy files, mapped into memory; None where it is damaged."""
+    try:
+        arrays = {
+            name: np.asarray(np.load(cache / f"{name}.npy", mmap_mode="r")) for name in columns
+        }
+    except Exception:  # of a damaged header numpy raises many kinds
+        return None
+    lengths = {len(arrays[name]) for name in columns - {"classes", "held_from"}}
+    return arrays if len(lengths) == 1 else None
+
+
+def _keep_arrays(cache, stem, arrays, required):
+    """Writes the arrays beside and renames, whichever process is first; returns them mapped.
+
+    Where that cannot be written, it stays in memory; required: raises OSError instead.
+    """
+    beside = Path(f"{stem}{os.getpid()}-{os.urandom(4).hex()}")
+    try:
+        beside.mkdir(parents=True)
+        for name, values in arrays.items():
+            with open(beside / f"{name}.npy", "wb") as file:
+                np.save(file, values)
+                file.flush()
+                os.fsync(file.fileno())
+        for old in stem.parent.glob(f"{stem.name}*"):
+            finished = re.fullmatch(re.escape(stem.name) + "[0-9a-f]{24}", old.name)
+            if finished and (old != cache or _open_arrays(cache, arrays.keys()) is None):
+                shutil.rmtree(old, ignore_errors=True)
+        try:
+            os.rename(beside, cache)
+        except OSError:
+            if not cache.is_dir():
+                raise
+    except OSError as error:
+        if required:
+            raise OSError(f"--cache-dir {stem.parent}: cannot be written ({error})") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return _open_arrays(cache, arrays.keys()) or arrays
