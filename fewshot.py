@@ -19,7 +19,7 @@ import models
 from data import few_shot_indices
 from engine import distance, linear, options
 from engine.console import one_of
-from engine.grid import PATIENCE, Grid, unfinished, write_result
+from engine.grid import PATIENCE, Grid, open_networks, unfinished, write_result
 from engine.metrics import compute_metrics
 from engine.processes import StopSignal, run_script, setup
 from transfer import (
@@ -28,7 +28,7 @@ from transfer import (
     extract,
     fine_tune,
     make_cell,
-    open_networks,
+    open_network,
     open_targets,
     read_weights,
 )
@@ -84,11 +84,13 @@ def main():
         if getattr(args, option):
             name = option.replace("_", "-")
             raise ValueError(f"--{name} means nothing for --method {args.method}; leave it out")
+    if args.model:
+        models.check_name(args.model)
     env = setup(args.precision, PATIENCE)
     alone = env.alone()  # each cell is run by one process
     shot_counts = sorted({shots for shots in args.shots if shots != "full"})
     targets = open_targets(args, env, few_shot=bool(shot_counts))
-    networks, cells = open_networks(args, frozen), []
+    networks, cells = open_networks(args, open_network), []
     for target in targets:
         labels, classes = target.train_set.labels, target.train_set.classes
         for shots in [*shot_counts, None] if "full" in args.shots else shot_counts:
@@ -106,7 +108,7 @@ def main():
         jobs.setdefault(key, []).append(cell)
     grid = Grid(jobs.values(), results, env)
     if args.dry_run:
-        return grid.dry_run(cells, models.create_model)
+        return grid.dry_run(cells, lambda name: models.create_model(name, 2, device=env.device))
     for target in targets:
         if mine := [cell for cell in todo if cell.target is target]:
             target.decode(mine, args, env)

@@ -176,8 +176,8 @@ def check_name(name):
         )
 
 
-def create_model(name, num_classes, checkpoint_activations=False):
-    """A freshly initialised network, on the CPU; `place` moves it.
+def create_model(name, num_classes, checkpoint_activations=False, device=None):
+    """A freshly initialised network, on the CPU, or brought to a device as `place` does.
 
     name: a key of MODELS. num_classes: outputs of the head. checkpoint_activations: recompute each
     block's activations in the backward pass, which trades about a third more arithmetic for memory.
@@ -185,7 +185,8 @@ def create_model(name, num_classes, checkpoint_activations=False):
     """
     check_name(name)
     size = MODELS[name]
-    return ResNetV2(size.blocks, size.width, num_classes, checkpoint_activations)
+    model = ResNetV2(size.blocks, size.width, num_classes, checkpoint_activations)
+    return model if device is None else place(model, device)
 
 
 @functools.lru_cache

@@ -228,8 +228,9 @@ def pretrain(train_set, test_set, config, folder, args, env):
     Returns the content of result.json.
     """
     torch.manual_seed(config["seed"])
-    model = models.create_model(args.model, len(train_set.classes), args.checkpoint_activations)
-    model = models.place(model, env.device)
+    model = models.create_model(
+        args.model, len(train_set.classes), args.checkpoint_activations, env.device
+    )
     optimizer = SGD_AGC(
         model.parameter_groups(),
         config["lr"],

@@ -24,7 +24,7 @@ import models
 from engine import console, distance, options
 from engine.checkpoint import Run, file_digest
 from engine.evaluate import evaluate, predict, to_input
-from engine.grid import Cell, Grid, Network, unfinished, write_result
+from engine.grid import Cell, Grid, Network, open_networks, unfinished, write_result
 from engine.log import Log
 from engine.metrics import loss_sum
 from engine.optimizer import SGD_AGC, set_learning_rate
@@ -158,38 +158,6 @@ DEFAULTS = {
 read_weights = functools.lru_cache(maxsize=1)(models.read_weights)  # of the network in hand
 
 
-def open_networks(args, frozen=False):
-    """The networks that --checkpoint names: run folders, weight files, "scratch".
-
-    None named: every finished run below runs/, and scratch (which has no features to classify:
-    frozen). Every file is read, so that a wrong one is refused before any training. Raises
-    ValueError or FileNotFoundError.
-    """
-    checkpoints = args.checkpoint
-    if not checkpoints:
-        checkpoints = sorted(str(path.parent) for path in Path("runs").glob("*/model.pt"))
-        if not checkpoints:
-            raise FileNotFoundError(
-                "no pre-trained network in runs/; run pretrain.py first, or give --checkpoint"
-            )
-        checkpoints += [] if frozen else ["scratch"]
-    if frozen and "scratch" in checkpoints:
-        raise ValueError(f"--method {args.method}: scratch has no features; leave it out")
-    if args.scratch_steps and "scratch" not in checkpoints:
-        raise ValueError("--scratch-steps: name scratch among --checkpoint too")
-    networks = [open_network(path, args) for path in checkpoints if path != "scratch"]
-    if "scratch" in checkpoints:
-        found = sorted({network.model for network in networks}) or ["R14x0.5"]
-        for model in [args.model] if args.model else found:
-            models.check_name(model)
-            networks.append(Network(f"scratch-{model}", "scratch", model))
-            if args.scratch_steps:
-                source = f"scratch-{args.scratch_steps}steps"
-                longer = Network(f"{source}-{model}", source, model, steps=args.scratch_steps)
-                networks.append(longer)
-    return networks
-
-
 def open_network(path, args):
     """The Network of a run folder or weight file; --model and --source tell of a foreign one."""
     path = Path(path)
@@ -209,7 +177,7 @@ def open_network(path, args):
         if not model or not source:
             raise ValueError(f"{file}: not written by pretrain.py; say --model and --source of it")
         parts = [data.base_name(part) for part in source.split("+")]
-        domains = {data.DATASETS[part].domain for part in parts if part in data.DATASETS}
+        domains = {data.DATASETS[p].domain if p in data.DATASETS else "natural" for p in parts}
         domain = "medical" if domains == {"medical"} else "natural"
         # BiT's own .npz networks take pixels in [-1,1], whatever the source.
         normalization = transforms.NORMALIZATION["medical" if file.suffix == ".npz" else domain]
@@ -306,8 +274,10 @@ def make_cell(network, target, shots, seed, indices, args, env):
 def main():
     args = options.parse(__doc__, FLAGS, **DEFAULTS)
     args.method = "finetune"
+    if args.model:
+        models.check_name(args.model)
     env = setup(args.precision)
-    targets, networks, cells = open_targets(args, env), open_networks(args), []
+    targets, networks, cells = open_targets(args, env), open_networks(args, open_network), []
     for target in targets:
         everything = np.arange(len(target.train_set))
         for seed in range(args.seed, args.seed + args.seeds):
@@ -316,7 +286,7 @@ def main():
     todo, results = unfinished(cells, args.out, env)
     grid = Grid([[cell] for cell in todo], results, env, together=True)
     if args.dry_run:
-        return grid.dry_run(cells, models.create_model)
+        return grid.dry_run(cells, lambda name: models.create_model(name, 2, device=env.device))
     for target in targets:
         if mine := [cell for cell in todo if cell.target is target]:
             target.decode(mine, args, env)

@@ -43,6 +43,36 @@ class Network(NamedTuple):
     steps: int | None = None
 
 
+def open_networks(args, open_network):
+    """The networks that --checkpoint names: run folders, weight files, "scratch".
+
+    None named: every finished run below runs/, and scratch (which has no features to classify).
+    open_network: (path, args) -> Network; every file is opened, so that a wrong one is refused
+    before any training. Raises ValueError or FileNotFoundError.
+    """
+    frozen, checkpoints = args.method != "finetune", args.checkpoint
+    if not checkpoints:
+        checkpoints = sorted(str(path.parent) for path in Path("runs").glob("*/model.pt"))
+        if not checkpoints:
+            raise FileNotFoundError(
+                "no pre-trained network in runs/; run pretrain.py first, or give --checkpoint"
+            )
+        checkpoints += [] if frozen else ["scratch"]
+    if frozen and "scratch" in checkpoints:
+        raise ValueError(f"--method {args.method}: scratch has no features; leave it out")
+    if args.scratch_steps and "scratch" not in checkpoints:
+        raise ValueError("--scratch-steps: name scratch among --checkpoint too")
+    networks = [open_network(path, args) for path in checkpoints if path != "scratch"]
+    if "scratch" in checkpoints:
+        found = sorted({network.model for network in networks}) or ["R14x0.5"]
+        for model in [args.model] if args.model else found:
+            networks.append(Network(f"scratch-{model}", "scratch", model))
+            if args.scratch_steps:
+                source, steps = f"scratch-{args.scratch_steps}steps", args.scratch_steps
+                networks.append(Network(f"{source}-{model}", source, model, steps=steps))
+    return networks
+
+
 class Cell(NamedTuple):
     """One run: which network, to which target, on how many shots (None: all images).
 
@@ -276,12 +306,12 @@ class Grid:
         network is timed. Decoding is not counted, and processes that share cores are slower than
         one alone.
 
-        create_model: (name, classes) -> a network on the device.
+        create_model: name -> a network on the device.
         """
 
         @functools.cache
         def speed(name, crop, batch, flops):
-            model = create_model(name, 2).train()
+            model = create_model(name).train()
             return flops_per_second(model, batch, crop, flops, self.env)
 
         each, busy = {}, [0.0] * (1 if self.together else self.env.ranks)
