@@ -130,12 +130,8 @@ DEFAULTS = {
     "source": dict(default="synthetic-natural"),
     "model": dict(default="R14x0.5", help=f"network: {', '.join(models.MODELS)}"),
     "out": dict(default="runs"),
-    "recipe": dict(type=console.one_of(*RECIPES)),
-    "batch_size": dict(
-        type=options.number_or("auto"),
-        help="images a step, over all processes; auto: the recipe's, in as few parts as fit into "
-        "memory (default: recipe)",
-    ),
+    "recipe": options.words(*RECIPES),
+    "batch_size": options.number_or("auto"),
 }
 # What may differ between a run and its continuation, because it changes no result.
 LAYOUT = ("checkpoint_activations", "workers")

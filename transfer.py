@@ -142,10 +142,7 @@ DEFAULTS = {
     "out": dict(default="results"),
     "model": dict(help="network of scratch, or of a weight file that pretrain.py did not write"),
     "source": dict(help="what such a weight file was trained on"),
-    "recipe": dict(
-        type=console.one_of(*RECIPES),
-        help=f"{', '.join(RECIPES)} (default: synthetic for synthetic targets, else paper)",
-    ),
+    "recipe": options.words(*RECIPES),
     "seeds": dict(default=1),
 }
 
