@@ -16,14 +16,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
-from engine.console import EXIT_STOPPED, Parser, complain, one_of, positive, print_table
+from engine import options
+from engine.console import EXIT_STOPPED, Parser, complain, positive, print_table
 from readers import inspect, natural, packs, synthetic, xrays
 from readers.images import ImageDataset, refuse_missing
 from readers.labels import join, keep_single_label
 from readers.names import base_name, pack_folder, pack_of, parts_of, without_place
 from readers.transforms import Pipeline, keep
-from readers.workers import loader
 
 SPLITS = ("train", "test")
 
@@ -175,6 +176,31 @@ def _union(name, root, split, verify, labels="intersection", **options):
     return join(name, members, labels)
 
 
+def open_splits(name, args, env=None, **options):
+    """load_splits with those options of a command line that the dataset takes; options: more of it.
+
+    The main rank of env alone downloads, before the others.
+    """
+    takes = dataset_options(name)
+    for option in ("views", "split_by", "labels", "cache_dir", "download"):
+        if option in takes and getattr(args, option, None):
+            options.setdefault(option, getattr(args, option))
+    if options.get("download") and env and env.ranks > 1:
+        if env.main:
+            load_splits(name, args.data_dir, **options)
+        dist.barrier()
+    return load_splits(name, args.data_dir, **options)
+
+
+def refuse_options(names, args):
+    """Raises ValueError for an option of the command line that none of these datasets takes."""
+    takes = {option for name in names for option in dataset_options(name)}
+    for option in ("views", "split_by", "labels"):
+        if getattr(args, option) is not None and option not in takes:
+            flag = option.replace("_", "-")
+            raise ValueError(f"--{flag} means nothing for {', '.join(names)}; leave it out")
+
+
 # ------------------------------------------------------------------------------------------------
 # Which images: few-shot subsets, and the global batch of a step
 # ------------------------------------------------------------------------------------------------
@@ -249,14 +275,10 @@ def batch_indices(step, num_images, batch_size, seed, sampling="shuffle", classe
 
     sampling: "shuffle" walks through one permutation an epoch after the other, so that each image
     comes once an epoch and no batch is short; "replacement" draws each image anew; "balanced"
-    does so with probability inverse to the frequency of its class in classes = by_class(labels);
-    "sequential" is the test order, with a short last batch.
+    does so with probability inverse to the frequency of its class in classes = by_class(labels).
     Returns (indices, draws), both (B,) int64; (draw, image) is never the same twice in a run.
     """
     places = np.arange(step * batch_size, (step + 1) * batch_size)
-    if sampling == "sequential":
-        places = places[places < num_images]
-        return places, np.zeros_like(places)
     if sampling == "shuffle":
         epochs, indices = places // num_images, np.empty_like(places)
         for epoch in np.unique(epochs):
@@ -316,31 +338,16 @@ class Batches(torch.utils.data.Dataset):
         return augment(image, rng)
 
 
-def in_order(dataset, pipeline, batch_size, rank=0, ranks=1, workers=0, pin_memory=False):
-    """Yields (rows (b,) int64, images uint8 (b,C,H,W)): this rank's part of a test set.
-
-    Of each `batch_size` images every `ranks`-th, so that one rank has each image; none is empty.
-    """
-    batches = Batches(dataset, pipeline, batch_size, 0, "sequential", rank, ranks)
-    for step, (images, _, _) in enumerate(loader(batches, 0, len(batches), workers, pin_memory)):
-        if len(images):
-            first, last = step * batch_size, min((step + 1) * batch_size, len(dataset))
-            yield np.arange(first + rank, last, ranks), images
-
-
 # ------------------------------------------------------------------------------------------------
 # Command line: python data.py list | info | check | pack | download
 # ------------------------------------------------------------------------------------------------
 
 
-def _load(args, name, **options):
-    """{split: dataset}, with the options that were given."""
-    for option in ("views", "split_by", "labels", "single_label", "fraction"):
-        if getattr(args, option, None) is not None:
-            options[option] = getattr(args, option)
-    if args.cache_dir and "cache_dir" in dataset_options(name):
-        options["cache_dir"] = args.cache_dir
-    return dict(zip(SPLITS, load_splits(name, args.data_dir, **options)))
+def _load(args, **options):
+    """{split: dataset} of args.name, with the options that were given."""
+    refuse_options([args.name], args)
+    options |= {key: getattr(args, key) for key in ("single_label", "fraction") if key in args}
+    return dict(zip(SPLITS, open_splits(args.name, args, **options)))
 
 
 def list_datasets(args):
@@ -355,7 +362,7 @@ def list_datasets(args):
         row = [name, folder or "(made)", "no", "", "", ""]
         try:
             if folder is None or (root / folder).is_dir():
-                train, test = _load(args, name, verify=False).values()
+                train, test = open_splits(name, args, verify=False)
                 row[2:4] = "yes", f"{len(train):,} + {len(test):,}"
                 row[4:] = len(train.classes), train.domain
         except (ValueError, OSError) as error:
@@ -367,13 +374,12 @@ def list_datasets(args):
 
 def info(args):
     """What a dataset holds: counts, marks by class, patients, image sizes; a sheet of examples."""
-    inspect.info(args.name, _load(args, args.name), args.sheet)
+    inspect.info(args.name, _load(args), args.sheet)
 
 
 def check(args):
     """Opens every image; lists what is broken, missing, or there twice. 1 where anything is."""
-    sets = _load(args, args.name, verify=False)
-    return inspect.check(args.name, sets, args.report, args.workers)
+    return inspect.check(args.name, _load(args, verify=False), args.report, args.workers)
 
 
 def pack(args):
@@ -381,13 +387,13 @@ def pack(args):
     name = args.name
     if len(parts_of(name)) > 1:
         raise ValueError(f"{name}: pack the datasets of a union one by one")
-    if not 1 <= args.quality <= 100:
+    if args.quality > 100:
         raise ValueError(f"--quality {args.quality}: must be 1 to 100")
     if pack_of(name)[1] or base_name(name) in synthetic.WORLDS:
         raise ValueError(f"{name}: nothing to pack; its images need no decoding")
     target = pack_folder(name, args.size, args.data_dir, args.out)
     began = time.monotonic()
-    packs.pack(name, _load(args, name), args.size, target, args.codec, args.quality, args.workers)
+    packs.pack(name, _load(args), args.size, target, args.codec, args.quality, args.workers)
     size = sum(file.stat().st_size for file in target.iterdir())
     print(f"{target}: whole, {size / 1e6:.1f} MB, {time.monotonic() - began:.0f} s")
 
@@ -396,49 +402,40 @@ def download(args):
     """Fetches what torchvision can fetch."""
     if "download" not in dataset_options(args.name):
         raise ValueError(f"{args.name}: torchvision cannot fetch it")
-    train, test = _load(args, args.name, download=True).values()
+    train, test = _load(args, download=True).values()
     print(f"{args.name}: {len(train)} + {len(test)} images in {args.data_dir}")
 
 
-COMMANDS = {"list": list_datasets, "info": info, "check": check, "pack": pack, "download": download}
+# {command: what it does, its options beside --data-dir and --cache-dir}
+CHOICE = "--views --split-by --labels"
+COMMANDS = {
+    "list": (list_datasets, ""),
+    "info": (info, f"{CHOICE} --single-label --fraction --sheet"),
+    "check": (check, f"{CHOICE} --report --workers"),
+    "pack": (pack, f"{CHOICE} --size --codec --quality --out --workers"),
+    "download": (download, CHOICE),
+}
 
 
 def main(argv=None):
     """Runs the command line; returns the exit status, 2 after a line that says what is wrong."""
     parser = Parser("Lists, describes, checks, packs and downloads datasets.", prog="data.py")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command, function in COMMANDS.items():
+    names = f"{', '.join(DATASETS)}, folder:PATH, NAME@SIZE, NAME~GAP, NAME+NAME"
+    changes = {
+        "size": {"required": True},
+        "workers": {"type": positive(int), "default": None, "help": "(default: one a core)"},
+        "out": {"help": "directory for the pack (default: --data-dir; beside a folder:)"},
+    }
+    for command, (function, flags) in COMMANDS.items():
         words = function.__doc__
-        add = commands.add_parser(command, help=words, description=words).add_argument
-        add("--data-dir", default="datasets", help="directory that holds the datasets")
-        add("--cache-dir", help="directory for the index of large datasets (default: beside them)")
-        if command == "list":
-            continue
-        add("name", help=f"{', '.join(DATASETS)}, folder:PATH, NAME@SIZE, NAME~GAP, NAME+NAME")
-        views = "X-ray views to keep, e.g. PA AP (default: the study's of the dataset)"
-        add("--views", nargs="+", metavar="VIEW", help=views)
-        add("--split-by", type=one_of("patient", "image"), help="of padchest (default: patient)")
-        labels = one_of("intersection", "union")
-        add("--labels", type=labels, help="of a union (default: intersection)")
-        if command == "info":
-            add("--sheet", metavar="PNG", help="write a contact sheet of examples there")
-            single = "images with exactly one positive label, as a multi-class dataset"
-            add("--single-label", action="store_true", help=single)
-            add("--fraction", type=positive(float), default=1.0, help="of the training images")
-        if command == "check":
-            add("--report", metavar="JSON", help="write all that was found there")
-        if command == "pack":
-            side = "pixels of the side (X-rays) or of the shorter side"
-            add("--size", type=positive(int), required=True, help=side)
-            codecs = "raw is the fastest, jpeg the smallest"
-            add("--codec", type=one_of("raw", "jpeg"), default="raw", help=codecs)
-            add("--quality", type=int, default=90, help="of JPEG, 1 to 100")
-            add("--out", help="directory for the pack (default: --data-dir; beside a folder:)")
-        if command in ("check", "pack"):
-            add("--workers", type=positive(int), help="processes (default: one a core)")
+        subparser = commands.add_parser(command, help=words, description=words)
+        if command != "list":
+            subparser.add_argument("name", help=names)
+        options.add(subparser, f"--data-dir --cache-dir {flags}", **changes)
     try:
         args = parser.parse_args(argv)
-        return COMMANDS[args.command](args) or 0
+        return COMMANDS[args.command][0](args) or 0
     except (ValueError, OSError, RuntimeError) as error:  # of the last kind: a worker was killed
         return complain(error)
     except KeyboardInterrupt:

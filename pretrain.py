@@ -23,10 +23,9 @@ from engine.log import Log, trim_log
 from engine.metrics import loss_sum
 from engine.optimizer import SGD_AGC, set_learning_rate
 from engine.processes import StopSignal, environment, parallel, parts, run_script, setup
-from open_splits import open_splits, refuse_options
 from readers import transforms
 from readers.cache import preload
-from readers.workers import loader
+from readers.workers import in_order, loader
 
 # ------------------------------------------------------------------------------------------------
 # Recipes (the study's, arXiv:2106.00116, section 3 and appendix)
@@ -195,13 +194,13 @@ def main():
     models.check_name(args.model)  # before a dataset is read
     if args.batch_size == "auto" and args.accumulate != 1:
         raise ValueError("--accumulate: --batch-size auto chooses it; leave out one of them")
-    refuse_options([args.source], args)
+    data.refuse_options([args.source], args)
     subset = {"fraction": args.fraction, "fraction_seed": args.seed}
     if args.single_label:
         subset["single_label"] = True
     if args.source.startswith("synthetic"):
         subset["size"] = args.image_size
-    train_set, test_set = open_splits(args.source, args, env, **subset)
+    train_set, test_set = data.open_splits(args.source, args, env, **subset)
     if args.balanced and train_set.task == "multilabel":
         raise ValueError(f"--balanced: {args.source} is multi-label; it has no one class an image")
     config = make_config(args, env, train_set)
@@ -258,7 +257,7 @@ def pretrain(train_set, test_set, config, folder, args, env):
         while True:
             if ends_epoch(run.step, last, config):
                 run.save(wait=False)
-                tested = data.in_order(
+                tested = in_order(
                     test_decoded, test_pipeline, 256, env.rank, env.ranks, args.workers
                 )
                 metrics = evaluate(
@@ -332,7 +331,7 @@ def sample_features(model, source, size, normalization, workers, env):
     distance.project makes of the features of at most distance.SAMPLE images."""
     chosen = source.subset(distance.sample(len(source)))
     pipeline = choose_pipeline(source, size, False)
-    stream = data.in_order(chosen, pipeline, 256, env.rank, env.ranks, workers)
+    stream = in_order(chosen, pipeline, 256, env.rank, env.ranks, workers)
     width = model.head.conv.in_channels
     model.eval()
     return distance.project(predict(model.features, width, stream, len(chosen), env, normalization))

@@ -1,4 +1,4 @@
-"""The options of the training scripts: one table, one meaning in every script."""
+"""The options of all scripts but plot.py: one table, one meaning everywhere."""
 
 import argparse
 
@@ -49,6 +49,11 @@ TABLE = """
 --save-minutes positive 10.0 minutes between checkpoints
 --time-limit positive - minutes, then save and leave with status 75, or 0 under torchrun; the same
     command continues (default: none)
+--sheet text - write a contact sheet of examples to this PNG
+--report text - write all that was found to this JSON file
+--size number - pixels of the side (X-rays) or of the shorter side
+--codec raw|jpeg raw raw is the fastest, jpeg the smallest
+--quality number 90 of JPEG, 1 to 100
 --dry-run flag - print the grid and how long it would take, and leave
 """
 KINDS = {
@@ -81,19 +86,23 @@ def number_or(word):
     return {"type": check, "metavar": f"N|{word}"}
 
 
-def parse(description, flags, **changes):
-    """The command line of a script as a Namespace.
+def add(parser, flags, **changes):
+    """Adds options of TABLE to an argparse parser, in its order.
 
-    flags: those of TABLE that it takes beside those of EVERYWHERE, in one text. changes: {name:
-    keywords of add_argument that differ from the table's}.
+    flags: which, in one text. changes: {name: keywords of add_argument that differ from TABLE's}.
     """
-    parser, taken = Parser(description), (*flags.split(), *EVERYWHERE.split())
     for line in TABLE.strip().replace("\n    ", " ").splitlines():
         flag, kind, default, text = line.split(maxsplit=3)
-        if flag in taken:
+        if flag in flags.split():
             settings = KINDS[kind] if kind in KINDS else words(*kind.split("|"))
             if default != "-":
                 settings = settings | {"default": settings.get("type", str)(default)}
             name = flag.removeprefix("--").replace("-", "_")
             parser.add_argument(flag, **settings | {"help": text} | changes.get(name, {}))
+
+
+def parse(description, flags, **changes):
+    """The command line of a training script as a Namespace: these flags and those of EVERYWHERE."""
+    parser = Parser(description)
+    add(parser, f"{flags} {EVERYWHERE}", **changes)
     return parser.parse_args()

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -21,15 +22,45 @@ def available_cores():
 
 def loader(batches, start, stop, workers=0, pin_memory=False):
     """Iterator over batches[start:stop]; `workers` processes read ahead (0: none)."""
-    return iter(
-        torch.utils.data.DataLoader(
-            batches,
-            batch_size=None,
-            sampler=range(start, stop),
-            num_workers=workers,
-            worker_init_fn=_ignore_signals,
-            pin_memory=pin_memory,
-        )
+    return iter(_loader(batches, range(start, stop), workers, pin_memory))
+
+
+class _Part(torch.utils.data.Dataset):
+    """[k] -> (rows (b,) int64, their images uint8 (b,C,H,W)): a rank's part of the k-th batch."""
+
+    def __init__(self, dataset, pipeline, batch_size, rank, ranks):
+        self.dataset, self.pipeline = dataset, pipeline
+        batches = np.split(np.arange(len(dataset)), range(batch_size, len(dataset), batch_size))
+        parts = (batch[rank::ranks] for batch in batches)
+        self.rows = [rows for rows in parts if len(rows)]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, k):
+        images = [self.pipeline.read(self.dataset, int(i)) for i in self.rows[k]]
+        return self.rows[k], torch.stack(images)
+
+
+def in_order(dataset, pipeline, batch_size, rank=0, ranks=1, workers=0, pin_memory=False):
+    """This rank's part of a test set: iterating yields (rows (b,) int64, images uint8 (b,C,H,W)),
+    as often as one likes, with the same worker processes.
+
+    Of each `batch_size` images every `ranks`-th, so that one rank has each image; none is empty.
+    """
+    part = _Part(dataset, pipeline, batch_size, rank, ranks)
+    return _loader(part, range(len(part)), workers, pin_memory, persistent_workers=workers > 0)
+
+
+def _loader(dataset, sampler, workers, pin_memory, **settings):
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=sampler,
+        num_workers=workers,
+        worker_init_fn=_ignore_signals,
+        pin_memory=pin_memory,
+        **settings,
     )
 
 

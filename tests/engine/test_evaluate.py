@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import models
-from data import in_order
 from engine.evaluate import evaluate
 from engine.metrics import compute_metrics
 from engine.processes import Env
 from readers.images import ImageDataset
 from readers.transforms import NORMALIZATION, Pipeline, keep
+from readers.workers import in_order
 
 CPU = Env(0, 1, torch.device("cpu"), "fp32")
 
