@@ -40,56 +40,48 @@ from engine import console
 NAMED = 5  # files named in a notice; of the others the number is said
 
 
-class Numbers(NamedTuple):
-    """What figures are made of."""
-
-    results: list  # of results.Result
-    panels: dict  # {target: list of results.Cell}
-    gains: list  # of gains.Gain
-
-
 class Figure(NamedTuple):
-    choose: Callable  # Numbers -> what is shown, empty where there is nothing
+    choose: Callable  # (results, their cells, their gains) -> what is shown, empty if nothing is
     draw: Callable  # (what is shown, styles, title, notes) -> matplotlib's Figure
     markdown: Callable  # what is shown -> text
-    rows: Callable  # what is shown -> rows of the CSV
-    missing: str  # said where there is nothing
+    columns: dict  # of the CSV, as markdown.csv_text takes them
+    missing: str  # said where nothing is shown
 
 
 FIGURES = {
     "fewshot": Figure(
-        lambda numbers: numbers.panels,
+        lambda runs, cells, gains: cells,
         panels.draw_few_shot,
-        markdown.few_shot_markdown,
-        markdown.cell_rows,
+        markdown.few_shot,
+        markdown.CELL_COLUMNS,
         "no result",
     ),
     "fullshot": Figure(
-        lambda numbers: results.full_shot(numbers.panels),
+        lambda runs, cells, gains: results.full_shot(cells),
         panels.draw_full_shot,
-        markdown.full_shot_markdown,
-        markdown.cell_rows,
+        markdown.full_shot,
+        markdown.CELL_COLUMNS,
         "no full-shot result",
     ),
     "gain": Figure(
-        lambda numbers: numbers.gains,
+        lambda runs, cells, gains: gains,
         gain_figures.draw_gains,
-        markdown.gain_markdown,
-        markdown.gain_rows,
+        markdown.gains,
+        markdown.GAIN_COLUMNS,
         "no two networks with a common source, and no two sources with a common network",
     ),
     "distance": Figure(
-        lambda numbers: paired.distance_points(numbers.results, numbers.gains),
+        lambda runs, cells, gains: paired.distance_points(runs, gains),
         gain_figures.draw_distance,
-        markdown.distance_markdown,
-        markdown.point_rows,
+        markdown.distance,
+        markdown.POINT_COLUMNS,
         "no paired result has a distance",
     ),
     "published": Figure(
-        lambda numbers: paired.shared_cells(numbers.panels),
+        lambda runs, cells, gains: paired.shared_cells(cells),
         panels.draw_shared,
-        markdown.shared_markdown,
-        markdown.shared_rows,
+        markdown.shared,
+        markdown.SHARED_COLUMNS,
         "it takes results and published.json together, with cells in common",
     ),
 }
@@ -170,9 +162,9 @@ def run(args):
         return
     found, notes = read(args)
     gains, lacking = paired.paired_gains(found, args.metric)
-    numbers = Numbers(found, results.summarise(found, args.metric), gains)
-    styles = style.line_styles(numbers.panels)
-    shown = {name: FIGURES[name].choose(numbers) for name in args.figure or FIGURES}
+    cells = results.summarise(found, args.metric)
+    styles = style.line_styles(cells)
+    shown = {name: FIGURES[name].choose(found, cells, gains) for name in args.figure or FIGURES}
     missing = [f"no figure {name}: {FIGURES[name].missing}" for name in shown if not shown[name]]
     if args.figure and missing:
         raise ValueError("; ".join(missing))
@@ -190,7 +182,7 @@ def run(args):
         if not content:
             continue
         figure = FIGURES[name]
-        text, rows = figure.markdown(content), markdown.csv_text(figure.rows(content))
+        text, rows = figure.markdown(content), markdown.csv_text(content, figure.columns)
         drawing = figure.draw(content, styles, args.title, notes)
         written += save(args.out, name, drawing, md=text, csv=rows)
         if args.figure or name == "fewshot":

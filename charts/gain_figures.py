@@ -42,7 +42,7 @@ def draw_bands(ax, rows, gains):
         inside = [y for y, other in enumerate(regimes) if other == name]
         if place % 2 == 0:
             ax.axhspan(inside[0] - 0.5, inside[-1] + 0.5, color="#ececec", linewidth=0, zorder=0)
-        part = [gain for gain in gains if numbers.regime(gain.shots) == name]
+        part = [gain for gain in gains if gain.regime == name]
         found = numbers.counts(part)
         known = len(part) - found["no interval"]
         text = f"{found['above']} of {known}" if known else "–"
@@ -54,7 +54,7 @@ def draw_bands(ax, rows, gains):
 
 def panel_title(gains):
     """What a panel shows: two lines of words and one of counts."""
-    words = numbers.KINDS[gains[0].line.kind].words
+    words = f"larger {gains[0].line.kind}"
     found = numbers.counts(gains)
     single = found.pop("no interval")
     signs = [f"{SIGNS[name][1]} {count}" for name, count in found.items()]
@@ -73,7 +73,7 @@ def draw_gain_panel(ax, rows, gains, labelled):
     ax.axvline(0, color="black", linewidth=0.8, zorder=1)
     metric = results.METRICS[gains[0].metric]
     for gain in gains:
-        hues, verdict = LOOKS[gain.line.source_domain].hues, gain.verdict()
+        hues, verdict = LOOKS[gain.line.source_domain].hues, gain.verdict
         hue = hues[len(hues) // 2]
         look = {"fmt": SIGNS[verdict][0], "color": hue, "markersize": 3.6, "markeredgewidth": 0.8}
         look["markerfacecolor"] = "white" if verdict == "unclear" else hue
@@ -108,7 +108,7 @@ def draw_block(fig, top, gains, lefts, heading):
     width, height = fig.get_size_inches()
     rows = gain_rows(gains)
     tall = ROW * len(rows)
-    kinds = results.group(gains, lambda gain: gain.line.kind)
+    kinds = results.group(gains, "line.kind")
     edges = [lefts[kind] for kind in kinds]
     for kind, members in kinds.items():
         box = lefts[kind] / width, (top - HEAD - tall) / height, WIDTH / width, tall / height
@@ -130,12 +130,13 @@ def draw_gains(gains, styles, title="", notes=()):
         for kind in [kind for kind in numbers.KINDS if any(g.line.kind == kind for g in part)]:
             lefts[origin][kind] = width
             width += WIDTH + COUNTS
-    blocks = results.group(gains, lambda gain: (gain.target.domain, gain.line[1:]))
-    blocks = [results.group(block, lambda g: g.target.origin) for block in blocks.values()]
+    alike = "line.source_domain", "target.domain", "line.method", "line.recipe"
+    blocks = results.group(gains, *alike).values()
+    blocks = [results.group(block, "target.origin") for block in blocks]
     rows = [max(len(gain_rows(part)) for part in block.values()) for block in blocks]
     top = sum(HEAD + FOOT + ROW * count for count in rows)
     fig = Figure(figsize=(width, top))
-    differ = results.differing([gain.line for gain in gains])
+    differ = results.differing(gains)
     for block, count in zip(blocks, rows):
         for origin, members in block.items():
             methods = [getattr(members[0].line, key) or "–" for key in differ]
@@ -146,7 +147,7 @@ def draw_gains(gains, styles, title="", notes=()):
     fig.text(0.5, 1 + 0.08 / fig.get_figheight(), key, ha="center", va="bottom", fontsize=7.5)
     fig.text(0.5, 1 + 0.28 / fig.get_figheight(), title, ha="center", va="bottom", fontsize=10)
     parts = [GAIN_NOTE]
-    if any(gain.verdict() == "no interval" for gain in gains):
+    if any(gain.verdict == "no interval" for gain in gains):
         parts.append("×: one seed, no interval.")
     lacking = sum(gain.lacking for gain in gains)
     if lacking:
@@ -176,7 +177,7 @@ def draw_fit(ax, points, kind, distance):
         unit = "for ten times the distance" if log else "from 0 to 1"
         text = f"slope {line.slope:+.3f} ± {line.ci95:.3f}\n{unit}".replace("-", "−")
     ax.text(0.98, 0.97, text, transform=ax.transAxes, ha="right", va="top", fontsize=7)
-    ax.set_title(numbers.KINDS[kind].words, fontsize=8)
+    ax.set_title(f"larger {kind}", fontsize=8)
 
 
 def draw_distance_panel(ax, points, kind, distance, colours, markers):

@@ -3,49 +3,33 @@ own with published numbers."""
 
 import itertools
 import math
+from collections import namedtuple
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from charts.results import (
-    DISTANCES,
-    DOMAINS,
-    Cell,
-    Target,
-    chosen_metric,
-    group,
-    plain_name,
-    shots_words,
-    size_order,
-    spread,
-    t_quantile,
-    within_noise,
-)
+from charts import results
+from charts.results import DISTANCES, Cell, group
 
-
-class Kind(NamedTuple):
-    arm: str  # what differs, of a Line
-    partner: str  # what is shared beside target, shots, seed, method and recipe
-    words: str
-
-
-KINDS = {
-    "network": Kind("model", "source", "larger network"),
-    "source": Kind("source", "model", "larger source"),
+KINDS = {  # kind of gain -> what differs, and what is shared beside target, shots and seed
+    "network": ("model", "source"),
+    "source": ("source", "model"),
 }
-RELATIONS = ("within domain", "across domains", "no pre-training")
-REGIMES = ("up to 10 shots", "11 to 99 shots", "100 and more", "full")
 VERDICTS = {  # where an interval lies -> heading in a table
     "above": "above zero",
     "unclear": "not off zero",
     "below": "below zero",
     "no interval": "no interval",
 }
+REGIMES = ("up to 10 shots", "11 to 99 shots", "100 and more", "full")
+Point = namedtuple("Point", "gain source larger value distances")
+Fit = namedtuple("Fit", "n slope ci95 grid line band")
+Shared = namedtuple("Shared", "own published agree")
 
 
 class GainLine(NamedTuple):
-    """One row: what gains share beside target and number of shots."""
+    """One row of gains."""
 
     kind: str  # of KINDS
     source_domain: str | None
@@ -53,42 +37,39 @@ class GainLine(NamedTuple):
     recipe: str | None
 
 
-@dataclass(frozen=True)
-class Gain:
-    """The larger arm minus the smaller one, in fractions; nan where undefined."""
+@dataclass(frozen=True, kw_only=True)
+class Gain(Cell):
+    """The larger arm minus the smaller one: a Cell of a GainLine, over the means of each seed."""
 
-    target: Target
-    line: GainLine
-    shots: int | None
-    metric: str
     small: str  # the arms
     large: str
     by_partner: dict  # partner -> mean difference
-    mean: float  # over seeds, of means over partners, as the next three
-    sd: float
-    ci95: float
-    n: int
     pairs: int  # seeds x partners, as the next two
     ci95_pairs: float  # half-width: Student t
     ci95_normal: float  # half-width: 1.96 standard errors
     lacking: bool  # whether a seed was left out
 
     @property
-    def relation(self):
-        """How far it had to carry: one of RELATIONS."""
-        if self.line.source_domain is None:
-            return "no pre-training"
-        near = self.line.source_domain == self.target.domain
-        return "within domain" if near else "across domains"
+    def group(self):
+        """Its group in words: how far it had to carry."""
+        source, target = self.line.source_domain, self.target.domain
+        if source is None:
+            return f"no pre-training, on {target}"
+        relation = "within domain" if source == target else "across domains"
+        return f"{relation}, {source} to {target}"
 
     @property
-    def group(self):
-        """Its group in words: within domain, natural to natural."""
-        source, target = self.line.source_domain, self.target.domain
-        return f"{self.relation}, {f'{source} to {target}' if source else f'on {target}'}"
+    def regime(self):
+        """The one of REGIMES that its number of shots lies in."""
+        return regime(self.shots)
 
-    def verdict(self, interval="ci95"):
-        """Where the interval lies: one of VERDICTS."""
+    @property
+    def verdict(self):
+        """Where its interval lies: one of VERDICTS."""
+        return self.verdict_by("ci95")
+
+    def verdict_by(self, interval):
+        """Where another interval lies: ci95_pairs or ci95_normal."""
         if math.isnan(self.ci95):  # one seed: pairs of it alone say nothing of other seeds
             return "no interval"
         if abs(self.mean) <= getattr(self, interval):
@@ -97,7 +78,7 @@ class Gain:
 
 
 def regime(shots):
-    """The regime of REGIMES of a number of shots (None: full)."""
+    """The one of REGIMES that a number of shots (None: full) lies in."""
     if shots is None:
         return "full"
     if shots <= 10:
@@ -105,20 +86,19 @@ def regime(shots):
     return "11 to 99 shots" if shots < 100 else "100 and more"
 
 
-def widest(results, kind, scores):
+def widest(runs, arm, scores):
     """The arms furthest apart in size among those that share the most partners: (small, large), or
     None. Networks are as large as the numbers in their names, sources as their images (those of
     unknown size, and none at all, are no arms). scores: {arm: {partner: ...}}."""
-    sizes = {}
-    for result in results:
-        if kind.arm == "model":
-            sizes[result.line.model] = size_order(result.line.model)[0]
-        elif result.line.source_domain and result.source_images:
-            sizes[result.line.source] = result.source_images
-    arms = sorted(sizes, key=lambda arm: (sizes[arm], arm))
+    if arm == "model":
+        sizes = {run.line.model: results.size_order(run.line.model)[0] for run in runs}
+    else:
+        known = [run for run in runs if run.line.source_domain and run.source_images]
+        sizes = {run.line.source: run.source_images for run in known}
+    arms = sorted(sizes.keys() & scores.keys(), key=lambda name: (sizes[name], name))
     ranks = {}
     for small, large in itertools.combinations(arms, 2):
-        shared = len(scores.get(small, {}).keys() & scores.get(large, {}).keys())
+        shared = len(scores[small].keys() & scores[large].keys())
         if shared and sizes[small] < sizes[large]:
             place = arms.index(large)
             ranks[small, large] = shared, place - arms.index(small), place
@@ -135,33 +115,30 @@ def block(differences):
         return len(seeds) * sum(seeds <= other for other in sets), len(seeds)
 
     seeds = max([*sets, set.intersection(*sets)], key=size)
-    return {
-        partner: {seed: values[seed] for seed in sorted(seeds)}
-        for partner, values in differences.items()
-        if seeds <= values.keys()
-    }
+    full = {name: values for name, values in differences.items() if seeds <= values.keys()}
+    return {name: {seed: full[name][seed] for seed in sorted(seeds)} for name in full}
 
 
-def paired_gain(line, results, metric):
-    """Results of a target, line and number of shots -> (Gain, notices on seeds left out), or (None,
-    notices) where no two can be paired.
+def paired_gain(line, runs, metric):
+    """Results of a GainLine on a target, at a number of shots -> (Gain, notices on seeds left out),
+    or (None, notices) where no two can be paired.
 
     The differences are averaged over partners for each seed, and the interval is Student's t over
     seeds. The few-shot draw of a seed is common to all partners, so their differences are not
     independent; what is particular to a source cancels, as the same sources count in every seed.
     """
-    kind, target, shots = KINDS[line.kind], results[0].target, results[0].shots
-    where = f"{target.name}, {shots_words(shots)}, {kind.words}"
+    (differing, sharing), target, shots = KINDS[line.kind], runs[0].target, runs[0].shots
     scores = {}  # arm -> partner -> seed -> score
-    for result in results:
-        if result.metrics[metric] is not None:
-            partners = scores.setdefault(getattr(result.line, kind.arm), {})
-            seeds = partners.setdefault(getattr(result.line, kind.partner), {})
-            seeds[result.seed] = result.metrics[metric]
-    arms = widest(results, kind, scores)
+    for run in runs:
+        if run.metrics[metric] is not None:
+            partners = scores.setdefault(getattr(run.line, differing), {})
+            seeds = partners.setdefault(getattr(run.line, sharing), {})
+            seeds[run.seed] = run.metrics[metric]
+    arms = widest(runs, differing, scores)
     if arms is None:
         return None, []
     small, large = arms
+    where = f"{target.name}, {results.shots_words(shots)}, larger {line.kind}"
     differences, notices, named = {}, [], set()
     for partner in sorted(scores[small].keys() & scores[large].keys()):
         low, high = scores[small][partner], scores[large][partner]
@@ -170,8 +147,8 @@ def paired_gain(line, results, metric):
                 seeds = ", ".join(map(str, sorted(gone)))
                 notices.append(f"{where}: {arm} with {partner} lacks seed {seeds}")
                 named |= gone
-        both = sorted(low.keys() & high.keys())
-        if both:
+        if low.keys() & high.keys():
+            both = sorted(low.keys() & high.keys())
             differences[partner] = {seed: high[seed] - low[seed] for seed in both}
     if not differences:
         return None, notices
@@ -180,84 +157,70 @@ def paired_gain(line, results, metric):
         gone = sorted(values.keys() - kept.get(partner, {}).keys() - named)
         if gone:
             text = f"{where}: {partner} counts without seed {', '.join(map(str, gone))}"
-            notices.append(f"{text}, for want of it with another {kind.partner}")
+            notices.append(f"{text}, for want of it with another {sharing}")
     table = np.array([list(values.values()) for values in kept.values()])  # partners x seeds
-    pairs = spread(table.ravel())
-    return Gain(
+    pairs = results.spread(table.ravel())
+    gain = Gain(
         target,
         line,
         shots,
         metric,
-        small,
-        large,
-        dict(zip(kept, table.mean(1).tolist())),
-        **spread(table.mean(0)),
+        **results.spread(table.mean(0)),
+        small=small,
+        large=large,
+        by_partner=dict(zip(kept, table.mean(1).tolist())),
         pairs=pairs["n"],
         ci95_pairs=pairs["ci95"],
         ci95_normal=1.96 * pairs["sd"] / math.sqrt(pairs["n"]),
         lacking=bool(notices),
-    ), notices
+    )
+    return gain, notices
 
 
-def paired_gains(results, metric):
+def paired_gains(runs, metric):
     """Results -> (list of Gain by kind, group and shots, notices on seeds left out)."""
+    alike = "target", "shots", "line.source_domain", "line.method", "line.recipe"
     gains, notices = [], []
     for kind in KINDS:
-
-        def alike(result, kind=kind):
-            line = result.line
-            line = GainLine(kind, line.source_domain, line.method, line.recipe)
-            return result.target, line, result.shots
-
-        for (target, line, _), members in group(results, alike).items():
-            gain, more = paired_gain(line, members, chosen_metric(target, metric))
+        for (target, _, *line), members in group(runs, *alike).items():
+            metric_here = results.chosen_metric(target, metric)
+            gain, more = paired_gain(GainLine(kind, *line), members, metric_here)
             gains += [gain] if gain else []
             notices += more
 
     def order(gain):
-        target, line = gain.target, gain.line
-        place = list(KINDS).index(line.kind), RELATIONS.index(gain.relation)
-        domains = target.domain != "natural", DOMAINS.index(line.source_domain)
-        about = target.name, target.origin, line.method, line.recipe or ""
-        return *place, *domains, gain.shots or math.inf, *about
+        line, (name, target_domain, origin) = gain.line, gain.target
+        far = line.source_domain is None, line.source_domain != target_domain
+        domains = target_domain != "natural", results.DOMAINS.index(line.source_domain)
+        about = name, origin, line.method, line.recipe or ""
+        return list(KINDS).index(line.kind), *far, *domains, gain.shots or math.inf, *about
 
     return sorted(gains, key=order), notices
 
 
 def counts(gains, interval="ci95"):
     """How many gains have their interval above zero, not off it, below it, or none: a dict."""
-    found = [gain.verdict(interval) for gain in gains]
+    found = [gain.verdict_by(interval) for gain in gains]
     return {name: found.count(name) for name in VERDICTS}
 
 
-class Point(NamedTuple):
-    gain: Gain
-    source: str  # or "SMALL to LARGE", two of them
-    larger: str  # the larger one of two sources, or the one
-    value: float  # the gain of these sources
-    distances: dict  # name of DISTANCES -> mean over the runs, nan where none has one
-
-
-def distance_points(results, gains):
-    """Gains -> points against distance: of each source for the network gain, of each pair of
-    sources for the source gain (with the mean distance of the runs that it pairs)."""
-    runs = group(results, lambda run: (run.target, run.line.source, run.line.model))
+def distance_points(runs, gains):
+    """Gains -> list of Point(gain, source, larger, value, distances): for the network gain one of
+    each source; for the source gain one of both, named "small to large". `value` is the gain of
+    these; distances {name: mean over the runs that it pairs, nan where none has one}."""
+    found = group(runs, "target", "line.source", "line.model")
     points = []
     for gain in gains:
         arms = [gain.small, gain.large]
+        parts = [(" to ".join(arms), arms, gain.by_partner, gain.mean)]
         if gain.line.kind == "network":
             parts = [(name, [name], arms, value) for name, value in gain.by_partner.items()]
-        else:
-            parts = [(" to ".join(arms), arms, gain.by_partner, gain.mean)]
         for name, sources, models, value in parts:
+            pairs = itertools.product(sources, models)
+            members = [run for source, model in pairs for run in found[gain.target, source, model]]
             distances = {}
             for key in DISTANCES:
-                known = [
-                    run.distances[key]
-                    for source, model in itertools.product(sources, models)
-                    for run in runs[gain.target, source, model]
-                    if run.distances[key] is not None
-                ]
+                known = [run.distances[key] for run in members if run.distances[key] is not None]
                 distances[key] = float(np.mean(known)) if known else math.nan
             if not all(map(math.isnan, distances.values())):
                 points.append(Point(gain, name, sources[-1], value, distances))
@@ -266,61 +229,45 @@ def distance_points(results, gains):
 
 def axis_points(points, kind, distance):
     """Points of a kind -> (x, y): the distance (Fréchet as its log10) and the gain, where known."""
+    log = distance == "frechet_relative"
     points = [point for point in points if point.gain.line.kind == kind]
-    if distance == "frechet_relative":
-        points = [point for point in points if point.distances[distance] > 0]
-        x = [math.log10(point.distances[distance]) for point in points]
-    else:
-        points = [point for point in points if not math.isnan(point.distances[distance])]
-        x = [point.distances[distance] for point in points]
-    return x, [point.value for point in points]
-
-
-class Fit(NamedTuple):
-    n: int  # points
-    slope: float
-    ci95: float  # half-width of the slope's interval, Student t of n - 2
-    grid: np.ndarray  # (100,), as the next two: x, the line, half-width of its 95 % band
-    line: np.ndarray
-    band: np.ndarray
+    points = [p for p in points if p.distances[distance] > (0 if log else -math.inf)]  # nor nan
+    x = [p.distances[distance] for p in points]
+    return [math.log10(value) for value in x] if log else x, [point.value for point in points]
 
 
 def fit(x, y):
-    """Ordinary least squares of y on x, (N,) each -> Fit; None where fewer than three points or one
-    x leave nothing to estimate."""
+    """Ordinary least squares of y on x, (N,) each -> Fit(n, slope, ci95, grid, line, band): half-
+    width of the slope's interval (Student t, N - 2); grid (100,) of x, the line there and half-
+    width of its 95 % confidence band. None where fewer than three points or one x leave nothing to
+    estimate."""
     x, y = np.asarray(x, float), np.asarray(y, float)
     n, spread_x = len(x), float(np.sum((x - x.mean()) ** 2)) if len(x) else 0.0
     if n < 3 or spread_x == 0:
         return None
     slope = float(np.sum((x - x.mean()) * (y - y.mean())) / spread_x)
     residual = y - y.mean() - slope * (x - x.mean())
-    t, sigma = t_quantile(n - 2), math.sqrt(np.sum(residual**2) / (n - 2))
+    t, sigma = results.t_quantile(n - 2), math.sqrt(np.sum(residual**2) / (n - 2))
     grid = np.linspace(x.min(), x.max(), 100)
     line = y.mean() + slope * (grid - x.mean())
     band = t * sigma * np.sqrt(1 / n + (grid - x.mean()) ** 2 / spread_x)
     return Fit(n, slope, t * sigma / math.sqrt(spread_x), grid, line, band)
 
 
-class Shared(NamedTuple):
-    own: Cell
-    published: Cell
-    agree: bool | None  # None where one of them has no interval
-
-
-def shared_cells(panels):
-    """{target: cells} -> list of Shared, own cells that are published too; packs count as what they
-    hold."""
-    cells = [cell for panel in panels.values() for cell in panel if cell.n]
+def shared_cells(cells):
+    """Cells -> list of Shared(own, published, agree), of own cells that are published too (packs
+    count as what they hold); agree is None where one of them has no interval."""
 
     def key(cell):
-        names = plain_name(cell.target.name), plain_name(cell.line.source)
+        names = results.plain_name(cell.target.name), results.plain_name(cell.line.source)
         return *names, cell.line.model, cell.line.method, cell.shots
 
-    published = {key(cell): cell for cell in cells if cell.target.origin == "published"}
+    known = group([cell for cell in cells if cell.n], "target.origin")
+    published = {key(cell): cell for cell in known.get("published", [])}
     shared = []
-    for own in cells:
+    for own in known.get("own", []):
         other = published.get(key(own))
-        if own.target.origin == "own" and other:
-            agree = within_noise(own, other) if own.n > 1 and other.n > 1 else None
+        if other:
+            agree = results.within_noise(own, other) if own.n > 1 and other.n > 1 else None
             shared.append(Shared(own, other, agree))
     return shared

@@ -5,8 +5,8 @@ import io
 import math
 from operator import attrgetter
 
-from charts import gains as numbers
 from charts import results
+from charts.gains import KINDS, REGIMES, VERDICTS, axis_points, counts, fit
 from charts.results import DISTANCES, METRICS, group, mark, shots_words
 
 RULE = """\
@@ -29,17 +29,13 @@ SHARED_RULE = """\
 Cells with the same target, source, network and shots, fine-tuned; packs count as what they hold \
 (nih@256 as nih). They agree where the means lie no further apart than √(a² + b²), a and b being \
 the half-widths of the two 95 % intervals (Student t over seeds)."""
-SEEDS_INTERVAL = "Student t over seeds (means over the pairs of a seed)"
-INTERVALS = {  # beside that over seeds: half-width of a Gain -> heading, how it reads the pairs
-    "ci95_pairs": ("t over pairs", "Student t over all pairs"),
-    "ci95_normal": ("1.96 over pairs", "1.96 standard errors over all pairs"),
+INTERVALS = {  # half-width of a Gain -> how it reads the differences of a cell
+    "ci95": "Student t over seeds (means over the pairs of a seed)",
+    "ci95_pairs": "Student t over all pairs",
+    "ci95_normal": "1.96 standard errors over all pairs",
 }
+OTHERS = {"ci95_pairs": "t over pairs", "ci95_normal": "1.96 over pairs"}  # as headings
 AGREE = {True: "yes", False: "no", None: "no interval"}
-
-
-# ------------------------------------------------------------------------------------------------
-# Markdown
-# ------------------------------------------------------------------------------------------------
 
 
 def table(rows):
@@ -60,63 +56,56 @@ def score(cell, sign=""):
     return f"{text} ({cell.n})"
 
 
-def best_score(cell, column):
-    """A cell or gain of a column as **61.2 ± 3.1 (5)**, bold as RULE says."""
-    if cell.n == 0:
-        return "undefined (0)"
-    known = [other for other in column if other.n]
-    best = max(known, key=lambda other: other.mean)
-    bold = "**" if len(known) > 1 and results.within_noise(best, cell) else ""
-    if not isinstance(cell, numbers.Gain):
-        return f"{bold}{score(cell)}{bold}"
-    verdict = {"above": " ▲", "below": " ▼"}.get(cell.verdict(), "")
-    return f"{bold}{score(cell, '+')}{bold}{verdict}"
-
-
-def score_table(cells, heads, words, columns, column):
-    """Cells or gains -> lines of a table: a row for each of their lines, words(line) under the
-    heads, and a column for each key of columns {key: heading}, of the cells where `column` is it."""
-    members = group(cells, attrgetter(column))
-    rows = [[*heads, *columns.values()]]
-    for line in group(cells, attrgetter("line")):
-        rows.append([*words(line)])
-        for key in columns:
-            found = [cell for cell in members[key] if cell.line == line]
-            rows[-1].append(best_score(found[0], members[key]) if found else None)
-    return table(rows)
-
-
-def shots_columns(cells):
-    """The numbers of shots of cells, as columns of `score_table`."""
+def score_table(cells, heads, words, columns=None):
+    """Cells or gains -> lines of a table: a row for each of their lines, of words(line) under the
+    heads and of scores, bold as RULE says; a column for each number of shots, or for each target of
+    columns {target: heading}."""
     shots = sorted({cell.shots for cell in cells}, key=lambda shot: shot or math.inf)
-    return {shot: shots_words(shot) for shot in shots}
+    members = group(cells, "target" if columns else "shots")
+    columns = columns or {shot: shots_words(shot) for shot in shots}
+    rows = {line: [*words(line)] for line in group(cells, "line")}
+    for key in columns:
+        known = [cell for cell in members[key] if cell.n]
+        best = max(known, key=lambda cell: cell.mean, default=None)
+        texts = {cell.line: "undefined (0)" for cell in members[key]}
+        for cell in known:
+            verdict = getattr(cell, "verdict", None)  # of gains
+            bold = "**" if len(known) > 1 and results.within_noise(best, cell) else ""
+            texts[cell.line] = f"{bold}{score(cell, '+' if verdict else '')}{bold}"
+            texts[cell.line] += {"above": " ▲", "below": " ▼"}.get(verdict, "")
+        for line, row in rows.items():
+            row.append(texts.get(line))
+    return table([[*heads, *columns.values()], *rows.values()])
 
 
-def heading(target):
+def target_heading(target):
+    """The heading of a target's table."""
     return f"### {target.name} ({target.domain} target{mark(target.origin)})"
 
 
-def few_shot_markdown(panels):
-    """{target: cells} -> Markdown: a table a target, rows source x model, columns shots."""
+def few_shot(cells):
+    """Cells -> Markdown: a table a target, rows source x model, columns shots."""
     parts = []
-    for target, cells in panels.items():
-        names = ["source", "model", *results.differing([cell.line for cell in cells])]
-        lines = score_table(cells, names, attrgetter(*names), shots_columns(cells), "shots")
-        parts += [f"{heading(target)}: {METRICS[cells[0].metric].axis}\n", *lines, ""]
+    for target, panel in group(cells, "target").items():
+        names = ["source", "model", *results.differing(panel)]
+        lines = score_table(panel, names, attrgetter(*names))
+        parts += [f"{target_heading(target)}: {METRICS[panel[0].metric].axis}\n", *lines, ""]
     return "\n".join([*parts, RULE, ""])
 
 
-def full_shot_markdown(panels):
-    """{target: full-shot cells} -> Markdown: rows source x model, a column a target."""
+def full_shot(cells):
+    """Cells of all training images -> Markdown: rows source x model, a column a target."""
     parts = []
     for origin in ("own", "published"):
-        shown = {target: cells for target, cells in panels.items() if target.origin == origin}
+        shown = [cell for cell in cells if cell.target.origin == origin]
         if shown:
-            cells = [cell for panel in shown.values() for cell in panel]
-            cells.sort(key=results.line_order)
-            names = ["source", "model", *results.differing([cell.line for cell in cells])]
-            columns = {key: f"{key.name}, {METRICS[shown[key][0].metric].axis}" for key in shown}
-            lines = score_table(cells, names, attrgetter(*names), columns, "target")
+            shown.sort(key=results.line_order)
+            names = ["source", "model", *results.differing(shown)]
+            columns = {
+                cell.target: f"{cell.target.name}, {METRICS[cell.metric].axis}"
+                for cell in sorted(shown, key=results.target_order)
+            }
+            lines = score_table(shown, names, attrgetter(*names), columns)
             parts += [f"### full-shot{mark(origin)}\n", *lines, ""]
     return "\n".join([*parts, RULE, ""])
 
@@ -124,26 +113,19 @@ def full_shot_markdown(panels):
 def count_table(gains):
     """Gains -> lines of the table of verdicts: a row for each kind, group and regime of shots."""
     rows = []
-    for members in group(gains, lambda g: (g.line, g.target.domain, g.target.origin)).values():
-        first = members[0]
-        for regime in (*numbers.REGIMES, "all"):
-            part = [gain for gain in members if regime in (numbers.regime(gain.shots), "all")]
-            row = {"gain": numbers.KINDS[first.line.kind].words, "group": first.group}
-            row |= {"origin": first.target.origin, **first.line._asdict()}
-            row |= {"shots": regime, "cells": len(part)}
-            found = numbers.counts(part)
-            row |= {head: found[verdict] for verdict, head in numbers.VERDICTS.items()}
-            for interval, (head, _) in INTERVALS.items():
-                above, unclear, below, _ = numbers.counts(part, interval).values()
-                row[head] = f"{above}/{unclear}/{below}"
+    for members in group(gains, "line", "target.domain", "target.origin").values():
+        line = members[0].line
+        for regime in (*REGIMES, "all"):
+            part = [gain for gain in members if regime in (gain.regime, "all")]
+            row = {"gain": f"larger {line.kind}", "group": members[0].group, **line._asdict()}
+            row |= {"origin": members[0].target.origin, "shots": regime, "cells": len(part)}
+            row |= {VERDICTS[verdict]: count for verdict, count in counts(part).items()}
+            for interval, head in OTHERS.items():
+                found = counts(part, interval)
+                row[head] = f"{found['above']}/{found['unclear']}/{found['below']}"
             rows += [row] if part else []
-    heads = ["gain", "group", "origin", *results.differing([gain.line for gain in gains])]
-    heads += [
-        "shots",
-        "cells",
-        *numbers.VERDICTS.values(),
-        *(head for head, _ in INTERVALS.values()),
-    ]
+    heads = ["gain", "group", "origin", *results.differing(gains), "shots", "cells"]
+    heads += [*VERDICTS.values(), *OTHERS.values()]
     if len({row["origin"] for row in rows}) == 1:
         heads.remove("origin")
     if not any(row["no interval"] for row in rows):
@@ -153,142 +135,114 @@ def count_table(gains):
 
 def flip_table(gains):
     """Gains -> lines of the table of those that another of INTERVALS judges otherwise."""
-    rows = []
+    rows = [["gain", "group", "target", "shots", "mean", *INTERVALS.values()]]
     for gain in gains:
-        verdicts = {name: gain.verdict(name) for name in ("ci95", *INTERVALS)}
-        if len(set(verdicts.values())) > 1:
-            metric = METRICS[gain.metric]
-            decimals = metric.decimals + 1
-            words = numbers.KINDS[gain.line.kind].words
-            row = [words, gain.group, gain.target.name, shots_words(gain.shots)]
-            row.append(f"{metric.factor * gain.mean:+.{decimals}f}")
-            for name, verdict in verdicts.items():
-                half = f"± {metric.factor * getattr(gain, name):.{decimals}f}"
-                row.append(f"{half}, {numbers.VERDICTS[verdict]}")
+        _, factor, decimals = METRICS[gain.metric]
+        row = [f"larger {gain.line.kind}", gain.group, gain.target.name, shots_words(gain.shots)]
+        row.append(f"{factor * gain.mean:+.{decimals + 1}f}")
+        for interval in INTERVALS:
+            half = f"± {factor * getattr(gain, interval):.{decimals + 1}f}"
+            row.append(f"{half}, {VERDICTS[gain.verdict_by(interval)]}")
+        if len({gain.verdict_by(interval) for interval in INTERVALS}) > 1:
             rows.append(row)
-    rules = [SEEDS_INTERVAL, *(rule for _, rule in INTERVALS.values())]
-    return (
-        table([["gain", "group", "target", "shots", "mean", *rules], *rows]) if rows else ["None."]
-    )
+    return table(rows) if len(rows) > 1 else ["None."]
 
 
-def gain_markdown(gains):
+def gains(cells):
     """Gains -> Markdown: counts, where another interval says otherwise, a table a target."""
-    parts = ["### gain from scale: in how many cells (target x shots)\n", *count_table(gains)]
-    other = "; ".join(rule for _, rule in INTERVALS.values())
+    parts = ["### gain from scale: in how many cells (target x shots)\n", *count_table(cells)]
+    other = "; ".join(INTERVALS[interval] for interval in OTHERS)
     parts.append(f"\nThe last two columns, above/not off/below zero by other intervals: {other}.\n")
-    parts += ["### cells in which the interval decides\n", *flip_table(gains), ""]
-    panels = group(gains, attrgetter("target"))
-    for target in sorted(panels, key=results.panel_order):
-        cells = panels[target]
-        names = results.differing([gain.line for gain in cells])
+    parts += ["### cells in which the interval decides\n", *flip_table(cells), ""]
+    panels = group(sorted(cells, key=results.target_order), "target")
+    for target, panel in panels.items():
+        names = results.differing(panel)
 
         def words(line, names=names):
             differ = [getattr(line, name) for name in names]
-            return numbers.KINDS[line.kind].words, line.source_domain or "none", *differ
+            return f"larger {line.kind}", line.source_domain or "none", *differ
 
-        heads = ["gain", "pre-trained on", *names]
-        lines = score_table(cells, heads, words, shots_columns(cells), "shots")
-        parts += [f"{heading(target)}: gain in {METRICS[cells[0].metric].gain}\n", *lines, ""]
+        lines = score_table(panel, ["gain", "pre-trained on", *names], words)
+        unit = METRICS[panel[0].metric].gain
+        parts += [f"{target_heading(target)}: gain in {unit}\n", *lines, ""]
     return "\n".join([*parts, GAIN_RULE, "", RULE, ""])
 
 
-def distance_markdown(points):
+def distance(points):
     """Points of gain against distance -> Markdown: the slopes, then a row a point."""
-    slopes = [["gain", "distance", "points", "slope", "95 % interval"]]
-    for name, kind in numbers.KINDS.items():
-        for distance, words in DISTANCES.items():
-            line = numbers.fit(*numbers.axis_points(points, name, distance))
+    rows = [["gain", "distance", "points", "slope", "95 % interval"]]
+    for kind in KINDS:
+        for name, words in DISTANCES.items():
+            line = fit(*axis_points(points, kind, name))
             if line:
-                text = f"{line.slope:+.3f}", f"± {line.ci95:.3f}"
-                slopes.append([kind.words, words, line.n, *text])
+                slope = f"{line.slope:+.3f}", f"± {line.ci95:.3f}"
+                rows.append([f"larger {kind}", words, line.n, *slope])
+    parts = ["### gain against domain distance: fitted slopes\n", *table(rows), ""]
     rows = [["gain of", "target", "source", "shots", "metric", "gain", *DISTANCES]]
-    for point in points:
-        gain = point.gain
-        about = [numbers.KINDS[gain.line.kind].words, gain.target.name, point.source]
-        about += [shots_words(gain.shots), gain.metric, f"{point.value:+.3f}"]
-        rows.append([*about, *(f"{value:.3g}" for value in point.distances.values())])
-    parts = ["### gain against domain distance: fitted slopes\n", *table(slopes), ""]
+    for gain, source, _, value, distances in points:
+        row = [f"larger {gain.line.kind}", gain.target.name, source, shots_words(gain.shots)]
+        row += [gain.metric, f"{value:+.3f}", *(f"{value:.3g}" for value in distances.values())]
+        rows.append(row)
     return "\n".join([*parts, "### points\n", *table(rows), "", DISTANCE_RULE, ""])
 
 
-def shared_markdown(shared):
+def shared(pairs):
     """List of Shared -> Markdown: a row a cell."""
     rows = [["target", "source", "model", "recipe", "shots", "own", "published", "agree"]]
-    for own, published, agree in shared:
+    for own, published, agree in pairs:
         row = [own.target.name, own.line.source, own.line.model, own.line.recipe]
         rows.append([*row, shots_words(own.shots), score(own), score(published), AGREE[agree]])
     return "\n".join(["### own against published\n", *table(rows), "", SHARED_RULE, ""])
 
 
 # ------------------------------------------------------------------------------------------------
-# CSV
+# CSV: columns are {heading: attribute}
 # ------------------------------------------------------------------------------------------------
 
+TARGET = {"target": "target.name", "target_domain": "target.domain", "origin": "target.origin"}
+LINE = {key: f"line.{key}" for key in results.Line._fields}
+SHARED = {key: LINE[key] for key in ("source_domain", "method", "recipe")}  # by the arms of a gain
+POINT = {"shots": "shots", "metric": "metric"}
+SPREAD = {key: key for key in ("mean", "sd", "ci95", "n")}
 
-def csv_text(rows):
-    """Dicts of equal keys -> CSV: fractions, undefined empty, no shots as full; origin is left out
+
+CELL_COLUMNS = TARGET | LINE | POINT | SPREAD
+GAIN_COLUMNS = (
+    {"kind": "line.kind"} | TARGET | SHARED | POINT | {"small": "small", "large": "large"}
+)
+GAIN_COLUMNS |= {"partners": "by_partner", "pairs": "pairs"} | SPREAD
+GAIN_COLUMNS |= {key: key for key in ("verdict", *OTHERS)}
+POINT_COLUMNS = {"kind": "line.kind"} | TARGET | {"source": ""} | SHARED | POINT
+POINT_COLUMNS = {head: f"gain.{path}" for head, path in POINT_COLUMNS.items()}
+POINT_COLUMNS |= {"source": "source", "gain": "value"}
+POINT_COLUMNS |= {key: f"distances.{key}" for key in DISTANCES}
+SHARED_COLUMNS = {"target": "own.target.name"}
+SHARED_COLUMNS |= {key: f"own.line.{key}" for key in ("source", "model", "recipe")}
+SHARED_COLUMNS |= {key: f"own.{key}" for key in POINT}
+SHARED_COLUMNS |= {f"{k}_{side}": f"{side}.{k}" for side in ("own", "published") for k in SPREAD}
+SHARED_COLUMNS |= {"agree": "agree"}
+
+
+def csv_text(items, columns):
+    """Numbers of a figure -> CSV: fractions, undefined empty, no shots as full; without origin
     where all is one's own."""
+
+    def shown(item, head):
+        for name in columns[head].split("."):
+            item = item[name] if isinstance(item, dict) else getattr(item, name)
+        if head == "shots":
+            return item or "full"
+        if head == "partners":
+            return ";".join(item)
+        if head == "agree":
+            return AGREE[item]
+        return "" if item != item else item  # nan
+
+    rows = [{head: shown(item, head) for head in columns} for item in items]
     own = all(row.get("origin") == "own" for row in rows)
-    heads = [key for key in rows[0] if key != "origin" or not own]
+    heads = [head for head in columns if head != "origin" or not own]
     file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(heads)
-    for row in rows:
-        row = {**row, "shots": row["shots"] or "full"}
-        writer.writerow(["" if row[key] != row[key] else row[key] for key in heads])  # nan
+    writer = csv.DictWriter(file, heads, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return file.getvalue()
-
-
-def target_row(target):
-    return {"target": target.name, "target_domain": target.domain, "origin": target.origin}
-
-
-def spread_row(cell):
-    return {"mean": cell.mean, "sd": cell.sd, "ci95": cell.ci95, "n": cell.n}
-
-
-def cell_rows(panels):
-    """{target: cells} -> rows for `csv_text`, a row a cell; ci95 is the half-width."""
-    rows = []
-    for cell in [cell for cells in panels.values() for cell in cells]:
-        about = {**target_row(cell.target), **cell.line._asdict(), "shots": cell.shots}
-        rows.append({**about, "metric": cell.metric, **spread_row(cell)})
-    return rows
-
-
-def gain_rows(gains):
-    """Gains -> rows for `csv_text`."""
-    rows = []
-    for gain in gains:
-        line = gain.line._asdict()
-        row = {"kind": line.pop("kind"), **target_row(gain.target), **line, "shots": gain.shots}
-        row |= {"metric": gain.metric, "small": gain.small, "large": gain.large}
-        row |= {"partners": ";".join(gain.by_partner), "pairs": gain.pairs, **spread_row(gain)}
-        row["verdict"] = gain.verdict()
-        rows.append({**row, **{name: getattr(gain, name) for name in INTERVALS}})
-    return rows
-
-
-def point_rows(points):
-    """Points of gain against distance -> rows for `csv_text`."""
-    rows = []
-    for point in points:
-        gain, line = point.gain, point.gain.line
-        row = {"kind": line.kind, **target_row(gain.target), "source": point.source}
-        row |= {"source_domain": line.source_domain, "method": line.method, "recipe": line.recipe}
-        row |= {"shots": gain.shots, "metric": gain.metric, "gain": point.value}
-        rows.append(row | point.distances)
-    return rows
-
-
-def shared_rows(shared):
-    """List of Shared -> rows for `csv_text`."""
-    rows = []
-    for own, published, agree in shared:
-        row = {"target": own.target.name, "source": own.line.source, "model": own.line.model}
-        row |= {"recipe": own.line.recipe, "shots": own.shots, "metric": own.metric}
-        row |= {f"{key}_own": value for key, value in spread_row(own).items()}
-        row |= {f"{key}_published": value for key, value in spread_row(published).items()}
-        rows.append({**row, "agree": AGREE[agree]})
-    return rows

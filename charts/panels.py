@@ -61,7 +61,7 @@ def draw_few_shot_panel(ax, target, cells, styles):
     places = draw_shots_axis(ax, cells)
     style.draw_y_axis(ax, cells, chance(cells))
     factor = results.METRICS[cells[0].metric].factor
-    lines = results.group([cell for cell in cells if cell.n], lambda cell: cell.line)
+    lines = results.group([cell for cell in cells if cell.n], "line")
     step = min(0.008, 0.06 / len(lines)) if lines else 0  # of the axis, 6 % for them all
     step *= np.ptp(np.log10(ax.get_xlim()))  # decades
     for place, (line, points) in enumerate(lines.items()):
@@ -75,11 +75,12 @@ def draw_few_shot_panel(ax, target, cells, styles):
         drawn.lines[0].set_gid(" ".join(["line", target.name, *filter(None, line)]))  # for the SVG
 
 
-def draw_few_shot(panels, styles, title="", notes=()):
-    """{target: cells} -> Figure with a panel a target: two a row, crowded ones alone."""
+def draw_few_shot(cells, styles, title="", notes=()):
+    """Cells -> Figure with a panel a target: two a row, crowded ones alone."""
+    panels = results.group(cells, "target")
     places, row, column = [], 0, 0
-    for cells in panels.values():
-        wide = len({cell.line for cell in cells}) > CROWDED
+    for panel in panels.values():
+        wide = len({cell.line for cell in panel}) > CROWDED
         if column == 2 or (wide and column):
             row, column = row + 1, 0
         places.append((row, slice(None) if wide else column))
@@ -88,7 +89,6 @@ def draw_few_shot(panels, styles, title="", notes=()):
     size = max(3.3, PANEL[0] * columns), PANEL[1] * (row + 1)
     fig = Figure(figsize=size, layout="constrained")
     grid = fig.add_gridspec(row + 1, columns)
-    cells = [cell for panel in panels.values() for cell in panel]
     styles = style.styles_of(cells, styles)
     for place, (target, panel) in zip(places, panels.items()):
         draw_few_shot_panel(fig.add_subplot(grid[place]), target, panel, styles)
@@ -100,7 +100,7 @@ def draw_few_shot(panels, styles, title="", notes=()):
 
 def line_columns(cells, styles):
     """The two columns of a legend of lines, named by source and network."""
-    differ = results.differing([cell.line for cell in cells])
+    differ = results.differing(cells)
 
     def entry(line):
         return Line2D([], [], **styles[line]), f"{line.source}, {network_name(line, differ)}"
@@ -148,7 +148,8 @@ def draw_lines(ax, cells, styles):
     """Lines over the number of images in pre-training, one a domain and network; without any, a
     level across the panel."""
     factor = results.METRICS[cells[0].metric].factor
-    for (domain, *_), members in results.group(cells, lambda cell: cell.line[1:]).items():
+    network = "line.source_domain", "line.model", "line.method", "line.recipe"
+    for (domain, *_), members in results.group(cells, *network).items():
         members = sorted(members, key=lambda cell: cell.source_images)
         dashes = styles[members[-1].line]["linestyle"]
         look = {"color": LOOKS[domain].hues[-1], "linestyle": dashes, "linewidth": 0.9}
@@ -180,12 +181,13 @@ def draw_size_axis(ax, cells):
     ax.tick_params(axis="x", labelbottom=False)
 
 
-def draw_full_shot(panels, styles, title="", notes=()):
-    """{target: full-shot cells} -> Figure, a row a target: bars by network, lines over images."""
-    panels = {target: [cell for cell in cells if cell.n] for target, cells in panels.items()}
-    cells = [cell for panel in panels.values() for cell in panel]
+def draw_full_shot(cells, styles, title="", notes=()):
+    """Cells of all training images -> Figure, a row a target: bars by network, lines over the
+    images in pre-training."""
+    cells = [cell for cell in cells if cell.n]
+    panels = results.group(cells, "target")
     styles = style.styles_of(cells, styles)
-    differ = results.differing([cell.line for cell in cells])
+    differ = results.differing(cells)
     fig = Figure(figsize=(2 * PANEL[0], 1.6 * len(panels) + 0.2), layout="constrained")
     shape = {"sharey": "row", "width_ratios": (1.15, 1)}
     axes = fig.subplots(len(panels), 2, squeeze=False, **shape)
@@ -246,7 +248,7 @@ def draw_shared(shared, styles, title="", notes=()):
     """Cells of `gains.shared_cells` -> Figure: a panel a metric, a point a cell."""
     cells = [pair.own for pair in shared]
     styles = style.styles_of(cells, styles)
-    panels = results.group(shared, lambda pair: pair.own.metric)
+    panels = results.group(shared, "own.metric")
     size = max(3.3, PANEL[0] * len(panels)), PANEL[0] + 0.5
     fig = Figure(figsize=size, layout="constrained")
     for ax, pairs in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.values()):

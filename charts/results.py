@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,8 +97,8 @@ class Cell:
     sd: float
     ci95: float  # half-width of the 95 % interval
     n: int  # runs whose metric is defined
-    source_images: int  # 0 when unknown
-    classes: int  # 0 when unknown or when its runs differ
+    source_images: int = 0  # 0 when unknown
+    classes: int = 0  # 0 when unknown or when its runs differ
 
 
 # What a result file must hold, beside its metrics, and of what type.
@@ -228,9 +229,10 @@ def load(paths):
     return list(kept.values()), skipped, doubled
 
 
-def group(items, key):
-    """Split items into {key(item): list of items}, in the order in which they come."""
-    groups = {}
+def group(items, *attributes):
+    """Split items into {value of the attributes: list of items}, in the order in which they come;
+    attributes: names, or paths as line.source."""
+    groups, key = {}, attrgetter(*attributes)
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return groups
@@ -287,11 +289,6 @@ def line_order(cell):
     return *source, size_order(line.model), line.method, line.recipe or ""
 
 
-def panel_order(target):
-    """Sort key of targets: natural ones first."""
-    return target.domain != "natural", target
-
-
 def plain_name(name):
     """Name of a source or target without its pack: nih@256+chexpert@256 -> chexpert+nih."""
     return "+".join(sorted(re.sub(r"@\d+", "", part) for part in name.split("+")))
@@ -307,9 +304,9 @@ def mark(origin):
     return ", published" if origin == "published" else ""
 
 
-def differing(lines):
-    """Those of method and recipe in which lines (or gains) differ: only these need to be said."""
-    return [key for key in ("method", "recipe") if len({getattr(line, key) for line in lines}) > 1]
+def differing(cells):
+    """Those of method and recipe in which cells or gains differ: only these need to be said."""
+    return [key for key in ("method", "recipe") if len(group(cells, f"line.{key}")) > 1]
 
 
 def chosen_metric(target, metric):
@@ -317,27 +314,28 @@ def chosen_metric(target, metric):
     return AUTO[target.domain] if metric == "auto" else metric
 
 
+def target_order(item):
+    """Sort key of cells and gains: natural targets first."""
+    return item.target.domain != "natural", item.target
+
+
 def summarise(results, metric):
-    """Average over seeds: results -> {target: list of Cell}, natural targets first, the cells in
-    the order of their lines, then of shots."""
+    """Average over seeds: results -> list of Cell in the order of targets, lines and shots."""
     images = {}  # the baseline has none; neither may a checkpoint from elsewhere
     for result in results:
         source = result.line.source
         images[source] = max(images.get(source, 0), result.source_images or 0)
     cells = []
-    points = group(results, lambda result: (result.target, result.line, result.shots))
-    for (target, line, shots), runs in points.items():
+    for (target, line, shots), runs in group(results, "target", "line", "shots").items():
         name = chosen_metric(target, metric)
         scores = spread([run.metrics[name] for run in runs if run.metrics[name] is not None])
         classes = runs[0].classes if len({run.classes for run in runs}) == 1 else 0
         about = {"source_images": images[line.source], "classes": classes}
         cells.append(Cell(target, line, shots, name, **scores, **about))
-    cells.sort(key=lambda cell: (line_order(cell), cell.shots or math.inf))
-    panels = group(cells, lambda cell: cell.target)
-    return {target: panels[target] for target in sorted(panels, key=panel_order)}
+    return sorted(cells, key=lambda c: (target_order(c), line_order(c), c.shots or math.inf))
 
 
-def full_shot(panels):
-    """Of {target: cells}, the cells of all training images, where a target has a number."""
-    full = {target: [c for c in cells if c.shots is None] for target, cells in panels.items()}
-    return {target: cells for target, cells in full.items() if any(cell.n for cell in cells)}
+def full_shot(cells):
+    """The cells of all training images, of targets that have a number of them."""
+    targets = group([cell for cell in cells if cell.shots is None], "target").values()
+    return [cell for full in targets if any(other.n for other in full) for cell in full]

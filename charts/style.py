@@ -58,14 +58,13 @@ def network_order(line):
     return results.size_order(line.model), str((line.method, line.recipe))
 
 
-def line_styles(panels):
-    """{target: cells} -> {line: keywords of Line2D}, in the order of the legend.
+def line_styles(cells):
+    """Cells -> {line: keywords of Line2D}, in the order of the legend.
 
     Hue and filling tell the domain; shade and width the source, darker and thicker is larger;
     marker and dashes the model (with its method and recipe).
     """
-    cells = [cell for panel in panels.values() for cell in panel]
-    lines = list(results.group(sorted(cells, key=results.line_order), lambda cell: cell.line))
+    lines = list(results.group(sorted(cells, key=results.line_order), "line"))
     networks = sorted({network_order(line) for line in lines})
     styles = {}
     for line in lines:
