@@ -9,12 +9,12 @@ import data
 import models
 import transfer
 from benchmarks.measure import Report, Required, best_speeds, import_peer, repeat
-from engine.console import Parser, progress_bar, say
+from engine.console import progress_bar, say
 from engine.distance import SAMPLE, compare, project, sample
 from engine.evaluate import predict
 from engine.grid import open_networks
-from engine.options import OPTIONS
 from readers.transforms import Pipeline, keep
+from readers.workers import in_order
 
 GAPS = (0, 0.2, 0.4, 0.6, 0.8, 1)
 MEASURES = ("frechet_relative", "energy")
@@ -25,6 +25,13 @@ SHOTS = 10  # of the transfer whose time a distance's is compared with
 RANKS, STEPS, TIME = 0.95, 3, 20
 
 
+class Options(SimpleNamespace):
+    """Options of fewshot.py; None where not given."""
+
+    def __getattr__(self, name):
+        return None
+
+
 def distance(args, env):
     """Distances of synthetic targets from each network's own source, from gap 0 to 1 of the target.
 
@@ -33,11 +40,7 @@ def distance(args, env):
     of a distance, without reading images and weights, is compared with that of a run of fewshot.py
     that measures it; the other runs of that network and target take it from there.
     """
-    parser = Parser()
-    for flag, settings in OPTIONS.items():
-        parser.add_argument(flag, **settings)
-    options = parser.parse_args(["--method", "linear"])  # which leaves scratch out
-    options.checkpoint = args.checkpoint
+    options = Options(checkpoint=args.checkpoint, method="linear")  # which leaves scratch out
     networks = open_networks(options, transfer.open_network)
     for network in networks:
         if not network.source.startswith("synthetic-") or network.sample is None:
@@ -57,8 +60,7 @@ def distance(args, env):
             gaps = {f"gap {gap}": text for gap, text in zip(GAPS, texts)}
             rows.append({"network": name, "measure": measure} | gaps)
             required += requirements(f"{measure} of {name}", values)
-        options.image_size, options.target = record["image_size"], [TARGETS[network.domain]]
-        seconds = times(network, model, options, args.rounds, env)
+        seconds = times(network, model, record["image_size"], args.rounds, env)
         ratio = seconds["transfer"] / seconds["distance"]
         required.append(Required(f"a transfer of {name}", "its distance", ratio, TIME))
         measured[name] = {measure: values.tolist() for measure, values in found.items()}
@@ -76,7 +78,7 @@ def distances(network, model, size, seeds, env):
             target = data.load_dataset(TARGETS[network.domain], **options)
             target = target.subset(sample(len(target), SAMPLE // 2))
             stream, width = (
-                data.in_order(target, Pipeline(keep, keep), 256),
+                in_order(target, Pipeline(keep, keep), 256),
                 model.head.conv.in_channels,
             )
             about = width, stream, len(target), env, network.normalization
@@ -102,11 +104,13 @@ def requirements(what, values):
             yield Required(f"smallest step of {what}", name, float(steps.min()), least)
 
 
-def times(network, model, options, rounds, env):
+def times(network, model, size, rounds, env):
     """{"transfer", "distance"}: seconds of one run on SHOTS images a class, its evaluation and its
     distance included, and of a distance alone; the fastest.
     """
-    options.method = "finetune"
+    options = Options(target=[TARGETS[network.domain]], image_size=size, method="finetune")
+    options.data_dir, options.workers = "datasets", 0
+    options.log_every, options.save_minutes = 50, 10.0
     (target,) = transfer.open_targets(options, env, few_shot=True)
     chosen = data.few_shot_indices(target.train_set.labels, SHOTS, 0)
     cell = transfer.make_cell(network, target, SHOTS, 0, chosen, options, env)

@@ -14,7 +14,6 @@ from benchmarks.measure import Report, Required, apart, import_peer, megabytes, 
 from data import batch_indices
 from readers import archives, natural, xrays
 
-MIMIC_SUBJECTS, MIMIC_ROWS = 65_379, 377_110
 IMAGENET21K_CLASSES = 21_841
 OPENERS = 4
 WORKER_MEGABYTES, OPEN_SECONDS = 100, 2.0  # what a worker may add, and opening may take
@@ -60,17 +59,12 @@ def index(args, env):
     return Report({"measured": measured}, rows, required)
 
 
-# ------------------------------------------------------------------------------------------------
-# Tables
-# ------------------------------------------------------------------------------------------------
-
-
 def make_mimic(folder, rows):
     """MIMIC-CXR-JPG's three tables with made content, in the real columns."""
     pandas, rng = import_peer("pandas"), np.random.default_rng(0)
     folder.mkdir()
-    subjects = rng.integers(10_000_000, 20_000_000, max(1, rows * MIMIC_SUBJECTS // MIMIC_ROWS))
-    subjects = np.unique(subjects)
+    count = max(1, rows * 65_379 // 377_110)  # of MIMIC's patients, as many as are theirs
+    subjects = np.unique(rng.integers(10_000_000, 20_000_000, count))
     studies = np.unique(rng.integers(50_000_000, 60_000_000, max(1, rows * 3 // 5)))
     owners = subjects[rng.integers(len(subjects), size=len(studies))]
     marks = rng.choice(["", "0.0", "1.0", "-1.0"], (len(studies), 14), p=[0.8, 0.05, 0.12, 0.03])
@@ -82,15 +76,9 @@ def make_mimic(folder, rows):
     of = rng.integers(len(studies), size=rows)
     ids = {"dicom_id": dicoms, "subject_id": owners[of], "study_id": studies[of]}
     procedure = '"CHEST (PA AND LAT)"'
-    metadata = ids | {
-        "PerformedProcedureStepDescription": procedure,
-        "ViewPosition": views,
-        "Rows": 3056,
-        "Columns": 2544,
-        "StudyDate": 21800506,
-        "StudyTime": 213014.531,
-        "ProcedureCodeSequence_CodeMeaning": procedure,
-    }
+    metadata = ids | {"PerformedProcedureStepDescription": procedure, "ViewPosition": views}
+    metadata |= {"Rows": 3056, "Columns": 2544, "StudyDate": 21800506, "StudyTime": 213014.531}
+    metadata["ProcedureCodeSequence_CodeMeaning"] = procedure
     split = {"dicom_id": dicoms, "study_id": studies[of], "subject_id": owners[of], "split": parts}
     for part, table in {"chexpert": findings, "metadata": metadata, "split": split}.items():
         path, packing = table_of(folder, part), {"method": "gzip", "compresslevel": 1}
@@ -131,11 +119,6 @@ def digest(names, labels):
     order = np.argsort(names)
     content = np.ascontiguousarray(names[order]), np.nan_to_num(labels[order], nan=-1)
     return hashlib.sha256(b"".join(values.tobytes() for values in content)).hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------
-# The class index
-# ------------------------------------------------------------------------------------------------
 
 
 def list_classes(folder, files):

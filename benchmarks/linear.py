@@ -14,6 +14,7 @@ from engine import linear as classifiers
 from engine.console import say
 from engine.evaluate import predict
 from readers.transforms import NORMALIZATION, Pipeline, keep
+from readers.workers import in_order
 
 CLASSES, WIDTH, TEST_IMAGES = 10, 1024, 500
 OURS, CHOICE = "ours", "ours, strength chosen"
@@ -119,18 +120,13 @@ def quality(weights, bias, train, labels, l2, test, test_labels):
     return {"loss": loss.item(), "gradient": float(gradient), "accuracy": accuracy}
 
 
-# ------------------------------------------------------------------------------------------------
-# Features: (train (N,1024) float32, labels (N,), test (500,1024), test labels (500,))
-# ------------------------------------------------------------------------------------------------
-
-
 def network_features(env, images):
     torch.manual_seed(0)
     model = models.create_model("R14x0.5", CLASSES, device=env.device).eval()
     env, normalization, found = env._replace(precision="fp32"), NORMALIZATION["natural"], []
     for split, count in (("train", images), ("test", TEST_IMAGES)):
         dataset = data.load_dataset("synthetic-natural-target", split=split)
-        stream = data.in_order(dataset.subset(np.arange(count)), Pipeline(keep, keep), 100)
+        stream = in_order(dataset.subset(np.arange(count)), Pipeline(keep, keep), 100)
         features = predict(model.features, WIDTH, stream, count, env, normalization)
         found += [features.to(env.device), dataset.labels[:count]]
     return found

@@ -59,12 +59,14 @@ def xray_arms(root, folder):
     training, testing = (pretrain.choose_pipeline(dataset, SIZE, train) for train in (True, False))
     arms = {"study, Pillow": study_pillow}
     if importlib.util.find_spec("cv2"):
-        arms |= {"study, OpenCV": study_opencv, "OpenCV, grey, 32-bit": lean_opencv}
+        arms["study, OpenCV"] = study_opencv
+        arms["OpenCV, grey, 32-bit"] = partial(study_opencv, lean=True)
     paths = [dataset.where(i) for i in range(min(len(dataset), BATCH))]
     arms = {name: one_by_one(read, paths) for name, read in arms.items()}
     arms["ours, decoding"] = batches(dataset, testing)
     arms["ours, pack, training"] = batches(packed, training)
-    return arms | {"ours, pack, test": batches(packed, testing)}
+    arms["ours, pack, test"] = batches(packed, testing)
+    return arms
 
 
 def photo_arms(folder, title, size, env):
@@ -92,13 +94,10 @@ def one_by_one(read, items):
         yield torch.stack([read(item) for item in itertools.islice(itertools.cycle(items), BATCH)])
 
 
-# ------------------------------------------------------------------------------------------------
-# The study's preparation of an X-ray: a path -> (SIZE, SIZE) floats
-# ------------------------------------------------------------------------------------------------
-
-
 def study_pillow(path):
-    """By Pillow: colour decoded, floats in [0,1], one channel, the central square, area resize."""
+    """The study's X-ray, (SIZE, SIZE) floats, by Pillow: colour decoded, floats in [0,1], one
+    channel, the central square, area resize.
+    """
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB")) / 255.0
     square = Image.fromarray(central_square(pixels[..., 0]).astype(np.float32))
@@ -106,7 +105,7 @@ def study_pillow(path):
 
 
 def study_opencv(path, lean=False):
-    """With its library, on 64-bit floats. lean: without detours, grey decoded, 32-bit floats."""
+    """The same by its library, 64-bit floats. lean: without detours, grey decoded, 32 bits."""
     cv2 = importlib.import_module("cv2")
     cv2.setNumThreads(1)
     if lean:
@@ -117,19 +116,11 @@ def study_opencv(path, lean=False):
     return torch.from_numpy(cv2.resize(square, (SIZE, SIZE), interpolation=cv2.INTER_AREA))
 
 
-lean_opencv = partial(study_opencv, lean=True)
-
-
 def central_square(pixels):
     height, width = pixels.shape
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     return pixels[top : top + side, left : left + side]
-
-
-# ------------------------------------------------------------------------------------------------
-# Made images
-# ------------------------------------------------------------------------------------------------
 
 
 def make_xrays(root, count=BATCH, side=1024):

@@ -4,6 +4,7 @@ import importlib
 import math
 import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -94,8 +95,8 @@ def import_peer(name):
 
 def apart(measure, *args):
     """measure(*args) in a fresh process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure, args)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, *args).result()
 
 
 def megabytes(field):

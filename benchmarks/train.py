@@ -26,10 +26,12 @@ from readers.workers import available_cores, loader
 RECIPE = pretrain.RECIPES["paper"]["natural", "small"]  # of R50x1 on ImageNet-1k: without AGC
 REQUIRED = (("ours, defaults", "timm, eager, fp32", 1.15), ("ours", "timm", 1.0))
 PEERS_REQUIRED = (("ours, defaults", "timm, defaults", 1.4), ("ours", "timm", 1.15))
-# Options for speed of timm's training script: --amp, --opt-kwargs fused=True, --channels-last and
-# --torchcompile.
-TIMM_ARMS = ("defaults", "bf16", "bf16, fused", "bf16, channels_last", "bf16, compiled")
-TIMM_ARMS += ("bf16, channels_last, compiled", "bf16, channels_last, compiled, fused")
+# The arms of --peers: a package and its options. timm's are those of its training script: --amp,
+# --opt-kwargs fused=True, --channels-last and --torchcompile.
+FROM_FILES = ("ours, defaults", "ours, fp32", "ours, fp32, compiled", "ours, bf16")
+FROM_FILES += ("ours, bf16, compiled", "timm, defaults", "timm, bf16", "timm, bf16, fused")
+FROM_FILES += ("timm, bf16, channels_last", "timm, bf16, compiled")
+FROM_FILES += ("timm, bf16, channels_last, compiled", "timm, bf16, channels_last, compiled, fused")
 
 
 def train(args, env):
@@ -50,13 +52,11 @@ def train(args, env):
         side = 32 if args.peers else args.image_size
         folder = args.folder or make_photos(Path(made), side, 10, 64)
         dataset = data.load_dataset(f"folder:{folder}")
-        arms = {"ours, defaults": our_training(args, env, dataset)}
         if args.peers:
-            required = PEERS_REQUIRED
-            arms |= arms_from_files(args, env, dataset, Path(folder))
+            arms, required = arms_from_files(args, env, dataset), PEERS_REQUIRED
         else:
-            required = REQUIRED
-            arms |= arms_on_one_batch(args, env, len(dataset.classes))
+            arms, required = arms_on_one_batch(args, env, len(dataset.classes)), REQUIRED
+            arms["ours, defaults"] = our_training(args, env, dataset, ["defaults"])
         for name, arm in arms.items():
             say(env, f"warming up: {name}")
             for _ in range(3):  # compiles, and lets cuDNN choose its kernels
@@ -78,32 +78,21 @@ def arms_on_one_batch(args, env, classes):
         for mode in ("eager",) if args.no_compile else ("eager", "compiled"):
             for precision in ("fp32", "bf16"):
                 forward = parallel(network, env, mode == "compiled")
-                stream, chosen = (
-                    itertools.repeat((images, labels)),
-                    env._replace(precision=precision),
-                )
-                arms[f"{package}, {mode}, {precision}"] = steps(stream, forward, optimizer, chosen)
+                chosen = env._replace(precision=precision)
+                arm = steps(itertools.repeat((images, labels)), forward, optimizer, chosen)
+                arms[f"{package}, {mode}, {precision}"] = arm
     return arms
 
 
-def arms_from_files(args, env, dataset, folder):
+def arms_from_files(args, env, dataset):
     """{arm: iterator of steps}, each package with its own loader and optimiser."""
     arms = {}
-    for precision, compiled in itertools.product(("fp32", "bf16"), (False, True)):
-        name, chosen = f"ours, {precision}", env._replace(precision=precision)
-        name += ", compiled" if compiled else ""
-        if not (compiled and args.no_compile):
-            arms[name] = our_training(args, chosen, dataset, compiled)
-    for options in TIMM_ARMS:
+    for name in FROM_FILES:
+        package, *options = name.split(", ")
+        training = our_training if package == "ours" else timm_training
         if not ("compiled" in options and args.no_compile):
-            chosen = options.split(", ")
-            arms[f"timm, {options}"] = timm_training(args, env, dataset, folder, chosen)
+            arms[name] = training(args, env, dataset, options)
     return arms
-
-
-# ------------------------------------------------------------------------------------------------
-# Ours
-# ------------------------------------------------------------------------------------------------
 
 
 def sgd(params, batch_size):
@@ -112,15 +101,18 @@ def sgd(params, batch_size):
     return SGD_AGC(params, lr, weight_decay=RECIPE.weight_decay, clipping=RECIPE.clipping)
 
 
-def our_training(args, env, dataset, compiled=False):
-    """Iterator of steps, as pretrain.py trains on this dataset."""
+def our_training(args, env, dataset, options):
+    """Iterator of steps, as pretrain.py trains on this dataset with these options."""
+    if "defaults" not in options:
+        env = env._replace(precision=options[0])
     pipeline = pretrain.choose_pipeline(dataset, args.image_size, train=True)
     dataset, pipeline = preload(dataset, pipeline)
     batches = data.Batches(dataset, pipeline, args.batch_size)
     stream = loader(batches, 0, sys.maxsize, pin_memory=env.device.type == "cuda")
     model = models.create_model(args.model, len(dataset.classes), device=env.device).train()
     optimizer = sgd(model.parameter_groups(), args.batch_size)
-    return training_loop(parallel(model, env, compiled), optimizer, stream, args.batch_size, env)
+    forward = parallel(model, env, "compiled" in options)
+    return training_loop(forward, optimizer, stream, args.batch_size, env)
 
 
 def training_loop(network, optimizer, stream, batch_size, env):
@@ -147,11 +139,6 @@ def training_loop(network, optimizer, stream, batch_size, env):
             yield
 
 
-# ------------------------------------------------------------------------------------------------
-# timm's
-# ------------------------------------------------------------------------------------------------
-
-
 def timm_network(args, classes):
     """timm's network of the same architecture, with random weights."""
     timm = import_peer("timm")
@@ -161,11 +148,8 @@ def timm_network(args, classes):
     return timm.create_model(name, num_classes=classes)
 
 
-def timm_training(args, env, dataset, folder, options):
-    """Iterator of steps as in timm's training script: its network, loader and optimiser.
-
-    dataset: ours, of the folder. options: the words of one of TIMM_ARMS.
-    """
+def timm_training(args, env, dataset, options):
+    """Iterator of steps as in timm's training script: its network, loader and optimiser."""
     optim, timm_data = import_peer("timm.optim"), import_peer("timm.data")
     network = timm_network(args, len(dataset.classes)).to(env.device).train()
     layout = torch.channels_last if "channels_last" in options else torch.contiguous_format
@@ -173,7 +157,8 @@ def timm_training(args, env, dataset, folder, options):
     settings = {"momentum": 0.9, "weight_decay": RECIPE.weight_decay}
     settings |= {"lr": RECIPE.lr / 256 * args.batch_size, "fused": "fused" in options or None}
     optimizer = optim.create_optimizer_v2(network, "sgd", **settings)
-    images, size = timm_data.ImageDataset(str(folder / "train")), (3,) + (args.image_size,) * 2
+    images = timm_data.ImageDataset(f"{dataset.name.removeprefix('folder:')}/train")
+    size = 3, args.image_size, args.image_size
     settings = {"is_training": True, "use_prefetcher": False, "color_jitter": 0.4}
     settings |= {"num_workers": available_cores(), "persistent_workers": True}
     batches = timm_data.create_loader(images, size, args.batch_size, **settings)
