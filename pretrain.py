@@ -244,7 +244,8 @@ def pretrain(train_set, test_set, config, folder, args, env):
     size, batch_size = config["image_size"], config["batch_size"]
     augmented = choose_pipeline(train_set, size, True, config["rand_augment"])
     decoded, pipeline = preload(train_set, augmented)
-    test_decoded, test_pipeline = preload(test_set, choose_pipeline(test_set, size, False))
+    tested = preload(test_set, choose_pipeline(test_set, size, False))
+    tested = in_order(*tested, 256, env.rank, env.ranks, args.workers, env.device.type == "cuda")
     sampling = "balanced" if config["balanced"] else "shuffle"
     batches = data.Batches(decoded, pipeline, batch_size, args.seed, sampling, env.rank, env.ranks)
     last = math.ceil(config["epochs"] * len(train_set) / batch_size)
@@ -257,9 +258,6 @@ def pretrain(train_set, test_set, config, folder, args, env):
         while True:
             if ends_epoch(run.step, last, config):
                 run.save(wait=False)
-                tested = in_order(
-                    test_decoded, test_pipeline, 256, env.rank, env.ranks, args.workers
-                )
                 metrics = evaluate(
                     model, tested, test_set.labels, test_set.classes, env, normalization
                 )
