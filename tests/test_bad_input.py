@@ -1,7 +1,5 @@
 """Each mistake is answered by one line that names it, exit 2, before training, and no file."""
 
-import os
-
 import pytest
 import torch
 from conftest import run
@@ -81,23 +79,14 @@ def test_options(refuse, line, words):
     assert words in refuse(*line.split())
 
 
-class Payload:
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
-
-
 @pytest.mark.parametrize("script", ("transfer", "fewshot"))
 def test_weights(refuse, tmp_path, script):
-    whole, cut, code = (tmp_path / name for name in ("model.pt", "cut.pt", "code.pt"))
-    state = models.create_model("R14x0.5", 3).state_dict()
-    torch.save({"model": state}, whole)
+    whole, cut = tmp_path / "model.pt", tmp_path / "cut.pt"
+    torch.save({"model": models.create_model("R14x0.5", 3).state_dict()}, whole)
     line = refuse(script, "--checkpoint", whole, "--model", "R26x0.5", "--source", "nih")
     assert "weights of another network: body.block1.unit02" in line and "--model" in line
     cut.write_bytes(whole.read_bytes()[:5000])
     assert f"{cut}: damaged" in refuse(script, "--checkpoint", cut)
-    torch.save({"model": state, "epoch": Payload()}, code)
-    assert "holds code" in refuse(script, "--checkpoint", code)
-    assert not (tmp_path / "executed").exists()
 
 
 @pytest.fixture
@@ -128,12 +117,12 @@ def test_classes_and_targets(refuse, tiny):
     assert str(tiny / "train" / "c") in refuse("pretrain", "--source", f"folder:{tiny}")
 
 
-@pytest.mark.parametrize("text", ('{"schema": 1', '{"schema": 2, "kind": "fewshot"}', "[]", "{}"))
-def test_broken_and_foreign_result(refuse, tiny, tmp_path, text):
+def test_broken_and_foreign_result(refuse, tiny, tmp_path):
     path = tmp_path / "results" / "folder-set" / "scratch-R14x0.5" / "1shot-seed0.json"
     path.parent.mkdir(parents=True)
-    path.write_text(text)
-    assert path.name in refuse(*SCRATCH.split(), "--target", f"folder:{tiny}", "--shots", 1)
+    for text in ('{"schema": 1', '{"schema": 2, "kind": "fewshot"}', "[]", "{}"):
+        path.write_text(text)
+        assert path.name in refuse(*SCRATCH.split(), "--target", f"folder:{tiny}", "--shots", 1)
 
 
 def test_one_line_also_from_the_shell(tmp_path):
