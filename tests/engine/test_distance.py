@@ -240,39 +240,36 @@ def test_requirements_of_a_measure():
         assert (extent.ratio, extent.least) == (pytest.approx(1.1 / 0.4), 0)
 
 
-def test_the_sample_is_the_networks_features_and_the_benchmark_takes_it(tmp_path):
+def test_the_sample_is_the_networks_features_and_the_benchmark_takes_it(tmp_path, monkeypatch):
     """Of a tenth of a source and a network that has learnt nothing, at 16 pixels."""
     torch.manual_seed(0)
-    model, normalization = models.create_model("R14x0.5", 36), NORMALIZATION["natural"]
+    model, (mean, std) = models.create_model("R14x0.5", 36), NORMALIZATION["natural"]
     train_set = data.load_dataset("synthetic-natural", size=16, fraction=0.1, fraction_seed=3)
-    found = pretrain.sample_features(model, train_set, 16, normalization, 0, ENV)
+    found = pretrain.sample_features(model, train_set, 16, (mean, std), 0, ENV)
     assert found.shape == (SAMPLE, DIMENSIONS)
     pixels = torch.stack([train_set.read(i) for i in sample(800)[[0, 300, 511]]]) / 255
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in normalization)
+    inputs = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     with torch.inference_mode():
-        expected = project(model.eval().features((pixels - mean) / std))
+        expected = project(model.eval().features(inputs))
     torch.testing.assert_close(found[[0, 300, 511]], expected, rtol=1e-3, atol=1e-4)
 
-    facts = {"name": "R14x0.5", "classes": ["c"] * 36, "source": "synthetic-natural-0.1"}
-    facts |= {"domain": "natural", "mean": normalization[0], "std": normalization[1]}
-    facts |= {"images": 800, "image_size": 16, "model": model.state_dict()}
-    for number, more in enumerate(({"sample": found}, {"source": "nih", "sample": found}, {})):
-        checkpoint.save_tensors(tmp_path / f"{number}.pt", facts | more)
-
-    def measure(number):
-        path = str(tmp_path / f"{number}.pt")
-        args = SimpleNamespace(checkpoint=[path], seeds=2, rounds=1)
+    def measure(**facts):
+        facts |= {"name": "R14x0.5", "classes": ["c"] * 36, "domain": "natural", "mean": mean}
+        facts |= {"std": std, "images": 800, "image_size": 16, "model": model.state_dict()}
+        path = tmp_path / f"{facts['source']}.pt"
+        checkpoint.save_tensors(path, facts)
+        args = SimpleNamespace(checkpoint=[str(path)], seeds=2, rounds=1)
         return benchmark.distance(args, ENV)
 
-    report = measure(0)
+    monkeypatch.setattr(benchmark, "GAPS", (0, 1))
+    report = measure(source="synthetic-natural-0.1", sample=found)
     (measured,) = report.values["measured"].values()
-    for measure_name in MEASURES:
-        assert np.shape(measured[measure_name]) == (6, 2)
-        assert measured[measure_name][5] > measured[measure_name][0]
-    assert [row["measure"] for row in report.rows] == list(MEASURES)
-    assert len(report.rows[0]) == 8 and len(report.required) == 7
+    for key, row in zip(MEASURES, report.rows, strict=True):
+        (near, far), label = measured[key], row["measure"]
+        assert label == key and len(near) == 2 and max(near) < min(far) and len(row) == 4
     seconds = measured["seconds"]
+    assert len(report.required) == 7
     assert report.required[-1][2:] == (seconds["transfer"] / seconds["distance"], 20)
-    for number in (1, 2):
+    for source, kept in (("nih", found), ("synthetic-xray", None)):
         with pytest.raises(ValueError, match="no sample of a synthetic source"):
-            measure(number)
+            measure(source=source, sample=kept)
