@@ -7,17 +7,14 @@ import types
 import interruption
 import pytest
 import torch
-from interruption import BATCH, SAVE_EACH_STEP, STEPS, Training
+from interruption import BATCH, SAVE_EACH_STEP, Training
 
-import data
-import models
 import pretrain
 from engine.checkpoint import Run, read_tensors
 from engine.log import Log, trim_log
 from engine.metrics import Diverged
 from engine.optimizer import SGD_AGC
 from engine.processes import Env
-from readers import transforms
 
 CPU = Env(0, 1, torch.device("cpu"), "fp32")
 OPTIMIZERS = {
@@ -25,11 +22,6 @@ OPTIMIZERS = {
     "SGD": lambda params: torch.optim.SGD(params, lr=0.1),
     "AdamW": lambda params: torch.optim.AdamW(params, lr=0.1),
 }
-
-
-@pytest.fixture(scope="module")
-def undisturbed(folder):
-    return interruption.undisturbed(folder)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -60,43 +52,25 @@ def test_readings_are_means_since_the_last(name, tmp_path):
     assert all(line["images_per_second"] > 0 and line["memory"] > 0 for line in lines)
 
 
-def test_lines(undisturbed, folder, tmp_path):
-    plain = Training(folder, tmp_path, "--clipping", 0)
-    plain.go()
-    lines, unclipped = undisturbed.lines(), plain.lines()
-    assert len(lines) == len(unclipped) == STEPS
-    for line in lines + unclipped:
+def test_lines_of_a_run(folder, tmp_path):
+    """One every third step, and at the end of each epoch."""
+    rare = Training(folder, tmp_path, "--log-every", 3, "--clipping", 0)
+    rare.go()
+    found, single = rare.lines(), interruption.undisturbed(folder, 1).lines()
+    assert [line["step"] for line in found] == [3, 6, 8, 9, 12, 15, 18, 21, 23]
+    for line in found + single:
         assert line.keys() == {
             *("step", "lr", "loss", "grad_norm", "clipped"),
             *("images_per_second", "data_wait", "memory"),
         }
         assert 0 < line["loss"] < 20 and 0 < line["grad_norm"] < 1e4
-        assert 0 <= line["data_wait"] < 1 and 0 < line["images_per_second"] < 1e5
+        assert 0 <= line["data_wait"] < 1 and line["images_per_second"] > 0
         assert 100e6 < line["memory"] < 16e9
-    assert all(line["clipped"] is None for line in unclipped)
-    assert all(0 <= line["clipped"] <= 1 for line in lines)
-    assert any(0 < line["clipped"] for line in lines)
-    assert lines[0]["lr"] == pytest.approx(0.05 * BATCH / 256)
-    assert lines[-1]["lr"] == pytest.approx(0.05 * BATCH / 256 / 1000)
-    # The first step is before any update: no clipping has changed anything yet.
-    assert lines[0]["grad_norm"] == pytest.approx(unclipped[0]["grad_norm"], rel=1e-5)
-    assert lines[0]["loss"] == unclipped[0]["loss"]
-
-
-def test_gradient_norm_of_a_run(folder, undisturbed):
-    """That of the first step, by autograd on the whole batch."""
-    dataset = data.load_dataset(f"folder:{folder}", split="train")
-    pipeline = pretrain.choose_pipeline(dataset, 16, True)
-    images, labels, _ = data.Batches(dataset, pipeline, BATCH)[0]
-    torch.manual_seed(0)
-    model = models.create_model("R14x0.5", 3)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in transforms.NORMALIZATION["natural"])
-    loss = torch.nn.functional.cross_entropy(model((images / 255 - mean) / std), labels)
-    gradients = torch.autograd.grad(loss, list(model.parameters()))
-    norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
-    line = undisturbed.lines()[0]
-    assert line["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
-    assert line["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert all(line["clipped"] is None for line in found)
+    assert all(0 <= line["clipped"] <= 1 for line in single)
+    assert any(0 < line["clipped"] for line in single)
+    assert single[0]["lr"] == pytest.approx(0.05 * BATCH / 256)
+    assert single[-1]["lr"] == found[-1]["lr"] == pytest.approx(0.05 * BATCH / 256 / 1000)
 
 
 # ------------------------------------------------------------------------------------------------
