@@ -103,6 +103,7 @@ def test_malformed_gaps_are_refused(gap):
         ("synthetic-xray", {"fraction": 1.5}, ["--fraction 1.5"]),
         ("synthetic-xray", {"fraction": 1e-5}, ["no image", "--fraction 1e-05"]),
         ("synthetic-xray", {"split": "val"}, ["'val'", "train, test"]),
+        ("nih+nih@64", {}, ["nih+nih@64", "occurs twice"]),
         ("synthetic-natural", {"single_label": True}, ["--single-label", "multi-label"]),
         ("synthetic-xray+synthetic-xray~0.4", {}, ["three channels"]),
         ("nih@64@32", {}, ["nih@64 is a pack already"]),
@@ -134,8 +135,7 @@ def test_few_shot_counts_nesting_and_seeds(rng):
         assert (np.diff(chosen[shots]) > 0).all()  # sorted, without replacement
         np.testing.assert_array_equal(chosen[shots], few_shot_indices(labels, shots, seed=3))
     assert set(chosen[1]) < set(chosen[2]) < set(chosen[5])
-    others = {tuple(few_shot_indices(labels, 5, seed)) for seed in range(20)}
-    assert len(others) == 20
+    assert len({tuple(few_shot_indices(labels, 5, seed)) for seed in range(20)}) == 20
     # Every image of the large class has the same chance, 5 in 100 (200 seeds, 10 each).
     drawn = np.concatenate([few_shot_indices(labels, 5, seed) for seed in range(200)])
     counts = np.bincount(drawn, minlength=len(labels))[labels == 3]
@@ -337,7 +337,7 @@ def test_in_order_one_rank_has_each_image(rng, images, ranks, workers):
 def test_datasets_travel_to_spawned_processes(chests, pets_at_home):
     """macOS spawns its loader workers: everything in a Batches must pickle."""
     uneven = load_folder(pets_at_home)
-    medical = Pipeline(partial(transforms.xray_square, size=8), transforms.random_affine_flip, 8)
+    medical = Pipeline(partial(transforms.xray_square, size=8), transforms.random_affine_flip)
     many = [
         Batches(uneven, CROP, 4),
         Batches(*preload(uneven, Pipeline(keep, partial(random_crop_flip, size=4))), 4),
