@@ -161,22 +161,19 @@ def slow_write(events, then=lambda: None):
 
 
 def test_steps_go_on_while_a_checkpoint_is_written(folder, tmp_path):
+    """It holds the step it was asked for, of weights that have changed since. The run is killed
+    right after, and continues from it; the writes come one after the other, and none is left out.
+    """
     training = Training(folder, tmp_path)
-    training.go(patch=slow_write(tmp_path / "events"))
-    training.assert_same(interruption.undisturbed(folder, 1))
-    happened = (tmp_path / "events").read_text().splitlines()
-    writes = [event for event in happened if "step" not in event]
-    # One after the other, and none is left out.
-    assert writes == [f"{word} {n}" for n in interruption.EPOCHS for word in ("begin", "end")]
+    training.go(-signal.SIGKILL, slow_write(tmp_path / "killed", then=die))
+    happened = (tmp_path / "killed").read_text().splitlines()
     assert happened.index("step 9") < happened.index("step 10") < happened.index("end 8")
-
-
-def test_a_late_write_holds_the_step_it_was_asked_for(folder, tmp_path):
-    """Of weights that have changed since. The run is killed right after, and continues from it."""
-    training = Training(folder, tmp_path)
-    training.go(-signal.SIGKILL, slow_write(tmp_path / "events", then=die))
     assert training.step == 8 and max(training.losses()) >= 9
-    training.finish()
+    training.go(patch=slow_write(tmp_path / "continued"))
+    training.assert_same(interruption.undisturbed(folder, 1))
+    happened = (tmp_path / "continued").read_text().splitlines()
+    writes = [event for event in happened if "step" not in event]
+    assert writes == [f"{word} {n}" for n in interruption.EPOCHS for word in ("begin", "end")]
 
 
 def test_a_signal_waits_for_the_write_before(folder, tmp_path):

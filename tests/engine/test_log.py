@@ -73,11 +73,6 @@ def test_lines_of_a_run(folder, tmp_path):
     assert single[-1]["lr"] == found[-1]["lr"] == pytest.approx(0.05 * BATCH / 256 / 1000)
 
 
-# ------------------------------------------------------------------------------------------------
-# Lines that a kill left behind
-# ------------------------------------------------------------------------------------------------
-
-
 def test_a_continued_run_writes_later_lines_again(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 3, "loss": 1}\n{"step": 4, "loss": 1}\n{"step": 4, "test": {}}\n{"st')
@@ -133,7 +128,7 @@ def test_divergence_is_named_on_every_rank(folder, tmp_path):
     assert not training.paths("result.json")
 
 
-@pytest.mark.parametrize("rate, log_every", ((1e9, 1), (1e9, 100), (1e39, 100)))
+@pytest.mark.parametrize("rate, log_every", ((1e9, 1), (1e39, 100)))
 def test_what_is_saved_is_finite(rate, log_every, folder, tmp_path):
     """Also where a finite gradient makes weights overflow, before any loss shows it."""
 
@@ -153,23 +148,20 @@ def test_what_is_saved_is_finite(rate, log_every, folder, tmp_path):
     assert all(tensor.isfinite().all() for tensor in [*state["model"].values(), *buffers])
 
 
-@pytest.mark.parametrize("bad, clipping", ((math.inf, None), (math.nan, 0.01)))
+@pytest.mark.parametrize("bad", (math.inf, math.nan))
 @pytest.mark.parametrize("log_every", (1, 10))
-def test_what_is_saved_is_from_before_a_bad_gradient(bad, clipping, log_every, tmp_path):
-    """At step 2 alone, with a finite loss: named, and what was saved is from before."""
-    torch.manual_seed(0)
-    model, inputs = torch.nn.Linear(3, 2), torch.randn(4, 3)
-    optimizer = SGD_AGC(model.parameters(), 0.1, clipping=clipping)
-    run = Run(tmp_path / "checkpoint.pt", model, optimizer, {}, CPU, save_minutes=1e-9)
-    unasked = types.SimpleNamespace(agreed=lambda: None)
-    path = tmp_path / "log.jsonl"
+def test_what_is_saved_is_from_before_a_bad_gradient(bad, log_every, tmp_path):
+    """At the third step alone, with a finite loss."""
+    model, unasked = torch.nn.Linear(3, 2), types.SimpleNamespace(agreed=lambda: None)
+    optimizer, path = SGD_AGC(model.parameters(), 0.1), tmp_path / "checkpoint.pt"
+    run = Run(path, model, optimizer, {}, CPU, save_minutes=1e-9)
     with (
-        Log(CPU, 0, 20, 4, log_every, path) as log,
+        Log(CPU, 0, 20, 4, log_every) as log,
         pytest.raises(Diverged, match=r"not finite at step 2, learning rate 0\.3;"),
     ):
         while run.step < 20:
             optimizer.zero_grad()
-            loss = model(inputs).square().sum()
+            loss = model(torch.ones(4, 3)).square().sum()
             loss.backward()
             if run.step == 2:
                 model.weight.grad[1, 1] *= bad
@@ -178,7 +170,5 @@ def test_what_is_saved_is_from_before_a_bad_gradient(bad, clipping, log_every, t
             log.add(run.step, run.step / 10, loss.detach(), 4, optimizer)
             run.save_or_stop(unasked, log)
     run.finish_saving()
-    lines = path.read_text().splitlines() if path.exists() else []
-    assert [json.loads(line)["step"] for line in lines] == ([1, 2] if log_every == 1 else [])
-    state = read_tensors(tmp_path / "checkpoint.pt")
+    state = read_tensors(path)
     assert state["step"] == 2 and state["model"]["weight"].isfinite().all()

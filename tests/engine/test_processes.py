@@ -35,27 +35,19 @@ def test_a_signal_saves_the_step_under_way(name, workers, step, folder, tmp_path
     assert f"continues after step {step}\n" in out and err == ""
 
 
-@pytest.mark.parametrize("rank", (0, 1))
-def test_one_rank_is_asked_and_both_save(rank, folder, tmp_path):
-    training = Training(folder, tmp_path, "--workers", 2)
-    texts = training.go(75, at_step(6, send(signal.SIGTERM), rank), ranks=2)
-    step = training.step
-    assert 6 <= step <= 7  # the step under way, or the one after it
-    reason = ("SIGTERM", "a signal to another rank")[rank]
-    said = f"stopped by {reason} after step {step}; the same command continues\n"
-    assert [err for _, err in texts] == [said, ""]
-    training.finish(ranks=2)
-
-
-@pytest.mark.parametrize("before, after", ((2, 1), (1, 2)))
-def test_continued_on_another_number_of_ranks(before, after, folder, tmp_path):
-    """With the same losses, step by step: on both, each step has the same images."""
-    training = Training(folder, tmp_path)
-    training.go(75, at_step(6, send(signal.SIGTERM), before - 1), before)
-    assert 6 <= training.step <= 7
+@pytest.mark.parametrize("before, asked, after", ((2, 0, 2), (2, 1, 2), (2, 1, 1), (1, 0, 2)))
+def test_one_rank_is_asked_and_all_save(before, asked, after, folder, tmp_path):
+    """As many ranks continue bitwise; others, with the same images, to the same losses."""
+    training = Training(folder, tmp_path, "--workers", 2 * (before == after))
+    texts = training.go(75, at_step(6, send(signal.SIGTERM), asked), before)
+    assert 6 <= training.step <= 7  # the step under way, or the one after it
+    reason = "a signal to another rank" if asked else "SIGTERM"
+    said = f"stopped by {reason} after step {training.step}; the same command continues\n"
+    assert [err for _, err in texts] == [said, ""][:before]
     training.go(ranks=after)
-    one, two = (undisturbed(folder, ranks).losses() for ranks in (1, 2))
-    assert training.losses() == pytest.approx(one, rel=1e-4) and two == pytest.approx(one, rel=1e-4)
+    if before == after:
+        training.assert_same(undisturbed(folder, before))
+    assert training.losses() == pytest.approx(undisturbed(folder, 1).losses(), rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -147,17 +139,15 @@ once(10, die)"""
 
 
 def ip(*args):
-    """Skips the test where `ip` cannot do that here."""
-    done = subprocess.run(("ip", *args), capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"no network namespaces here: ip {' '.join(args)}: {done.stderr.strip()}")
+    """Skips the test where `ip` (iproute2) is missing or may not do that."""
+    done = shutil.which("ip") and subprocess.run(("ip", *args), capture_output=True, text=True)
+    if not done or done.returncode:
+        pytest.skip(f"no network namespaces here: ip {' '.join(args)}: {done and done.stderr}")
 
 
 @pytest.fixture
 def nodes():
     """The names of two network namespaces: nothing but a loopback and an end of the cable."""
-    if not shutil.which("ip"):
-        pytest.skip("no network namespaces here: no `ip` (iproute2)")
     names = [f"node{number}-{os.getpid()}" for number in (1, 2)]
     with contextlib.ExitStack() as stack:
         for name in names:
@@ -196,15 +186,9 @@ def start_agent(names, number, training):
     # The store that torchrun would share with its workers keeps the addresses of those before a
     # restart; a worker that starts first calls them, and fails or waits for ever (PyTorch 2.14).
     settings["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    with open(training.home / f"agent{number}.txt", "a") as output:
-        return subprocess.Popen(
-            (*launch, *training.driver(DYING)),
-            cwd=training.home,
-            stdout=output,
-            stderr=output,
-            env=os.environ | settings,
-            start_new_session=True,
-        )
+    with open(training.home / f"agent{number}.txt", "a") as file:
+        options = dict(cwd=training.home, env=os.environ | settings, stdout=file, stderr=file)
+        return subprocess.Popen((*launch, *training.driver(DYING)), **options)
 
 
 def test_a_node_loses_its_worker_and_then_dies(nodes, folder, tmp_path):
