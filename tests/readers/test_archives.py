@@ -88,22 +88,19 @@ def both(load):
 
 # Not in sorted order, and 10026 sorts before 9 as text.
 TRAIN = {
-    "n01443537": {"n01443537_2.JPEG": jpeg(1, 5, 4), "n01443537_16.JPEG": jpeg(2, 3, 7)},
-    "n01440764": {
-        "n01440764_9.JPEG": jpeg(3, 6, 6),
-        "n01440764_10026.JPEG": jpeg(4, 2, 9),
-        "n01440764_18.JPEG": jpeg(5, 8, 3),
-    },
-    "n02119789": {"n02119789_1.JPEG": jpeg(6, 4, 4)},
+    "n01443537": ["n01443537_2.JPEG", "n01443537_16.JPEG"],
+    "n01440764": ["n01440764_9.JPEG", "n01440764_10026.JPEG", "n01440764_18.JPEG"],
+    "n02119789": ["n02119789_1.JPEG"],
 }
 VAL = {
-    "n01440764": {"ILSVRC2012_val_00000293.JPEG": jpeg(7, 5, 5)},
-    "n02119789": {
-        "ILSVRC2012_val_00002138.JPEG": jpeg(8, 3, 3),
-        "ILSVRC2012_val_00000784.JPEG": jpeg(9, 7, 2),
-    },
-    "n01443537": {"ILSVRC2012_val_00000236.JPEG": jpeg(10, 2, 2)},
+    "n01440764": ["ILSVRC2012_val_00000293.JPEG"],
+    "n02119789": ["ILSVRC2012_val_00002138.JPEG", "ILSVRC2012_val_00000784.JPEG"],
+    "n01443537": ["ILSVRC2012_val_00000236.JPEG"],
 }
+TRAIN, VAL = (
+    {wnid: {name: jpeg(int(name[-7:-5].strip("_")), 5, 4) for name in part[wnid]} for wnid in part}
+    for part in (TRAIN, VAL)
+)
 CLASSES = ("n01440764", "n01443537", "n02119789")
 ORDER = {  # label, file
     "train": [
@@ -135,13 +132,8 @@ def load_1k(root, split="train", **options):
 
 @pytest.mark.parametrize(
     "tars",
-    [
-        (),
-        [f"{part}/{wnid}" for part in ("train", "val") for wnid in CLASSES],
-        ["train/n01440764", "val/n02119789"],
-        [f"train/{wnid}" for wnid in CLASSES],
-    ],
-    ids=["directories", "tars", "mixed", "train tars"],
+    [(), ["train/n01440764", "val/n02119789"], [f"train/{wnid}" for wnid in CLASSES]],
+    ids=["directories", "mixed", "train tars"],
 )
 def test_imagenet1k(tmp_path, tars):
     write_imagenet1k(tmp_path, tars)
@@ -285,11 +277,6 @@ def test_a_broken_member_is_named(one_tar):
     assert dataset.read(0).shape == (3, 9, 9)
     refuses(ValueError, partial(dataset.read, 1), f"{path}: b.JPEG", "mend or remove")
     refuses(ValueError, partial(dataset.read, 2), f"{path}: c.JPEG", "mend or remove")
-    write_tar(path, {"a.JPEG": jpeg(1)})  # shorter now
-    refuses(ValueError, partial(dataset.read, -2), f"{path}: b.JPEG", "mend or remove")
-    path.unlink()
-    with pytest.raises(FileNotFoundError, match="n01440764.tar"):
-        dataset.read(0)
 
 
 # Classes that are missing, superfluous, empty or there twice

@@ -66,21 +66,6 @@ def test_folder_refusals(pets_at_home):
     refuses(ValueError, partial(load_folder, pets_at_home), train, "no class directory")
 
 
-def test_folder_symlinks(pets_at_home):
-    train = pets_at_home / "train"
-    (train / "cat" / "9.png").symlink_to("1.png")
-    assert torch.equal(load_folder(pets_at_home).read(5), load_folder(pets_at_home).read(4))
-    (train / "cat" / "loop.png").symlink_to("loop.png")
-    with pytest.raises((ValueError, OSError), match="loop.png"):
-        load_folder(pets_at_home).read(6)
-    (train / "round").symlink_to(train)  # a class that holds the classes
-    refuses(ValueError, partial(load_folder, pets_at_home), train / "round" / "Dog", "not an image")
-    (train / "round").unlink()
-    (train / "round").symlink_to("round")
-    with pytest.raises(OSError, match="round"):
-        load_folder(pets_at_home)
-
-
 @pytest.mark.parametrize("split, count", [("train", 2000), ("test", 1000)])
 def test_folder_real_equals_torchvision(real_data, split, count):
     dataset = load_folder(real_data / "cifar10-folder", split)
@@ -158,12 +143,6 @@ def test_flowers(flowers):
             np.testing.assert_array_equal(dataset.read(i), pixels_of(path))
 
 
-def test_flowers_names_a_missing_image(flowers):
-    path = flowers / "flowers-102" / "jpg" / "image_00003.jpg"
-    path.unlink()
-    refuses(FileNotFoundError, lambda: load_dataset("flowers102", flowers), "flowers102", path)
-
-
 def test_pets(tmp_path, rng):
     base = tmp_path / "oxford-iiit-pet"
     lists = {"trainval": ["Abyssinian_2 1 1 1", "great_pyrenees_9 2 2 1", "Abyssinian_5 1 1 1"]}
@@ -185,10 +164,8 @@ def test_pets(tmp_path, rng):
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "flowers102", "pets"])
 def test_missing_data_names_directory_and_mend(tmp_path, name):
-    where = tmp_path / "nowhere"
-    for split in ("train", "test"):
-        call = partial(load_dataset, name, where, split)
-        refuses(FileNotFoundError, call, name, where, "--data-dir", "--download")
+    call = partial(load_dataset, name, tmp_path / "nowhere")
+    refuses(FileNotFoundError, call, name, tmp_path / "nowhere", "--data-dir", "--download")
 
 
 def test_failed_download_says_so(tmp_path, monkeypatch):
