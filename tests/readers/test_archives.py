@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import pickle
 import shutil
-import subprocess
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -55,15 +54,6 @@ def write_tar(path, files, format="gnu"):
     """A tar of {name: bytes} by Python's tarfile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"".join(member(*file, format) for file in files.items()) + END)
-
-
-def gnu_tar(*args):
-    """Runs GNU tar."""
-    program = shutil.which("gtar") or shutil.which("tar")
-    version = program and subprocess.run([program, "--version"], capture_output=True, text=True)
-    if not version or "GNU" not in version.stdout:
-        pytest.skip("needs GNU tar")
-    subprocess.run([program, *map(str, args)], check=True)
 
 
 def everything(folder):
@@ -202,20 +192,6 @@ def test_tar_members_that_are_no_images_of_the_class(one_tar):
         + bytes(3 * 10240)  # padding
     )
     holds(root, path, {"n01440764/n_1.JPEG": jpeg(1, 2, 3)})
-
-
-@pytest.mark.parametrize("format", ["v7", "oldgnu", "gnu", "ustar", "pax"])
-def test_gnu_tars_of_a_directory(one_tar, format):
-    root, path = one_tar
-    hidden = {"._1.JPEG": b"not an image", ".DS_Store": b"nor this"}
-    files = {"n_1.JPEG": jpeg(1, 3, 2), "n_2.JPEG": jpeg(2, 200, 91)}
-    if format not in ("v7", "ustar"):
-        files["n_3" + "x" * 150 + ".JPEG"] = jpeg(3, 4, 5)
-    write_class(root / "n01440764", hidden | files)
-    gnu_tar("-C", root / "n01440764", f"--format={format}", "-cf", path, ".")
-    holds(root, path, {f"./{name}": content for name, content in files.items()})
-    gnu_tar("-C", root, f"--format={format}", "-cf", path, "n01440764")
-    holds(root, path, {f"n01440764/{name}": content for name, content in files.items()})
 
 
 # Bad tars: one line that names the tar, the member and the mend; nothing is written
@@ -605,18 +581,12 @@ def _load_together(root, barrier, answers):
         answers.put(repr(error))
 
 
-@pytest.mark.parametrize("state", ["new", "damaged", "outdated"])
-def test_processes_that_build_at_once(large, state):
+def test_processes_that_build_at_once(large):
     class_as_tar(large / "imagenet-21K")
     reference = [(d.labels.tolist(), places(d)) for d in both(partial(load_21k, large))]
     (index,) = kept(large)
-    if state == "new":
-        shutil.rmtree(index)
-    elif state == "damaged":
-        for file in index.iterdir():
-            os.truncate(file, file.stat().st_size // 2)
-    else:
-        os.utime(large / "imagenet-21K" / "n00000003.tar")
+    for file in index.iterdir():
+        os.truncate(file, file.stat().st_size // 2)
     barrier, answers = FORK.Barrier(4), FORK.Queue()
     args = large, barrier, answers
     processes = [FORK.Process(target=_load_together, args=args, daemon=True) for _ in range(4)]
@@ -625,6 +595,4 @@ def test_processes_that_build_at_once(large, state):
     assert [answers.get() for _ in processes] == [reference] * 4
     for process in processes:
         process.join()
-    old, (index,) = index, kept(large)
-    assert (index != old) == (state == "outdated")
-    assert mapped(load_21k(large))
+    assert kept(large) == [index] and mapped(load_21k(large))

@@ -4,7 +4,6 @@ import csv
 import gzip
 import io
 import sys
-import tracemalloc
 from functools import partial
 
 import numpy as np
@@ -207,19 +206,6 @@ def test_many_rows(table):
     assert name.tolist() == [f"{i}.png".encode() for i in range(MANY)]
     np.testing.assert_array_equal(number, np.arange(MANY))
     np.testing.assert_array_equal(mark, np.resize(np.array([np.nan, 0, 1], np.float32), MANY))
-
-
-def test_no_object_a_row(tmp_path):
-    """Beside the arrays, of which there are two copies at the end, only some rows are in memory."""
-    path, peaks = tmp_path / "table.csv", []
-    for count in (4_000, 12_000):
-        write(path, lines(HEADER, [f"unread,{i:08d}.png,{i},PA,0" for i in range(count)]))
-        tracemalloc.start()
-        arrays = read_table(path, COLUMNS)
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    a_row = sum(array.nbytes for array in arrays) / 12_000
-    assert a_row == 12 + 8 + 4 and (peaks[1] - peaks[0]) / 8_000 < 2 * a_row
 
 
 # Lists, repeats and positions

@@ -17,7 +17,6 @@ from PIL import Image
 from trees import (
     MIMIC_ROWS,
     NIH_HEADER,
-    NIH_HEADER_2017,
     NIH_ROWS,
     PADCHEST_HEADER,
     Trees,
@@ -161,9 +160,6 @@ def test_chexpert_test_is_valid_csv(trees):
     ]
     np.testing.assert_array_equal(dataset.labels, marks("0000100110000", "0000000000000"))
     assert dataset.groups.tolist() == [64542, 64541]
-    trees.tables["train"].unlink()
-    assert len(trees.load("chexpert", "test")) == 2
-    refuses(FileNotFoundError, partial(trees.load, "chexpert"), trees.tables["train"], "--data-dir")
 
 
 # The findings by their column's place in train.csv -> by their place among the classes.
@@ -263,21 +259,6 @@ def test_mimic_test_is_validate(trees):
     assert list(dataset.dropped.values()) == [1, 0]
 
 
-@pytest.mark.parametrize(
-    "views, kept, dropped",
-    [
-        (["LATERAL", "AP AXIAL"], [50414267, 51178377], [5, 0]),  # one of no standard name
-        (["PA"], [50414267, 57132437], [4, 1]),
-    ],
-)
-def test_mimic_views(trees, views, kept, dropped):
-    trees.write_mimic([(*r[:3], r[3].replace("LL", "AP AXIAL"), r[4]) for r in MIMIC_ROWS])
-    dataset = trees.load("mimic", views=views)
-    studies = [int(path.split("/s")[1][:8]) for path in files(dataset, trees.mimic / "files")]
-    assert studies == kept and len(dataset.labels) == len(dataset.groups) == len(kept)
-    assert dataset.options == {"views": views} and list(dataset.dropped.values()) == dropped
-
-
 @pytest.mark.parametrize("part", ["train", "metadata", "split", "chexpert"])
 def test_a_row_twice_or_lost(trees, part):
     header, rows = table_rows(trees.tables[part])
@@ -342,15 +323,6 @@ def test_unknown_views(trees, name, table, known):
     for views in (["PA", "AXIAL"], ["pa"], ["P"], ["AP_horizontal"], []):
         words = trees.tables[table], f"--views {views}", f"known: {known}"
         refuses(ValueError, partial(trees.load, name, views=views), *words)
-
-
-def test_no_image_of_a_known_view(trees):
-    call = partial(trees.load, "chexpert", "test", views=["RL"])
-    refuses(ValueError, call, "chexpert", "no image", "test", "RL")
-    trees.write_nih(NIH_TRAIN, NIH_TEST, NIH_HEADER_2017.replace("View Position,", ""))
-    assert len(trees.load("nih")) == 5
-    call = partial(trees.load, "nih", views=["PA"])
-    refuses(ValueError, call, trees.tables["nih"], "no column 'View Position'")
 
 
 def test_a_listed_image_is_missing(trees):
