@@ -7,7 +7,7 @@ from conftest import ROOT
 from result_files import read_csv, texts, write, write_seeds, write_worlds
 from scipy import stats
 
-from charts import panels, results, style
+from charts import gains, panels, results, style
 
 
 def cells_of(*paths):
@@ -42,6 +42,7 @@ def test_one_to_seven_panels_stand_apart(tmp_path, count):
         assert not any(box.overlaps(other) for other in boxes[place + 1 :])
     (legend,) = figure.legends
     assert legend.get_window_extent().y1 <= min(box.y0 for box in boxes)
+    assert figure.texts[-1].get_window_extent().y1 <= legend.get_window_extent().y0
 
 
 def test_domains_differ_in_hue_and_filling_models_in_marker_and_dashes(tmp_path):
@@ -102,3 +103,9 @@ def test_own_cells_meet_published_ones_of_packs_too(call, tmp_path):
         "chexpert": "no",
     }
     assert "agree in 1 of 3 cells; 1 without interval" in texts("figures/published.svg")
+    cells = cells_of(tmp_path / "results", tmp_path / "p.json")
+    (ax,) = panels.draw_shared(gains.shared_cells(cells), style.line_styles(cells)).axes
+    bars = {tuple(bar.lines[0].get_xydata()[0].round(3)): bar.lines[2] for bar in ax.containers}
+    assert set(bars) == {(0.82, 0.835), (0.82, 0.51), (0.8, 0.85), (0.82, 0.905)}
+    (low, high) = bars[0.82, 0.835][1].get_segments()[0][:, 1]  # of two own seeds
+    assert (high - low) / 2 == pytest.approx(stats.t.ppf(0.975, 1) * 0.005)
