@@ -33,8 +33,8 @@ class SGD_AGC(torch.optim.SGD):
 
     def _choose_kernels(self):
         for group in self.param_groups:
-            on_cpu = all(p.device.type == "cpu" for p in group["params"])
-            group.update(fused=on_cpu, foreach=not on_cpu)
+            fused = all(p.device.type in ("cpu", "cuda") for p in group["params"])
+            group.update(fused=fused, foreach=not fused)
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)

@@ -100,9 +100,10 @@ OPTIONS = {
     "--image-size": dict(type=positive(int), help="side in pixels (default: recipe)"),
     # How it is computed
     "--precision": dict(
-        type=one_of("auto", "fp32", "bf16"),
+        type=one_of("auto", "fp32", "tf32", "bf16"),
         default="auto",
-        help="auto: bf16 where the hardware computes in it, else fp32",
+        help="auto: bf16 where the hardware computes in it, else fp32; tf32: fp32 whose products "
+        "GPUs round to TF32",
     ),
     "--compile": dict(action="store_true", help="torch.compile the training step"),
     "--accumulate": dict(
