@@ -18,7 +18,6 @@ import torch
 import models
 from data import few_shot_indices
 from engine import distance, linear, options
-from engine.console import one_of
 from engine.grid import PATIENCE, Grid, open_networks, unfinished, write_result
 from engine.metrics import compute_metrics
 from engine.processes import StopSignal, run_script, setup
@@ -74,9 +73,9 @@ METHODS = {"finetune": fine_tune} | dict.fromkeys(linear.CLASSIFIERS, classify)
 
 def main():
     changes = {
-        "shots": dict(type=options.number_or("full"), default=[1, 10, 100]),
+        "shots": dict(default=[1, 10, 100], **options.number_or("full")),
         "seeds": dict(default=3),
-        "method": dict(type=one_of(*METHODS), default="finetune"),
+        "method": dict(default="finetune", **options.words(*METHODS)),
     }
     args = options.parse(__doc__, f"{FLAGS} --shots --method", **DEFAULTS | changes)
     frozen = args.method != "finetune"

@@ -25,60 +25,91 @@ second, share of time spent waiting for data.
 """
 
 import argparse
-import difflib
-import os
+import io
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
-from charts import curves
-from charts import gain_figures as gains
+from charts import curves, gain_figures, markdown, panels, results, style
 from charts import gains as paired
-from charts import panels as figures
-from charts import results as tables
-from charts.results import METRICS, write_csv
+from engine import console
 
 NAMED = 5  # files named in a notice; of the others the number is said
-# Stem of the files -> numbers from (records, metric); figure, Markdown and rows of the CSV from
-# these numbers; what is missing where there are none.
+
+
+class Figure(NamedTuple):
+    choose: Callable  # (results, their cells, their gains) -> what is shown, empty if nothing is
+    draw: Callable  # (what is shown, styles, title, notes) -> matplotlib's Figure
+    markdown: Callable  # what is shown -> text
+    columns: dict  # of the CSV, as markdown.csv_text takes them
+    missing: str  # said where nothing is shown
+
+
 FIGURES = {
-    "fewshot": (
-        tables.summarise,
-        figures.draw_curves,
-        tables.markdown,
-        tables.panel_rows,
+    "fewshot": Figure(
+        lambda runs, cells, gains: cells,
+        panels.draw_few_shot,
+        markdown.few_shot,
+        markdown.CELL_COLUMNS,
         "no result",
     ),
-    "fullshot": (
-        tables.full_shot,
-        figures.draw_full_shot,
-        tables.full_markdown,
-        tables.panel_rows,
+    "fullshot": Figure(
+        lambda runs, cells, gains: results.full_shot(cells),
+        panels.draw_full_shot,
+        markdown.full_shot,
+        markdown.CELL_COLUMNS,
         "no full-shot result",
     ),
-    "gain": (
-        paired.gain_cells,
-        gains.draw_gains,
-        paired.gain_markdown,
-        paired.gain_rows,
+    "gain": Figure(
+        lambda runs, cells, gains: gains,
+        gain_figures.draw_gains,
+        markdown.gains,
+        markdown.GAIN_COLUMNS,
         "no two networks with a common source, and no two sources with a common network",
     ),
-    "distance": (
-        paired.distance_points,
-        gains.draw_distance,
-        paired.distance_markdown,
-        paired.point_rows,
+    "distance": Figure(
+        lambda runs, cells, gains: paired.distance_points(runs, gains),
+        gain_figures.draw_distance,
+        markdown.distance,
+        markdown.POINT_COLUMNS,
         "no paired result has a distance",
     ),
-    "published": (
-        paired.shared_cells,
-        figures.draw_shared,
-        paired.shared_markdown,
-        paired.shared_rows,
+    "published": Figure(
+        lambda runs, cells, gains: paired.shared_cells(cells),
+        panels.draw_shared,
+        markdown.shared,
+        markdown.SHARED_COLUMNS,
         "it takes results and published.json together, with cells in common",
     ),
 }
+
+
+def parse(argv):
+    """Command line -> Namespace; paths unites the positional ones and --results."""
+    parser = console.Parser(description=__doc__)
+    add = parser.add_argument
+    text = "folders of result files, published.json, or both (default: results)"
+    add("paths", nargs="*", type=Path, help=text)
+    add("--results", nargs="+", type=Path, help="the same, as an option")
+    text = f"figures to draw (default: all that can be): {', '.join(FIGURES)}"
+    add("--figure", nargs="+", type=console.one_of(*FIGURES), help=text)
+    text = "run folders, which hold log.jsonl: draw how their training went, and nothing else"
+    add("--curves", nargs="+", type=Path, metavar="RUN", help=text)
+    add("--out", type=Path, default="figures", help="folder for the figures and tables")
+    text = "accuracy (shown in percent), mean_auc, mean_ap (fractions from 0 to 1) or auto: "
+    text += "accuracy for natural targets, mean_auc for medical ones"
+    add("--metric", type=console.one_of("auto", *results.METRICS), default="auto", help=text)
+    add("--target", nargs="+", help="targets to show (default: all that are there)")
+    add("--title", default="", help="title over the figure (default: none)")
+    args = parser.parse_args(argv)
+    args.paths += args.results or []
+    if args.curves and (args.paths or args.target or args.figure or args.metric != "auto"):
+        raise ValueError("--curves draws run folders alone: no results, --metric or --target")
+    args.paths = args.paths or [Path("results")]
+    return args
 
 
 def tell(notices, closing):
@@ -87,152 +118,87 @@ def tell(notices, closing):
         print(line, file=sys.stderr)
 
 
-def save(folder, stem, fig, text=None, rows=()):
-    """Write folder/stem.{png,svg} and, of a text, .{md,csv}: beside first, then renamed. Returns
-    the paths."""
-    look = {"bbox_inches": "tight", "dpi": 200}
-    writers = {
-        "png": lambda path: fig.savefig(path, format="png", **look),
-        "svg": lambda path: fig.savefig(path, format="svg", metadata={"Date": None}, **look),
-    }
-    tables = {
-        "md": lambda path: path.write_text(text, encoding="utf-8"),
-        "csv": lambda path: write_csv(path, rows),
-    }
-    writers |= tables if text is not None else {}
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {folder / f"{stem}.{end}": folder / f".{stem}.{end}.{os.getpid()}" for end in writers}
-    try:
-        for write, beside in zip(writers.values(), paths.values()):
-            write(beside)
-        for path, beside in paths.items():
-            beside.replace(path)
-    finally:
-        for beside in paths.values():
-            beside.unlink(missing_ok=True)
-    return list(paths)
-
-
-def known(name, choices, option):
-    """Return name if it is among choices, else raise ValueError with the nearest of them."""
-    if name in choices:
-        return name
-    near = difflib.get_close_matches(name, choices, n=1)
-    mend = f"did you mean {near[0]}?" if near else f"choose from {', '.join(choices)}"
-    raise ValueError(f"{option} {name} is unknown: {mend}")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are ordinary errors, for `main` to say in one line."""
-
-    def error(self, message):
-        raise ValueError(message)
-
-
-def parse(argv):
-    """Command line -> Namespace; paths unites the positional ones and --results."""
-    help_format = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=help_format, allow_abbrev=False)
-    add = parser.add_argument
-    text = "folders of result files, published.json, or both (default: results)"
-    add("paths", nargs="*", type=Path, help=text)
-    add("--results", nargs="+", type=Path, default=[], help="the same, as an option")
-    text = f"figures to draw (default: all that can be): {', '.join(FIGURES)}"
-    add("--figure", nargs="+", default=[], help=text)
-    text = "run folders, which hold log.jsonl: draw how their training went, and nothing else"
-    add("--curves", nargs="+", type=Path, default=[], metavar="RUN", help=text)
-    text = "folder for the figures and tables (default: figures)"
-    add("--out", type=Path, default="figures", help=text)
-    text = "accuracy (shown in percent), mean_auc, mean_ap (fractions from 0 to 1) or auto: "
-    text += "accuracy for natural targets, mean_auc for medical ones (default: auto)"
-    add("--metric", default="auto", help=text)
-    add("--target", nargs="+", default=[], help="targets to show (default: all that are there)")
-    add("--title", default="", help="title over the figure (default: none)")
-    args = parser.parse_args(argv)
-    args.paths += args.results
-    if args.curves and (args.paths or args.target or args.figure or args.metric != "auto"):
-        raise ValueError("--curves draws run folders alone: no results, --metric or --target")
-    args.paths = args.paths or [Path("results")]
-    for name in args.figure:
-        known(name, list(FIGURES), "--figure")
-    known(args.metric, ["auto", *METRICS], "--metric")
-    return args
-
-
-def draw_logs(args):
-    """Draw the logs of --curves and write them."""
-    runs = curves.load_runs(args.curves)
-    with matplotlib.rc_context(figures.STYLE):
-        written = save(args.out, "curves", curves.draw_logs(runs, args.title))
-    print(*(f"wrote {path}" for path in written), sep="\n")
+def save(folder, stem, figure, **texts):
+    """Write folder/stem.{png,svg} and {ending: text}, all made before the first is written, each
+    whole or not at all. Returns the paths."""
+    contents = {}
+    for ending, metadata in (("png", None), ("svg", {"Date": None})):
+        file = io.BytesIO()
+        figure.savefig(file, format=ending, bbox_inches="tight", dpi=200, metadata=metadata)
+        contents[ending] = file.getvalue()
+    contents |= {ending: text.encode() for ending, text in texts.items()}
+    paths = [folder / f"{stem}.{ending}" for ending in contents]
+    for path, content in zip(paths, contents.values()):
+        console.write_atomically(path, lambda beside, content=content: beside.write_bytes(content))
+    return paths
 
 
 def read(args):
-    """Command line -> (records of the wanted targets, notes for the footnotes of the figures);
+    """Command line -> (results of the wanted targets, notes for the footnotes of the figures);
     says on stderr what it left out. Raises ValueError where nothing is left."""
-    records, skipped, doubled = tables.load(args.paths)
+    found, skipped, doubled = results.load(args.paths)
     tell(skipped, f"files skipped: {len(skipped)}")
     tell(doubled, f"runs of which two files differ, the newest counts: {len(doubled)}")
-    if not records:
+    if not found:
         fill = f"no usable result file in {', '.join(map(str, args.paths))}: "
         raise ValueError(f"{fill}`python fewshot.py --out {args.paths[0]}` writes some")
-    targets = sorted({record["target"] for record in records})
-    wanted = [known(target, targets, "--target") for target in args.target] or targets
+    targets = sorted({result.target.name for result in found})
+    for name in args.target or []:
+        try:
+            console.one_of(*targets)(name)
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"argument --target: {error}") from None
     notes = [f"Left out, unreadable or of another schema: {len(skipped)}."] if skipped else []
-    notes += (
-        [f"Runs with two results, of which the newer counts: {len(doubled)}."] if doubled else []
-    )
-    return [record for record in records if record["target"] in wanted], notes
-
-
-def tell_gains(records, metric):
-    """Say on stderr which seeds are left out of gains, and which gains have no interval."""
-    cells, lacking = paired.gains(records, metric)
-    tell(lacking, f"seeds left out of paired differences, in so many places: {len(lacking)}")
-    single = [
-        f"one seed, no interval: {cell['target']}, {tables.words(cell['shots'])}, "
-        f"{cell['large']} minus {cell['small']}"
-        for cell in cells
-        if cell["n"] == 1
-    ]
-    tell(single, f"gains without interval: {len(single)}")
+    if doubled:
+        notes.append(f"Runs with two results, of which the newer counts: {len(doubled)}.")
+    return [result for result in found if result.target.name in (args.target or targets)], notes
 
 
 def run(args):
     """Read, average, draw, write; raises OSError or ValueError with one line for the user."""
     if args.curves:
-        draw_logs(args)
+        figure = curves.draw_logs(curves.load_logs(args.curves), args.title)
+        print(*(f"wrote {path}" for path in save(args.out, "curves", figure)), sep="\n")
         return
-    records, notes = read(args)
-    numbers = {name: FIGURES[name][0](records, args.metric) for name in args.figure or FIGURES}
-    missing = {name: f"no figure {name}: {FIGURES[name][-1]}" for name in numbers}
-    missing = {name: line for name, line in missing.items() if not numbers[name]}
+    found, notes = read(args)
+    gains, lacking = paired.paired_gains(found, args.metric)
+    cells = results.summarise(found, args.metric)
+    styles = style.line_styles(cells)
+    shown = {name: FIGURES[name].choose(found, cells, gains) for name in args.figure or FIGURES}
+    missing = [f"no figure {name}: {FIGURES[name].missing}" for name in shown if not shown[name]]
     if args.figure and missing:
-        raise ValueError("; ".join(missing.values()))
-    if "gain" in numbers:
-        tell_gains(records, args.metric)
+        raise ValueError("; ".join(missing))
+    if "gain" in shown:
+        tell(lacking, f"seeds left out of paired differences, in so many places: {len(lacking)}")
+        single = [
+            f"one seed, no interval: {gain.target.name}, {results.shots_words(gain.shots)}, "
+            f"{gain.large} minus {gain.small}"
+            for gain in gains
+            if gain.n == 1
+        ]
+        tell(single, f"gains without interval: {len(single)}")
     written = []
-    with matplotlib.rc_context(figures.STYLE):
-        styles = figures.line_styles(tables.all_cells(records, args.metric))
-        for name in [name for name in numbers if name not in missing]:
-            _, draw, text, rows, _ = FIGURES[name]
-            content = numbers[name]
-            fig = draw(content, args.title, styles, notes)
-            written += save(args.out, name, fig, text(content), rows(content))
-            if args.figure or name == "fewshot":
-                print(text(content))
-            elif name == "gain":
-                print(*paired.count_table(content), "", sep="\n")
-    print(*missing.values(), *(f"wrote {path}" for path in written), sep="\n")
+    for name, content in shown.items():
+        if not content:
+            continue
+        figure = FIGURES[name]
+        text, rows = figure.markdown(content), markdown.csv_text(content, figure.columns)
+        drawing = figure.draw(content, styles, args.title, notes)
+        written += save(args.out, name, drawing, md=text, csv=rows)
+        if args.figure or name == "fewshot":
+            print(text)
+        elif name == "gain":
+            print(*markdown.count_table(content), "", sep="\n")
+    print(*missing, *(f"wrote {path}" for path in written), sep="\n")
 
 
 def main(argv=None):
     """Run the command line; returns the exit status, 2 after a line that says what is wrong."""
     try:
-        run(parse(argv))
+        with matplotlib.rc_context(style.SETTINGS):
+            run(parse(argv))
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return console.complain(error)
     return 0
 
 

@@ -23,10 +23,9 @@ from engine.log import Log, trim_log
 from engine.metrics import loss_sum
 from engine.optimizer import SGD_AGC, set_learning_rate
 from engine.processes import StopSignal, environment, parallel, parts, run_script, setup
-from open_splits import open_splits, refuse_options
 from readers import transforms
 from readers.cache import preload
-from readers.workers import loader
+from readers.workers import in_order, loader
 
 # ------------------------------------------------------------------------------------------------
 # Recipes (the study's, arXiv:2106.00116, section 3 and appendix)
@@ -130,12 +129,8 @@ DEFAULTS = {
     "source": dict(default="synthetic-natural"),
     "model": dict(default="R14x0.5", help=f"network: {', '.join(models.MODELS)}"),
     "out": dict(default="runs"),
-    "recipe": dict(type=console.one_of(*RECIPES)),
-    "batch_size": dict(
-        type=options.number_or("auto"),
-        help="images a step, over all processes; auto: the recipe's, in as few parts as fit into "
-        "memory (default: recipe)",
-    ),
+    "recipe": options.words(*RECIPES),
+    "batch_size": options.number_or("auto"),
 }
 # What may differ between a run and its continuation, because it changes no result.
 LAYOUT = ("checkpoint_activations", "workers")
@@ -199,13 +194,13 @@ def main():
     models.check_name(args.model)  # before a dataset is read
     if args.batch_size == "auto" and args.accumulate != 1:
         raise ValueError("--accumulate: --batch-size auto chooses it; leave out one of them")
-    refuse_options([args.source], args)
+    data.refuse_options([args.source], args)
     subset = {"fraction": args.fraction, "fraction_seed": args.seed}
     if args.single_label:
         subset["single_label"] = True
     if args.source.startswith("synthetic"):
         subset["size"] = args.image_size
-    train_set, test_set = open_splits(args.source, args, env, **subset)
+    train_set, test_set = data.open_splits(args.source, args, env, **subset)
     if args.balanced and train_set.task == "multilabel":
         raise ValueError(f"--balanced: {args.source} is multi-label; it has no one class an image")
     config = make_config(args, env, train_set)
@@ -249,7 +244,8 @@ def pretrain(train_set, test_set, config, folder, args, env):
     size, batch_size = config["image_size"], config["batch_size"]
     augmented = choose_pipeline(train_set, size, True, config["rand_augment"])
     decoded, pipeline = preload(train_set, augmented)
-    test_decoded, test_pipeline = preload(test_set, choose_pipeline(test_set, size, False))
+    tested = preload(test_set, choose_pipeline(test_set, size, False))
+    tested = in_order(*tested, 256, env.rank, env.ranks, args.workers, env.device.type == "cuda")
     sampling = "balanced" if config["balanced"] else "shuffle"
     batches = data.Batches(decoded, pipeline, batch_size, args.seed, sampling, env.rank, env.ranks)
     last = math.ceil(config["epochs"] * len(train_set) / batch_size)
@@ -262,9 +258,6 @@ def pretrain(train_set, test_set, config, folder, args, env):
         while True:
             if ends_epoch(run.step, last, config):
                 run.save(wait=False)
-                tested = data.in_order(
-                    test_decoded, test_pipeline, 256, env.rank, env.ranks, args.workers
-                )
                 metrics = evaluate(
                     model, tested, test_set.labels, test_set.classes, env, normalization
                 )
@@ -336,7 +329,7 @@ def sample_features(model, source, size, normalization, workers, env):
     distance.project makes of the features of at most distance.SAMPLE images."""
     chosen = source.subset(distance.sample(len(source)))
     pipeline = choose_pipeline(source, size, False)
-    stream = data.in_order(chosen, pipeline, 256, env.rank, env.ranks, workers)
+    stream = in_order(chosen, pipeline, 256, env.rank, env.ranks, workers)
     width = model.head.conv.in_channels
     model.eval()
     return distance.project(predict(model.features, width, stream, len(chosen), env, normalization))

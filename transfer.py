@@ -29,10 +29,9 @@ from engine.log import Log
 from engine.metrics import loss_sum
 from engine.optimizer import SGD_AGC, set_learning_rate
 from engine.processes import StopSignal, parallel, parts, run_script, setup
-from open_splits import open_splits, refuse_options
 from readers import transforms
 from readers.cache import decode_once
-from readers.workers import loader
+from readers.workers import in_order, loader
 
 # ------------------------------------------------------------------------------------------------
 # Recipes
@@ -142,10 +141,7 @@ DEFAULTS = {
     "out": dict(default="results"),
     "model": dict(help="network of scratch, or of a weight file that pretrain.py did not write"),
     "source": dict(help="what such a weight file was trained on"),
-    "recipe": dict(
-        type=console.one_of(*RECIPES),
-        help=f"{', '.join(RECIPES)} (default: synthetic for synthetic targets, else paper)",
-    ),
+    "recipe": options.words(*RECIPES),
     "seeds": dict(default=1),
 }
 
@@ -224,10 +220,10 @@ class Target:
 
 def open_targets(args, env, few_shot=False):
     """[Target]. Raises ValueError or FileNotFoundError naming the dataset and the mend."""
-    refuse_options(args.target, args)
+    data.refuse_options(args.target, args)
     targets = []
     for name in dict.fromkeys(args.target):
-        sets = open_splits(name, args, env)
+        sets = data.open_splits(name, args, env)
         single_label = args.single_label
         if single_label is None:
             single_label = few_shot and data.base_name(name) in SINGLE_LABEL
@@ -363,7 +359,7 @@ def fine_tune(cell, signals, args, env, title=None):
             run.save_or_stop(signals, log)
         run.save()
         at_once = max(config["batch_size"], images_at_once(rule.crop))
-        tested = data.in_order(*target.test, at_once, env.rank, env.ranks, args.workers)
+        tested = in_order(*target.test, at_once, env.rank, env.ranks, args.workers)
         test_set = target.test_set
         metrics = evaluate(model, tested, test_set.labels, test_set.classes, env, normalization)
         log.evaluation(run.step, metrics)
@@ -379,7 +375,7 @@ def images_at_once(size):
 def extract(model, cell, part, args, env):
     """The network's features of part = (dataset, pipeline): (N,D) float32, on the CPU."""
     at_once = images_at_once(cell.config["crop"])
-    stream = data.in_order(*part, at_once, env.rank, env.ranks, args.workers)
+    stream = in_order(*part, at_once, env.rank, env.ranks, args.workers)
     width, count = model.head.conv.in_channels, len(part[0])
     model.eval()
     return predict(model.features, width, stream, count, env, cell.network.normalization)

@@ -4,50 +4,67 @@ import importlib
 import math
 import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
 import torch
 
-from engine import memory as hardware
-from engine import processes as engine
+from engine.console import progress_bar
+from engine.memory import proc_bytes
+
+
+class Required(NamedTuple):
+    """That `of` is at least `least` times as much as `to`; ratio: what was found."""
+
+    of: str
+    to: str
+    ratio: float
+    least: float
+
+    @property
+    def reached(self):
+        return self.ratio >= self.least
+
+
+class Report(NamedTuple):
+    """What a benchmark found. values: for the record. rows: of the table, {column: value} each."""
+
+    values: dict
+    rows: list
+    required: list
 
 
 def best_speeds(arms, rounds, steps, images, env, clock=time.perf_counter):
     """{name: images a second} of each arm's fastest round.
 
-    arms: {name: callable(steps)}. In each round every arm takes its turn of `steps` steps of
-    `images` images. The best round counts: other work on a machine only ever slows one down.
+    arms: {name: iterator}, of which each next() is a step of `images` images. In each round every
+    arm takes its turn of `steps` steps. The best round counts: other work on a machine only ever
+    slows one down.
     """
     seconds = dict.fromkeys(arms, math.inf)
-    with engine.progress_bar(env, rounds * len(arms), title="turns", unit="turn") as bar:
+    with progress_bar(env, rounds * len(arms), title="turns", unit="turn") as bar:
         for _ in range(rounds):
-            for name, run in arms.items():
-                _synchronize(env.device)
+            for name, arm in arms.items():
+                synchronize(env.device)
                 began = clock()
-                run(steps)
-                _synchronize(env.device)
+                for _ in range(steps):
+                    next(arm)
+                synchronize(env.device)
                 seconds[name] = min(seconds[name], clock() - began)
-                if bar is not None:
-                    bar.update()
+                bar.update()
     return {name: steps * images / best for name, best in seconds.items()}
 
 
-def _synchronize(device):
+def repeat(work):
+    """An arm, of which each step is work()."""
+    while True:
+        yield work()
+
+
+def synchronize(device):
     """Waits for the work that was only queued, so that the clock tells when it is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-class Report(NamedTuple):
-    """A benchmark's outcome: values for the record, a table, and what was required of it.
-
-    required: [(what, against what, ratio reached, least ratio)].
-    """
-
-    values: dict
-    header: list
-    rows: list
-    required: list
 
 
 def speed_report(speeds, peer, required, unit="images/s"):
@@ -55,16 +72,13 @@ def speed_report(speeds, peer, required, unit="images/s"):
 
     required: (numerator, denominator, least ratio) each; the fastest arm whose name begins so.
     """
-    rows = [
-        [name, f"{speed:.3g}" if speed < 10 else f"{speed:.1f}", f"{speed / speeds[peer]:.2f}"]
-        for name, speed in speeds.items()
-    ]
-    ratios = []
+    ratio = f"ratio to {peer}"
+    rows = [{"arm": name, unit: v, ratio: v / speeds[peer]} for name, v in speeds.items()]
+    found = []
     for numerator, denominator, least in required:
-        over, under = (fastest(speeds, prefix) for prefix in (numerator, denominator))
-        ratios.append((over, under, speeds[over] / speeds[under], least))
-    values = {unit.replace("/s", "_per_second"): speeds}
-    return Report(values, ["arm", unit, f"ratio to {peer}"], rows, ratios)
+        over, under = fastest(speeds, numerator), fastest(speeds, denominator)
+        found.append(Required(over, under, speeds[over] / speeds[under], least))
+    return Report({unit.replace("/s", "_per_second"): speeds}, rows, found)
 
 
 def fastest(speeds, prefix):
@@ -81,18 +95,18 @@ def import_peer(name):
 
 def apart(measure, *args):
     """measure(*args) in a fresh process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure, args)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, *args).result()
 
 
-def memory(field):
-    """A figure of this process's own, in MB: VmHWM is its peak, RssAnon what it alone holds."""
-    return hardware.proc_bytes("/proc/self/status", field) / 1e6
+def megabytes(field):
+    """Of this process's own memory: VmHWM is its peak, RssAnon what it alone holds."""
+    return proc_bytes("/proc/self/status", field) / 1e6
 
 
-def timed(work, field="VmHWM"):
+def timed(work):
     """(what work() returns, {"seconds", "megabytes"} that it took)."""
-    before, began = memory(field), time.perf_counter()
+    before, began = megabytes("VmHWM"), time.perf_counter()
     result = work()
     seconds = time.perf_counter() - began
-    return result, {"seconds": seconds, "megabytes": max(memory(field) - before, 0.1)}
+    return result, {"seconds": seconds, "megabytes": max(megabytes("VmHWM") - before, 0.1)}

@@ -3,48 +3,53 @@
 import json
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator
 
-from charts.panels import DOMAINS, LINES, MARKERS, PANEL, draw_footnote, line_style
+from charts import style
 from charts.results import AUTO, METRICS, size_order
 
-# ------------------------------------------------------------------------------------------------
-# Settings
-# ------------------------------------------------------------------------------------------------
 
-# Key in log.jsonl -> title of its panel, factor from logged to shown number, height in inches.
-CURVES = {
-    "loss": ("training loss", 1, 1.3),
-    "accuracy": ("test accuracy (%)", 100, 1.3),
-    "mean_auc": ("test mean AUC", 1, 1.3),
-    "lr": ("learning rate", 1, 0.9),
-    "grad_norm": ("gradient norm", 1, 0.9),
-    "clipped": ("units with clipped gradients (%)", 100, 0.9),
-    "images_per_second": ("images per second", 1, 0.9),
-    "data_wait": ("share of time waiting for data (%)", 100, 0.9),
+class Curve(NamedTuple):
+    title: str  # of its panel
+    factor: int = 1  # from logged to shown number
+    height: float = 0.9  # inches
+
+
+TESTS = {key: Curve(f"test {METRICS[key].axis}", METRICS[key].factor, 1.3) for key in AUTO.values()}
+CURVES = {  # key in log.jsonl -> its panel
+    "loss": Curve("training loss", height=1.3),
+    **TESTS,
+    "lr": Curve("learning rate"),
+    "grad_norm": Curve("gradient norm"),
+    "clipped": Curve("units with clipped gradients (%)", 100),
+    "images_per_second": Curve("images per second"),
+    "data_wait": Curve("share of time waiting for data (%)", 100),
 }
-# Domain, None while a run has no result.json -> words in the footnote, hue, marker filling.
-RUNS = {
-    "natural": ("orange, natural images", *DOMAINS["natural"][1:]),
-    "medical": ("blue with hollow markers, medical images", *DOMAINS["medical"][1:]),
-    None: (
-        "yellow to violet, no result.json yet",
-        ("#cbc31b", "#2f9f5a", "#7b3fae", "#270742"),
-        None,
-    ),
+UNKNOWN = style.Look("", ("#cbc31b", "#2f9f5a", "#7b3fae", "#270742"))
+DOMAINS = {  # of the source, None while a run has no result.json -> look, words in the footnote
+    "natural": (style.LOOKS["natural"], "orange, natural images"),
+    "medical": (style.LOOKS["medical"], "blue with hollow markers, medical images"),
+    None: (UNKNOWN, "yellow to violet, no result.json yet"),
 }
 MARKS = 8  # about so many markers a line
 DENSE = 200  # more points than that are noise to the eye: their medians are drawn over them
 
 
-# ------------------------------------------------------------------------------------------------
-# Curves of training
-# ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Log:
+    """One training."""
+
+    name: str  # of its folder, with as many of its parents as tell it apart
+    domain: str | None  # of its source; None without result.json
+    images: int  # of its source; 0 without
+    points: dict  # key of CURVES -> [(step, value)]
 
 
 def log_record(data):
@@ -57,8 +62,8 @@ def log_record(data):
         raise ValueError(f"step is {step!r:.40}")
     if not isinstance(test, dict):
         raise ValueError(f"test is {test!r:.40}")
-    values = {key: data.get(key) for key in CURVES if key not in METRICS}
-    values |= {key: test.get(key) for key in ("accuracy", "mean_auc", "top5")}
+    values = {key: data.get(key) for key in CURVES if key not in TESTS}
+    values |= {key: test.get(key) for key in (*TESTS, "top5")}
     values = {key: value for key, value in values.items() if value is not None}
     for key, value in values.items():
         if type(value) not in (int, float) or not abs(value) < 1e300:  # catches NaN too
@@ -74,16 +79,16 @@ def read_log(path):
     lines = path.read_bytes().decode("utf-8", "replace").split("\n")
     records = []
     for number, line in enumerate(lines, start=1):
-        mend = "remove that line, or train anew in another folder"
         try:
-            data = json.loads(line)
-        except (ValueError, RecursionError):
-            if number == len(lines):
-                break
-            raise ValueError(f"{path} line {number}: not JSON; {mend}") from None
-        try:
+            try:
+                data = json.loads(line)
+            except (ValueError, RecursionError):
+                if number == len(lines):
+                    break
+                raise ValueError("not JSON") from None
             records.append(log_record(data))
         except ValueError as error:
+            mend = "remove that line, or train anew in another folder"
             raise ValueError(f"{path} line {number}: {error}; {mend}") from None
     if not records:
         raise ValueError(f"{path} is empty: wait for its run to log, or leave the folder out")
@@ -97,29 +102,15 @@ def read_source(folder):
         domain, images = data["source_domain"], data["source_images"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None, 0  # it tells the colour alone
-    return (domain, images) if domain in list(RUNS) and type(images) is int else (None, 0)
+    return (domain, images) if domain in list(DOMAINS) and type(images) is int else (None, 0)
 
 
-def run_points(log, domain):
-    """Records of a log -> {key of CURVES: [(step, value)]}, one test metric among them: that of
-    the domain or, before it is known, accuracy where only multi-class runs have a top5."""
-    keys = [*CURVES, "top5"]
-    points = {key: [(r["step"], r[key]) for r in log if key in r] for key in keys}
-    wanted = AUTO.get(domain, "accuracy" if points.pop("top5") else "mean_auc")
-    spare = {"accuracy": "mean_auc", "mean_auc": "accuracy"}[wanted]
-    if points[wanted]:
-        points[spare] = []
-    return points
-
-
-def load_runs(folders):
-    """Folders -> runs (dicts of name, domain, images, points) in the order of the legend: by
-    domain, small sources and small models first. The name is the folder's, with as many of its
-    parents as tell it apart. Raises ValueError for a folder without a good log.
-    """
+def load_logs(folders):
+    """Folders -> list of Log in the order of the legend: by domain, small sources and small models
+    first. Raises ValueError for a folder without a good log."""
     folders = list({folder.resolve(): folder for folder in folders}.values())
     parts = [Path(os.path.abspath(folder)).parts for folder in folders]  # of a link: its own name
-    runs = []
+    logs = []
     for folder, own in zip(folders, parts):
         if not (folder / "log.jsonl").is_file():
             mend = "--curves takes folders that pretrain.py filled, runs/SOURCE-MODEL"
@@ -128,35 +119,39 @@ def load_runs(folders):
         while sum(other[-depth:] == own[-depth:] for other in parts) > 1:
             depth += 1
         domain, images = read_source(folder)
-        points = run_points(read_log(folder / "log.jsonl"), domain)
-        about = {"name": "/".join(own[-depth:]), "domain": domain, "images": images}
-        runs.append({**about, "points": points})
-    order = list(RUNS)
-    return sorted(
-        runs, key=lambda run: (order.index(run["domain"]), run["images"], size_order(run["name"]))
-    )
+        records = read_log(folder / "log.jsonl")
+        points = {key: [(r["step"], r[key]) for r in records if key in r] for key in CURVES}
+        # One test metric a run, that of its domain; before that is known, accuracy where only
+        # multi-class runs have a top5.
+        unknown = "accuracy" if any("top5" in record for record in records) else "mean_auc"
+        wanted = AUTO.get(domain, unknown)
+        if points[wanted]:
+            points |= {key: [] for key in TESTS if key != wanted}
+        logs.append(Log("/".join(own[-depth:]), domain, images, points))
+    order = list(DOMAINS)
+    return sorted(logs, key=lambda log: (order.index(log.domain), log.images, size_order(log.name)))
 
 
-def run_styles(runs):
-    """Runs -> keywords of Line2D of each: hue and filling tell the domain, shade and marker the
+def log_styles(logs):
+    """Logs -> keywords of Line2D of each: hue and filling tell the domain, shade and marker the
     run, dashes too where the markers are used up (dashes garble a noisy line)."""
     styles = []
-    for place, run in enumerate(runs):
-        peers = [other["name"] for other in runs if other["domain"] == run["domain"]]
-        shade = peers.index(run["name"]) / (len(peers) - 1) if len(peers) > 1 else 0.5
-        cycle, marker = divmod(place, len(MARKERS))
-        dashes = LINES[cycle % len(LINES)]
-        styles.append(line_style(*RUNS[run["domain"]][1:], shade, MARKERS[marker], dashes))
+    for place, log in enumerate(logs):
+        peers = [other.name for other in logs if other.domain == log.domain]
+        shade = peers.index(log.name) / (len(peers) - 1) if len(peers) > 1 else 0.5
+        cycle, marker = divmod(place, len(style.MARKERS))
+        dashes = style.DASHES[cycle % len(style.DASHES)]
+        look, _ = DOMAINS[log.domain]
+        styles.append(style.line_style(look, shade, style.MARKERS[marker], dashes))
     return styles
 
 
 def draw_log_axis(ax, key, values):
     """Title and y axis of a panel: from 0 up, but logarithmic where the values span decades."""
-    ax.set_title(CURVES[key][0], loc="left", fontsize=8, pad=3)
-    ax.grid(axis="y", color="#dddddd", linewidth=0.5)
-    ax.set_axisbelow(True)
+    ax.set_title(CURVES[key].title, loc="left", fontsize=8, pad=3)
+    style.draw_grid(ax)
     ax.locator_params(axis="y", nbins=4)
-    if key in METRICS:
+    if key in TESTS:
         return
     low, high = min((v for v in values if v > 0), default=0), max(values)
     if key == "lr":
@@ -173,50 +168,48 @@ def draw_log_axis(ax, key, values):
     ax.minorticks_off()
 
 
-def draw_run(ax, key, run, style, lag):
+def draw_log(ax, key, log, look, lag):
     """Draw a run's line, its markers shifted by the share `lag` of their distance. Of many noisy
     points it is that of their medians in a hundred parts, over a faint line through them all."""
-    x, y = np.array(run["points"][key], float).T
-    y = CURVES[key][1] * y
-    name = f"{key} {run['name']}"
+    x, y = np.array(log.points[key], float).T
+    y = CURVES[key].factor * y
+    name = f"{key} {log.name}"
     if len(x) > DENSE and key != "lr":
-        ax.plot(x, y, color=style["color"], linewidth=0.4, alpha=0.25, gid=f"points {name}")
+        ax.plot(x, y, color=look["color"], linewidth=0.4, alpha=0.25, gid=f"points {name}")
         x, y = ([np.median(part) for part in np.array_split(v, 100)] for v in (x, y))
     every = math.ceil(len(x) / MARKS)
-    ax.plot(x, y, **style, markevery=(int(lag * every), every), gid=f"line {name}")
+    ax.plot(x, y, **look, markevery=(int(lag * every), every), gid=f"line {name}")
 
 
-def draw_logs(runs, title):
-    """Runs -> Figure with a panel for each key of CURVES that a run has, over a common step axis,
+def draw_logs(logs, title=""):
+    """Logs -> Figure with a panel for each key of CURVES that a run has, over a common step axis,
     and a line a run. Raises ValueError when there is nothing to draw."""
-    keys = [key for key in CURVES if any(run["points"][key] for run in runs)]
+    keys = [key for key in CURVES if any(log.points[key] for log in logs)]
     if not keys:
         raise ValueError("the logs hold no number: let the runs train on, and draw again")
-    heights = [CURVES[key][2] for key in keys]
-    fig = Figure(figsize=(2 * PANEL[0], sum(heights) + 0.3), layout="constrained")
+    heights = [CURVES[key].height for key in keys]
+    size = 2 * style.PANEL[0], sum(heights) + 0.3
+    fig = Figure(figsize=size, layout="constrained")
     axes = fig.subplots(len(keys), sharex=True, height_ratios=heights, squeeze=False)[:, 0]
-    styles = run_styles(runs)
+    styles = log_styles(logs)
     for ax, key in zip(axes, keys):
-        for place, (run, style) in enumerate(zip(runs, styles)):
-            if run["points"][key]:
-                draw_run(ax, key, run, style, place / len(runs))  # those that coincide stay seen
+        for place, (log, look) in enumerate(zip(logs, styles)):
+            if log.points[key]:
+                draw_log(ax, key, log, look, place / len(logs))  # those that coincide stay seen
         draw_log_axis(ax, key, np.concatenate([line.get_ydata() for line in ax.lines]))
     axes[-1].xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k, not 20000
     axes[-1].set_xlabel("step")
     fig.suptitle(title, fontsize=10)
-    lines = [Line2D([], [], **style) for style in styles]
-    names = [run["name"] for run in runs]
+    names = [log.name for log in logs]
     columns = int(fig.get_figwidth() / (0.06 * max(map(len, names)) + 0.6))  # that fit, in inches
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "frameon": False, "fontsize": 7.5}
-    legend = fig.legend(lines, names, ncols=max(1, min(columns, 4)), handlelength=3.2, **place)
-    domains = [domain for domain in RUNS if any(run["domain"] == domain for run in runs)]
-    notes = []
-    if len(domains) > 1:
-        words = "; ".join(RUNS[domain][0] for domain in domains)
-        notes.append(f"Source of pre-training: {words}.")
-    if any((line.get_gid() or "").startswith("points") for ax in axes for line in ax.lines):
+    words = [
+        words for domain, (_, words) in DOMAINS.items() if domain in {log.domain for log in logs}
+    ]
+    notes = [f"Source of pre-training: {'; '.join(words)}."] if len(words) > 1 else []
+    if any(len(log.points[key]) > DENSE for log in logs for key in keys if key != "lr"):
         notes.append("Faint: every logged value; over it: medians of 100 equal parts of a run.")
-    draw_footnote(fig, legend, " ".join(notes))
+    lines = [Line2D([], [], **look) for look in styles]
+    style.draw_legend(fig, lines, names, max(1, min(columns, 4)), notes)
     fig.set_layout_engine("none")  # its last digits vary: same input, same file
     for ax in axes:
         ax.set_position([round(float(side), 5) for side in ax.get_position().bounds])

@@ -7,220 +7,188 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
-from charts.gains import GAINS, REGIMES, axis_points, counts, fit, group_words, regime
-from charts.panels import DOMAINS, MARKERS, draw_footnote, short, two_columns, write_note
-from charts.results import METRICS, differing, group, mark, words
+from charts import gains as numbers
+from charts import results, style
+from charts.style import LOOKS, MARKERS
 
-LOOKS = {  # verdict -> marker, whether it is filled
-    "above": ("^", True),
-    "unclear": ("o", False),
-    "below": ("v", True),
-    "no interval": ("x", True),
+SIGNS = {  # verdict -> marker, the same as text
+    "above": ("^", "▲"),
+    "unclear": ("o", "○"),
+    "below": ("v", "▼"),
+    "no interval": ("x", "×"),
 }
 LONG = 30  # characters of a target's name beside its rows
-BLOCK = ("source_domain", "target_domain", "method", "recipe")  # one row of panels
-SIGNS = {"above": "▲", "unclear": "○", "below": "▼", "no interval": "×"}  # of LOOKS, as text
-# Inches: a row, a panel, the counts beside it, titles above and axis below a panel.
-SIZES = {"row": 0.13, "panel": 1.3, "counts": 0.85, "head": 0.65, "foot": 0.45}
-
-
-def colour(cell):
-    """The hue of the domain of the sources."""
-    return DOMAINS[cell["source_domain"]][1][len(DOMAINS[cell["source_domain"]][1]) // 2]
-
-
-def draw_gain(ax, y, cell):
-    """One gain: its marker tells where the interval lies, without colour too."""
-    factor = METRICS[cell["metric"]][1]
-    marker, filled = LOOKS[cell["verdict"]]
-    hue = colour(cell)
-    face = {
-        "markerfacecolor": hue if filled else "white",
-        "markersize": 3.6,
-        "markeredgewidth": 0.8,
-    }
-    bar = None if math.isnan(cell["ci95"]) else factor * cell["ci95"]
-    ax.errorbar(factor * cell["mean"], y, xerr=bar, fmt=marker, color=hue, elinewidth=0.9, **face)
-
-
-def draw_bands(ax, rows, cells):
-    """Band and count of each regime of shots; rows: [(shots, target)] from the top."""
-    present = [name for name in REGIMES if any(regime(shots) == name for shots, _ in rows)]
-    for place, name in enumerate(present):
-        inside = [y for y, (shots, _) in enumerate(rows) if regime(shots) == name]
-        if place % 2 == 0:
-            ax.axhspan(inside[0] - 0.5, inside[-1] + 0.5, color="#ececec", linewidth=0, zorder=0)
-        part = [cell for cell in cells if regime(cell["shots"]) == name]
-        found = counts(part)
-        known = len(part) - found["no interval"]
-        count = f"{found['above']} of {known}" if known else "–"
-        text = f"{count}\n{name}" if len(inside) > 1 else count
-        look = {"transform": ax.get_yaxis_transform(), "va": "center", "linespacing": 1.05}
-        if part:
-            ax.text(1.03, (inside[0] + inside[-1]) / 2, text, fontsize=6.5, **look)
-
-
-def gain_title(cells):
-    """What a panel shows: two lines of words and one of counts."""
-    found = counts(cells)
-    single = found["no interval"]
-    signs = [f"{SIGNS[name]} {found[name]}" for name in list(SIGNS)[: 4 if single else 3]]
-    scope = f"in {found['above']} of {len(cells) - single} cells"
-    if single == len(cells):
-        scope = f"no interval in {single} cell{'s' if single > 1 else ''}"
-    better = f"{GAINS[cells[0]['kind']][2]}{' better' if single < len(cells) else ':'}\n"
-    return f"{better}{scope}\n{'   '.join(signs)}"
-
-
-def gain_limits(cells):
-    """Limits of the axis: every mean, and intervals up to three times the largest mean."""
-    factor = METRICS[cells[0]["metric"]][1]
-    top = 3 * max(abs(cell["mean"]) for cell in cells)
-    ends = [cell["mean"] + s * np.nan_to_num(cell["ci95"]) for cell in cells for s in (-1, 1)]
-    low, high = max(-top, min(0, *ends)), min(top, max(0, *ends))
-    margin = 0.06 * (high - low) or 0.01
-    return factor * (low - margin), factor * (high + margin)
-
-
-def draw_gain_panel(ax, rows, cells, labelled):
-    """The gains of one kind in one group: a row a cell, from few shots to all images."""
-    draw_bands(ax, rows, cells)
-    ax.axvline(0, color="black", linewidth=0.8, zorder=1)
-    for cell in cells:
-        draw_gain(ax, rows.index((cell["shots"], cell["target"])), cell)
-    names = [f"{short(target, LONG)}, {words(shots)}" for shots, target in rows]
-    ax.set_yticks(range(len(rows)), names if labelled else [], fontsize=6.5)
-    ax.tick_params(axis="y", length=0)
-    ax.set_ylim(len(rows) - 0.4, -0.6)
-    ax.set_xlim(gain_limits(cells))
-    ax.locator_params(axis="x", nbins=3)
-    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("-", "−"))
-    unit = {"accuracy": "gain in accuracy (points)"}
-    ax.set_xlabel(unit.get(cells[0]["metric"], f"gain in {METRICS[cells[0]['metric']][0]}"))
-    ax.set_title(gain_title(cells), fontsize=7.5)
-    ax.spines["left"].set_visible(False)
-
-
-def block_name(cells, differ):
-    """The heading of the panels of a group."""
-    methods = [cells[0][key] or "–" for key in differ]
-    return ", ".join([group_words(cells[0]), *methods]) + mark(cells[0]["origin"])
-
-
-def gain_columns(cells):
-    """Gain cells -> ([(origin, kind, left edge of its panel in inches)], width of the figure)."""
-    columns, x = [], 0.0
-    for origin in ("own", "published"):
-        part = [cell for cell in cells if cell["origin"] == origin]
-        x += 0.055 * max((len(short(cell["target"], LONG)) + 10 for cell in part), default=0)
-        for kind in [kind for kind in GAINS if any(cell["kind"] == kind for cell in part)]:
-            columns.append((origin, kind, x))
-            x += SIZES["panel"] + SIZES["counts"]
-    return columns, x
-
-
-def block_rows(members):
-    """Gain cells of a group -> its rows, [(shots, target)] from few shots to all images."""
-    rows = {(cell["shots"], cell["target"]) for cell in members}
-    return sorted(rows, key=lambda row: (row[0] or math.inf, row[1]))
-
-
-def draw_block(fig, top, members, columns, differ):
-    """Draw the panels of a group of one origin below the height `top` (inches)."""
-    width, height = fig.get_size_inches()
-    rows, lefts = block_rows(members), []
-    tall = SIZES["row"] * len(rows)
-    for origin, kind, left in columns:
-        cells = [cell for cell in members if cell["kind"] == kind]
-        if origin == members[0]["origin"] and cells:
-            box = left, top - SIZES["head"] - tall, SIZES["panel"], tall
-            ax = fig.add_axes([side / whole for side, whole in zip(box, (width, height) * 2)])
-            draw_gain_panel(ax, rows, cells, labelled=not lefts)
-            lefts.append(left)
-    middle = (lefts[0] + lefts[-1] + SIZES["panel"]) / 2
-    look = {"ha": "center", "va": "top", "fontsize": 8.5, "fontweight": "bold"}
-    fig.text(middle / width, (top - 0.02) / height, block_name(members, differ), **look)
-
-
-def draw_gains(cells, title, styles=None, notes=()):
-    """Gain cells -> Figure: a row of panels for each group, a column for each kind of gain (and
-    origin), a row in a panel for each target and number of shots."""
-    columns, width = gain_columns(cells)
-    blocks, differ = group(cells, BLOCK), differing(cells)
-    sides = {key: group(members, ("origin",)).values() for key, members in blocks.items()}
-    heights = {
-        key: SIZES["head"] + SIZES["foot"] + SIZES["row"] * max(map(len, map(block_rows, parts)))
-        for key, parts in sides.items()
-    }
-    top = sum(heights.values())
-    fig = Figure(figsize=(width, top))
-    for key, parts in sides.items():
-        for members in parts:
-            draw_block(fig, top, members, columns, differ)
-        top -= heights[key]
-    key = "▲ better (95 % interval above zero)   ○ not off zero   ▼ worse"
-    fig.text(0.5, 1 + 0.08 / fig.get_figheight(), key, ha="center", va="bottom", fontsize=7.5)
-    fig.text(0.5, 1 + 0.28 / fig.get_figheight(), title, ha="center", va="bottom", fontsize=10)
-    write_note(fig, " ".join([gain_note(cells), *notes]), 0)
-    return fig
-
-
-def gain_note(cells):
-    """The rule of the figure in a few sentences."""
-    parts = [
-        "Row: target and shots. ▲ 95 % interval above zero, ○ not off zero, ▼ below zero; on the "
-        "right: cells above zero by number of shots. Larger minus smaller network (source), run by "
-        "run of the same source (network) and seed, averaged over these for each seed; Student t "
-        "over seeds."
-    ]
-    if any(cell["verdict"] == "no interval" for cell in cells):
-        parts.append("×: one seed, no interval.")
-    if any(cell["lacking"] for cell in cells):
-        count = sum(cell["lacking"] for cell in cells)
-        where = f"{count} cell{'s' if count > 1 else ''}"
-        parts.append(f"A seed that one arm lacks counts in neither ({where}).")
-    if any(cell["origin"] == "published" for cell in cells):
-        parts.append("Published runs are paired by their place in the list.")
-    return " ".join(parts)
-
-
-# ------------------------------------------------------------------------------------------------
-# Gain against distance
-# ------------------------------------------------------------------------------------------------
-
+ROW, WIDTH, COUNTS = 0.13, 1.3, 0.85  # inches: a row, a panel, the counts beside it
+HEAD, FOOT = 0.65, 0.45  # inches: titles above a panel, axis below it
+GAIN_NOTE = """\
+Row: target and shots. ▲ 95 % interval above zero, ○ not off zero, ▼ below zero; on the right: \
+cells above zero by number of shots. Larger minus smaller network (source), run by run of the same \
+source (network) and seed, averaged over these for each seed; Student t over seeds."""
 AXES = {  # distance -> name at the axis
     "frechet_relative": "Fréchet distance of source and target\n(1: of halves of the source)",
     "energy": "energy coefficient of source and target",
 }
 
 
+# ------------------------------------------------------------------------------------------------
+# Paired differences
+# ------------------------------------------------------------------------------------------------
+
+
+def draw_bands(ax, rows, gains):
+    """Band and count of each regime of shots; rows: [(shots, target)] from the top."""
+    regimes = [numbers.regime(shots) for shots, _ in rows]
+    for place, name in enumerate(dict.fromkeys(regimes)):
+        inside = [y for y, other in enumerate(regimes) if other == name]
+        if place % 2 == 0:
+            ax.axhspan(inside[0] - 0.5, inside[-1] + 0.5, color="#ececec", linewidth=0, zorder=0)
+        part = [gain for gain in gains if gain.regime == name]
+        found = numbers.counts(part)
+        known = len(part) - found["no interval"]
+        text = f"{found['above']} of {known}" if known else "–"
+        text += f"\n{name}" if len(inside) > 1 else ""
+        look = {"transform": ax.get_yaxis_transform(), "va": "center", "linespacing": 1.05}
+        if part:
+            ax.text(1.03, (inside[0] + inside[-1]) / 2, text, fontsize=6.5, **look)
+
+
+def panel_title(gains):
+    """What a panel shows: two lines of words and one of counts."""
+    words = f"larger {gains[0].line.kind}"
+    found = numbers.counts(gains)
+    single = found.pop("no interval")
+    signs = [f"{SIGNS[name][1]} {count}" for name, count in found.items()]
+    signs += [f"{SIGNS['no interval'][1]} {single}"] if single else []
+    if single == len(gains):
+        title = f"{words}:\nno interval in {single} cell{'s' if single > 1 else ''}"
+    else:
+        title = f"{words} better\nin {found['above']} of {len(gains) - single} cells"
+    return f"{title}\n{'   '.join(signs)}"
+
+
+def draw_gain_panel(ax, rows, gains, labelled):
+    """The gains of one kind in one group: a row a cell, from few shots to all images; the marker
+    tells where the interval lies, without colour too."""
+    draw_bands(ax, rows, gains)
+    ax.axvline(0, color="black", linewidth=0.8, zorder=1)
+    metric = results.METRICS[gains[0].metric]
+    for gain in gains:
+        hues, verdict = LOOKS[gain.line.source_domain].hues, gain.verdict
+        hue = hues[len(hues) // 2]
+        look = {"fmt": SIGNS[verdict][0], "color": hue, "markersize": 3.6, "markeredgewidth": 0.8}
+        look["markerfacecolor"] = "white" if verdict == "unclear" else hue
+        bar = None if math.isnan(gain.ci95) else metric.factor * gain.ci95
+        y = rows.index((gain.shots, gain.target.name))
+        ax.errorbar(metric.factor * gain.mean, y, xerr=bar, elinewidth=0.9, **look)
+    names = [f"{style.short(name, LONG)}, {results.shots_words(shots)}" for shots, name in rows]
+    ax.set_yticks(range(len(rows)), names if labelled else [], fontsize=6.5)
+    ax.tick_params(axis="y", length=0)
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    # Every mean is shown, and intervals up to three times the largest mean.
+    top = 3 * max(abs(gain.mean) for gain in gains)
+    ends = [gain.mean + s * np.nan_to_num(gain.ci95) for gain in gains for s in (-1, 1)]
+    low, high = max(-top, min(0, *ends)), min(top, max(0, *ends))
+    margin = 0.06 * (high - low) or 0.01
+    ax.set_xlim(metric.factor * (low - margin), metric.factor * (high + margin))
+    ax.locator_params(axis="x", nbins=3)
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("-", "−"))
+    ax.set_xlabel(f"gain in {metric.gain}")
+    ax.set_title(panel_title(gains), fontsize=7.5)
+    ax.spines["left"].set_visible(False)
+
+
+def gain_rows(gains):
+    """Gains -> rows of their panel, [(shots, target)] from few shots to all images."""
+    rows = {(gain.shots, gain.target.name) for gain in gains}
+    return sorted(rows, key=lambda row: (row[0] or math.inf, row[1]))
+
+
+def draw_block(fig, top, gains, lefts, heading):
+    """Draw the panels of a group below the height `top` (inches); lefts: {kind: left edge}."""
+    width, height = fig.get_size_inches()
+    rows = gain_rows(gains)
+    tall = ROW * len(rows)
+    kinds = results.group(gains, "line.kind")
+    edges = [lefts[kind] for kind in kinds]
+    for kind, members in kinds.items():
+        box = lefts[kind] / width, (top - HEAD - tall) / height, WIDTH / width, tall / height
+        draw_gain_panel(fig.add_axes(box), rows, members, labelled=lefts[kind] == min(edges))
+    look = {"ha": "center", "va": "top", "fontsize": 8.5, "fontweight": "bold"}
+    middle = (min(edges) + max(edges) + WIDTH) / 2
+    fig.text(middle / width, (top - 0.02) / height, heading, **look)
+
+
+def draw_gains(gains, styles, title="", notes=()):
+    """Gains -> Figure: a row of panels for each group, a column for each kind of gain (and
+    origin), a row in a panel for each target and number of shots."""
+    lefts, width = {}, 0.0  # of the panels, in inches
+    for origin in ("own", "published"):
+        part = [gain for gain in gains if gain.target.origin == origin]
+        names = [style.short(gain.target.name, LONG) for gain in part]
+        width += 0.055 * max((len(name) + 10 for name in names), default=0)
+        lefts[origin] = {}
+        for kind in [kind for kind in numbers.KINDS if any(g.line.kind == kind for g in part)]:
+            lefts[origin][kind] = width
+            width += WIDTH + COUNTS
+    alike = "line.source_domain", "target.domain", "line.method", "line.recipe"
+    blocks = results.group(gains, *alike).values()
+    blocks = [results.group(block, "target.origin") for block in blocks]
+    rows = [max(len(gain_rows(part)) for part in block.values()) for block in blocks]
+    top = sum(HEAD + FOOT + ROW * count for count in rows)
+    fig = Figure(figsize=(width, top))
+    differ = results.differing(gains)
+    for block, count in zip(blocks, rows):
+        for origin, members in block.items():
+            methods = [getattr(members[0].line, key) or "–" for key in differ]
+            heading = ", ".join([members[0].group, *methods]) + results.mark(origin)
+            draw_block(fig, top, members, lefts[origin], heading)
+        top -= HEAD + FOOT + ROW * count
+    key = "▲ better (95 % interval above zero)   ○ not off zero   ▼ worse"
+    fig.text(0.5, 1 + 0.08 / fig.get_figheight(), key, ha="center", va="bottom", fontsize=7.5)
+    fig.text(0.5, 1 + 0.28 / fig.get_figheight(), title, ha="center", va="bottom", fontsize=10)
+    parts = [GAIN_NOTE]
+    if any(gain.verdict == "no interval" for gain in gains):
+        parts.append("×: one seed, no interval.")
+    lacking = sum(gain.lacking for gain in gains)
+    if lacking:
+        cells = f"{lacking} cell{'s' if lacking > 1 else ''}"
+        parts.append(f"A seed that one arm lacks counts in neither ({cells}).")
+    if lefts["published"]:
+        parts.append("Published runs are paired by their place in the list.")
+    style.draw_note(fig, 0, [*parts, *notes])
+    return fig
+
+
+# ------------------------------------------------------------------------------------------------
+# Gain against distance
+# ------------------------------------------------------------------------------------------------
+
+
 def draw_fit(ax, points, kind, distance):
     """The fitted line, its confidence band, and its slope in words."""
-    line = fit(*axis_points(points, kind, distance))
-    log = distance == "frechet_relative"
-    if line is None:
-        text = "too few points for a line"
-    else:
-        x = 10 ** line["grid"] if log else line["grid"]
-        ax.plot(x, line["line"], color="black", linewidth=1, zorder=2)
-        edges = line["line"] - line["band"], line["line"] + line["band"]
-        ax.fill_between(x, *edges, color="#cccccc", alpha=0.6, linewidth=0, zorder=1)
+    line = numbers.fit(*numbers.axis_points(points, kind, distance))
+    text = "too few points for a line"
+    if line:
+        log = distance == "frechet_relative"
+        x = 10**line.grid if log else line.grid
+        ax.plot(x, line.line, color="black", linewidth=1, zorder=2)
+        low, high = line.line - line.band, line.line + line.band
+        ax.fill_between(x, low, high, color="#cccccc", alpha=0.6, linewidth=0, zorder=1)
         unit = "for ten times the distance" if log else "from 0 to 1"
-        text = f"slope {line['slope']:+.3f} ± {line['ci95']:.3f}\n{unit}".replace("-", "−")
-    look = {"transform": ax.transAxes, "ha": "right", "va": "top", "fontsize": 7}
-    ax.text(0.98, 0.97, text, **look)
-    ax.set_title(GAINS[kind][2], fontsize=8)
+        text = f"slope {line.slope:+.3f} ± {line.ci95:.3f}\n{unit}".replace("-", "−")
+    ax.text(0.98, 0.97, text, transform=ax.transAxes, ha="right", va="top", fontsize=7)
+    ax.set_title(f"larger {kind}", fontsize=8)
 
 
-def draw_distance_panel(ax, points, kind, distance, looks):
-    """The points of one kind of gain over one distance; looks: (colours, markers)."""
-    colours, markers = looks
+def draw_distance_panel(ax, points, kind, distance, colours, markers):
+    """The points of one kind of gain over one distance."""
     for point in points:
-        if point["kind"] == kind:
-            hue = colours[point["last"]]
-            face = hue if point["source_domain"] != "medical" else "white"
-            marker = {"marker": markers[point["target"]], "markersize": 4}
-            ax.plot(point[distance], point["gain"], color=hue, markerfacecolor=face, **marker)
+        if point.gain.line.kind == kind:
+            hue = colours[point.larger]
+            face = LOOKS[point.gain.line.source_domain].filling or hue
+            look = {"color": hue, "markerfacecolor": face, "markersize": 4}
+            marker = markers[point.gain.target.name]
+            ax.plot(point.distances[distance], point.value, marker=marker, **look)
     draw_fit(ax, points, kind, distance)
     ax.axhline(0, color="black", linewidth=0.7, linestyle=":", zorder=1)
     if distance == "frechet_relative":
@@ -231,42 +199,41 @@ def draw_distance_panel(ax, points, kind, distance, looks):
     ax.set_xlabel(AXES[distance])
     ax.grid(color="#e4e4e4", linewidth=0.5)
     ax.set_axisbelow(True)
+    ax.label_outer()
 
 
-def distance_legend(fig, points, colours, markers):
-    """Sources (of a pair, the larger) by colour, targets by marker."""
-    blank = Line2D([], [], linestyle="none")
-    domains = {point["last"]: point["source_domain"] for point in points}
-    columns = [[(blank, "source (of a pair, the larger):")], [(blank, "target:")]]
-    for source in [source for source in colours if source in domains]:
-        face = "white" if domains[source] == "medical" else colours[source]
-        look = {"color": colours[source], "markerfacecolor": face, "markersize": 4}
-        columns[0].append((Line2D([], [], marker="o", linestyle="none", **look), source))
-    for target, marker in markers.items():
-        look = {"color": "#555555", "markersize": 4, "linestyle": "none"}
-        columns[1].append((Line2D([], [], marker=marker, **look), target))
-    return two_columns(fig, columns)
-
-
-def draw_distance(points, title, styles=None, notes=()):
-    """Points of `paired.distance_points` -> Figure: a row a kind of gain, a column a distance."""
-    kinds = [kind for kind in GAINS if any(point["kind"] == kind for point in points)]
-    colours = {line[0]: style["color"] for line, style in styles.items()}
-    targets = list(dict.fromkeys(point["target"] for point in points))
+def draw_distance(points, styles, title="", notes=()):
+    """Points of `gains.distance_points` -> Figure: a row a kind of gain, a column a distance;
+    sources (of a pair, the larger) by colour, targets by marker."""
+    kinds = [kind for kind in numbers.KINDS if any(p.gain.line.kind == kind for p in points)]
+    colours = {line.source: look["color"] for line, look in styles.items()}
+    targets = list(dict.fromkeys(point.gain.target.name for point in points))
     markers = {target: MARKERS[place % len(MARKERS)] for place, target in enumerate(targets)}
     fig = Figure(figsize=(5.4, 2.1 * len(kinds) + 0.3), layout="constrained")
     axes = fig.subplots(len(kinds), 2, squeeze=False, sharey="row", sharex="col")
     for row, kind in zip(axes, kinds):
         row[0].set_ylabel("gain (fraction)")
         for ax, distance in zip(row, AXES):
-            draw_distance_panel(ax, points, kind, distance, (colours, markers))
-            ax.label_outer()
+            draw_distance_panel(ax, points, kind, distance, colours, markers)
     fig.suptitle(title, fontsize=10)
-    used = [name for name in METRICS if any(point["metric"] == name for point in points)]
-    metrics = " and ".join(METRICS[name][0].replace(" (%)", "") for name in used)
+    heads = "source (of a pair, the larger):", "target:"
+    columns = [[(style.BLANK, head)] for head in heads]
+    domains = {point.larger: point.gain.line.source_domain for point in points}
+    look = {"linestyle": "none", "markersize": 4}
+    for source, hue in colours.items():
+        if source in domains:
+            face = LOOKS[domains[source]].filling or hue
+            handle = Line2D([], [], marker="o", color=hue, markerfacecolor=face, **look)
+            columns[0].append((handle, source))
+    for target, marker in markers.items():
+        columns[1].append((Line2D([], [], marker=marker, color="#555555", **look), target))
+    used = {point.gain.metric for point in points}
+    metrics = " and ".join(
+        metric.axis.replace(" (%)", "") for name, metric in results.METRICS.items() if name in used
+    )
     note = f"""\
 A point is a source (or pair of sources), target and number of shots; gain in {metrics}, from 0 to \
 1. Line: least squares, with 95 % band and slope (Student t over points, which share sources, \
 targets and seeds: true uncertainty is larger)."""
-    draw_footnote(fig, distance_legend(fig, points, colours, markers), " ".join([note, *notes]))
+    style.draw_foot(fig, columns, [note, *notes])
     return fig

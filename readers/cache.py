@@ -1,17 +1,8 @@
-"""Batches that any layout repeats: the global batch of step s is a function of (seed, s) alone.
+"""Decoded once: a small dataset in memory, any that fits on the disk for all processes there."""
 
-`preload` decodes a small dataset once, `decode_once` any that fits on the disk for all processes
-of a machine; `Batches` is the global batch of a step, or one rank's part of it; `loader` reads
-ahead with worker processes.
-"""
-
-import atexit
 import contextlib
-import math
-import multiprocessing
 import os
 import shutil
-import signal
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,115 +10,35 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from engine.memory import available_cores
 from readers.images import Decoded, Joined, Subset
 from readers.transforms import keep
+from readers.workers import available_cores
+
+IN_MEMORY = 2**30  # bytes of prepared images that one process keeps
 
 
-class Stream:
-    """What a random number is for: the second word of the seed of every generator."""
-
-    SHOTS, ORDER, DRAW, AUGMENT, MIXUP, FRACTION = range(6)
-
-
-def generator(seed, *purpose):
-    """numpy's generator for a seed, a Stream and what else tells its draws from others."""
-    if seed < 0:
-        raise ValueError(f"--seed {seed}: must be 0 or more")
-    return np.random.default_rng([seed, *purpose])
-
-
-_ORDER = {}  # {(images, seed, epoch): order}, of one epoch: every worker of every rank holds it
-
-
-def _permutation(num_images, seed, epoch):
-    """The order of an epoch; half the memory of generator.permutation."""
-    key = num_images, seed, epoch
-    if key not in _ORDER:
-        _ORDER.clear()  # before the next is made
-        order = np.arange(num_images, dtype=np.int32 if num_images < 2**31 else np.int64)
-        generator(seed, Stream.ORDER, epoch).shuffle(order)
-        _ORDER[key] = order
-    return _ORDER[key]
-
-
-def by_class(labels):
-    """(images sorted by class (N,), first place (C,) and number (C,) of each class present)."""
-    _, counts = np.unique(labels, return_counts=True)
-    return np.argsort(labels, kind="stable"), np.cumsum(counts) - counts, counts
-
-
-def batch_indices(step, num_images, batch_size, seed, sampling="shuffle", classes=None):
-    """Which images make up the global batch of a step, a function of (seed, step) alone.
-
-    sampling: "shuffle" walks through one permutation an epoch after the other, so that each image
-    comes once an epoch and no batch is short; "replacement" draws each image anew; "balanced"
-    does so with probability inverse to the frequency of its class in classes = by_class(labels);
-    "sequential" is the test order, with a short last batch.
-    Returns (indices, draws), both (B,) int64; (draw, image) is never the same twice in a run.
-    """
-    places = np.arange(step * batch_size, (step + 1) * batch_size)
-    if sampling == "sequential":
-        places = places[places < num_images]
-        return places, np.zeros_like(places)
-    if sampling == "shuffle":
-        epochs = places // num_images
-        indices = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            indices[here] = _permutation(num_images, seed, int(epoch))[places[here] % num_images]
-        return indices, epochs
-    rng = generator(seed, Stream.DRAW, step)
-    if sampling == "replacement":
-        return rng.integers(num_images, size=batch_size), places
-    if sampling == "balanced":
-        images, starts, counts = classes
-        drawn = rng.integers(len(counts), size=batch_size)
-        return images[starts[drawn] + rng.integers(counts[drawn])], places
-    raise ValueError(f"unknown sampling {sampling!r}")
-
-
-def preload(dataset, pipeline, limit=2**30):
+def preload(dataset, pipeline, limit=IN_MEMORY, first=None):
     """Reads and prepares every image once, into memory, when that takes at most `limit` bytes.
 
-    Returns (dataset, pipeline): the prepared images with nothing left to prepare, or both as they
-    were. A broken image is so met before training.
+    first: the first image, prepared, where it has been read. Returns (dataset, pipeline): the
+    prepared images with nothing left to prepare, or both as they were. A broken image is so met
+    before training.
     """
+    if first is None:
+        first = pipeline.read(dataset, 0)
     # The first image tells the size of all, mostly: a large dataset is not read in vain.
-    if pipeline.read(dataset, 0).numel() * len(dataset) > limit:
+    if first.numel() * len(dataset) > limit:
         return dataset, pipeline
-
     images, total = [], 0
-    for image in _prepared(dataset, pipeline, available_cores()):
+    for image in _prepared(dataset, pipeline, available_cores(), first):
         images.append(image)
         total += image.numel()
         if total > limit:
             return dataset, pipeline
     shapes = np.array([image.shape for image in images])
     pixels = torch.cat([image.flatten() for image in images])  # workers share it without copies
-    return dataset.replace(reader=_decoded(pixels, shapes, dataset.reader)), _as_prepared(pipeline)
-
-
-def _prepared(dataset, pipeline, threads, ahead=256):
-    """The images of a dataset, prepared, in order; `threads` at once, at most `ahead` waiting."""
-    with ThreadPoolExecutor(min(16, threads)) as pool:
-        try:
-            for start in range(0, len(dataset), ahead):
-                yield from pool.map(
-                    lambda i: pipeline.read(dataset, i).contiguous(),
-                    range(start, min(start + ahead, len(dataset))),
-                )
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _decoded(pixels, shapes, original):
-    sizes = shapes.prod(1)
-    return Decoded(pixels, np.cumsum(sizes) - sizes, shapes, original)
-
-
-def _as_prepared(pipeline):
-    return pipeline._replace(prepare=keep)
+    reader = _decoded(pixels, shapes, dataset.reader)
+    return dataset.replace(reader=reader), pipeline._replace(prepare=keep)
 
 
 def decode_once(dataset, pipeline, env, folder=None):
@@ -139,18 +50,24 @@ def decode_once(dataset, pipeline, env, folder=None):
     (dataset, pipeline), both as they were where the files would take more than half of what is
     free there. Raises on all processes what one met: ValueError for a broken image, OSError.
     """
-    if env.ranks == 1:
-        kept = preload(dataset, pipeline)
-        if kept[0] is not dataset:
-            return kept
     folder = folder or tempfile.gettempdir()
-    ranks, rank, node = _place(env)
+    ranks, rank, node = 1, 0, 0  # processes of this machine, which of them this is, which machine
+    if env.ranks > 1:
+        here = ("LOCAL_WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK")
+        ranks, rank, node = (int(os.environ[name]) for name in here)
     starts = np.arange(ranks + 1) * len(dataset) // ranks
     file, part = None, None
     try:
-        if pipeline.read(dataset, 0).numel() * len(dataset) < _free(folder) / 2:
+        first = pipeline.read(dataset, 0)
+        if env.ranks == 1:
+            kept = preload(dataset, pipeline, IN_MEMORY, first)
+            if kept[0] is not dataset:
+                return kept
+        if first.numel() * len(dataset) < _free(folder) / 2:
             share = dataset.subset(np.arange(starts[rank], starts[rank + 1]))
-            file, shapes = _write_prepared(share, pipeline, folder, available_cores() // ranks)
+            threads = max(1, available_cores() // ranks)
+            images = _prepared(share, pipeline, threads, first if rank == 0 else None)
+            file, shapes = _write(images, len(share), folder)
             part = f"/proc/{os.getpid()}/fd/{file.fileno()}", shapes
     except (ValueError, OSError) as error:
         part = error
@@ -161,7 +78,7 @@ def decode_once(dataset, pipeline, env, folder=None):
     for _, part in parts:
         if isinstance(part, Exception):
             raise part
-    parts = [part for place, part in parts if place == node]
+    parts = [part for machine, part in parts if machine == node]
     try:
         if None in parts:
             return dataset, pipeline
@@ -174,7 +91,28 @@ def decode_once(dataset, pipeline, env, folder=None):
             dist.barrier()  # all have mapped them
         if file:
             file.close()
-    return dataset.replace(reader=Joined(readers, starts[1:])), _as_prepared(pipeline)
+    reader = Joined(readers, starts[1:])
+    return dataset.replace(reader=reader), pipeline._replace(prepare=keep)
+
+
+def _prepared(dataset, pipeline, threads, first=None, ahead=256):
+    """The images of a dataset, prepared, in order; `threads` at once, at most `ahead` waiting."""
+
+    def read(i):
+        image = pipeline.read(dataset, i) if i > 0 or first is None else first
+        return image.contiguous()
+
+    with ThreadPoolExecutor(min(16, threads)) as pool:
+        try:
+            for start in range(0, len(dataset), ahead):
+                yield from pool.map(read, range(start, min(start + ahead, len(dataset))))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _decoded(pixels, shapes, original):
+    sizes = shapes.prod(1)
+    return Decoded(pixels, np.cumsum(sizes) - sizes, shapes, original)
 
 
 @contextlib.contextmanager
@@ -196,22 +134,15 @@ def _free(folder):
     return shutil.disk_usage(folder).free if os.path.isdir("/proc/self/fd") else 0
 
 
-def _place(env):
-    """(processes on this machine, which of them this is, which machine this is)."""
-    if env.ranks == 1:
-        return 1, 0, 0
-    return tuple(int(os.environ[k]) for k in ("LOCAL_WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK"))
+def _write(images, count, folder):
+    """Writes `count` images, one after the other, to a file without a name.
 
-
-def _write_prepared(dataset, pipeline, folder, threads):
-    """Writes the prepared images, one after the other, to a file without a name.
-
-    Returns (file, shapes (N,3)). Raises ValueError for a broken image, OSError for a full disk.
+    Returns (file, shapes (count,3)). Raises OSError for a full disk.
     """
-    shapes = np.zeros((len(dataset), 3), np.int64)
+    shapes = np.zeros((count, 3), np.int64)
     with _writing(folder):
         file = tempfile.TemporaryFile(dir=folder)
-    for i, image in enumerate(_prepared(dataset, pipeline, max(1, threads))):
+    for i, image in enumerate(images):
         shapes[i] = image.shape
         with _writing(folder):
             file.write(memoryview(image.numpy()))
@@ -222,85 +153,6 @@ def _write_prepared(dataset, pipeline, folder, threads):
 def _mapped(path, shapes):
     """The bytes of a file of such images, (M,) uint8; what is written to them stays here."""
     size = int(shapes.prod(1).sum())
-    return (
-        torch.from_file(path, size=size, dtype=torch.uint8)
-        if size
-        else torch.empty(0, dtype=torch.uint8)
-    )
-
-
-class Batches(torch.utils.data.Dataset):
-    """[step] -> (images uint8 (b,C,H,W), labels (b,) or (b,C), count) for one rank.
-
-    The rank's part is every `ranks`-th image of the global batch (with pairs: every `ranks`-th two
-    neighbours, which MixUp mixes, so that this too is the same on any number of ranks). count:
-    labels that are not NaN in the whole global batch (the denominator of its mean loss), known to
-    each rank without communication. Augmentation depends on (seed, draw, image) alone.
-    """
-
-    def __init__(
-        self,
-        dataset,
-        pipeline,
-        batch_size,
-        seed=0,
-        sampling="shuffle",
-        rank=0,
-        ranks=1,
-        pairs=False,
-    ):
-        self.dataset, self.pipeline = dataset, pipeline
-        self.batch_size, self.seed, self.sampling = batch_size, seed, sampling
-        self.rank, self.ranks, self.unit = rank, ranks, 1 + pairs
-        self.classes = by_class(dataset.labels) if sampling == "balanced" else None
-
-    def __len__(self):
-        return math.ceil(len(self.dataset) / self.batch_size)
-
-    def __getitem__(self, step):
-        labels = self.dataset.labels
-        indices, draws = batch_indices(
-            step, len(self.dataset), self.batch_size, self.seed, self.sampling, self.classes
-        )
-        count = int(np.count_nonzero(~np.isnan(labels[indices])))
-        mine = np.arange(len(indices)) // self.unit % self.ranks == self.rank
-        indices, draws = indices[mine], draws[mine]
-        images = [self._image(int(i), int(draw)) for i, draw in zip(indices, draws)]
-        images = torch.stack(images) if images else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
-        return images, torch.from_numpy(labels[indices]), count
-
-    def _image(self, i, draw):
-        image = self.pipeline.read(self.dataset, i)
-        if self.pipeline.augment is keep:
-            return image
-        rng = generator(self.seed, Stream.AUGMENT, draw, i)
-        return self.pipeline.augment(image, rng)
-
-
-def _worker_init(worker):
-    """A worker ends when its parent does; signals to the whole group are for the parent alone."""
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-@atexit.register
-def _end_workers():
-    """Python's own exit sends SIGTERM to the workers that are left and waits; ours ignore it."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report a killed worker
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
-
-
-def loader(batches, start, stop, workers=0, pin_memory=False):
-    """Iterator over batches[start:stop]; `workers` processes read ahead (0: none)."""
-    return iter(
-        torch.utils.data.DataLoader(
-            batches,
-            batch_size=None,
-            sampler=range(start, stop),
-            num_workers=workers,
-            worker_init_fn=_worker_init,
-            pin_memory=pin_memory,
-        )
-    )
+    if not size:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.from_file(path, size=size, dtype=torch.uint8)

@@ -1,6 +1,8 @@
 """Packs (NAME@SIZE): images decoded and resized once, mapped into memory and shared.
 
-A pack holds the labels, classes and groups of its dataset and is used without the original.
+A pack holds the labels, classes and groups of its dataset and is used without the original. It is
+a directory: pack.json says what it is, SPLIT.images holds one image after the other, and
+SPLIT.{offsets,shapes,crc32,labels,names,groups}.npy their index.
 """
 
 import contextlib
@@ -9,9 +11,7 @@ import functools
 import hashlib
 import io
 import json
-import math
 import os
-import re
 import shutil
 import textwrap
 import zlib
@@ -24,13 +24,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from engine.console import write_json
-from engine.memory import available_cores
-from readers.cache import loader
 from readers.images import ImageDataset, read_image
+from readers.names import pack_folder, pack_of, without_place
 from readers.transforms import resize_shorter, xray_square
+from readers.workers import each_image
 
 PACK_SCHEMA = 1
-PACK_CHUNK = 16  # images that one process prepares at a time
 
 
 class Packed(NamedTuple):
@@ -60,28 +59,20 @@ class Packed(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def _mapped_pack(folder, split, made):
     """The arrays of a pack's split, mapped once a process: {name: array}."""
-    paths = Path(folder).glob(f"{split}.*.npy")
-    arrays = {path.name.split(".")[1]: np.load(path, mmap_mode="r") for path in paths}
-    arrays = {name: np.asarray(array) for name, array in arrays.items()}
-    return arrays | {"images": np.asarray(np.memmap(Path(folder, f"{split}.images"), mode="r"))}
-
-
-def pack_of(name, root="datasets"):
-    """(name of the original, size, directory) that NAME@SIZE means, or (name, None, None)."""
-    match = re.fullmatch(r"(.*[^/])/*@(\d+)", name)
-    folder = (
-        name.removeprefix("folder:") if name.startswith("folder:") else os.path.join(root, name)
-    )
-    # A directory of one's own images may have such a name too.
-    if not match or (name.startswith("folder:") and os.path.isdir(os.path.join(folder, "train"))):
-        return name, None, None
-    return match[1], int(match[2]), Path(re.sub(r"/+@", "@", folder))
+    arrays = {"images": np.asarray(np.memmap(Path(folder, f"{split}.images"), mode="r"))}
+    for path in Path(folder).glob(f"{split}.*.npy"):
+        arrays[path.name.split(".")[1]] = np.asarray(np.load(path, mmap_mode="r"))
+    return arrays
 
 
 def open_pack(name, root, split, **options):
-    """The dataset of a pack; options that shaped it must be those it was made with."""
-    original, size, folder = pack_of(name, root)
-    facts = _pack_facts(folder, original, size)
+    """The dataset of a pack; options that shaped it must be those it was made with.
+
+    Raises FileNotFoundError where there is no whole pack, ValueError where it is damaged.
+    """
+    original, size = pack_of(name)
+    folder = pack_folder(original, size, root)
+    facts = _read_facts(folder, original, size)
     for option in ("cache_dir", "download"):  # these shape nothing
         options.pop(option, None)
     for option, value in json.loads(json.dumps(options)).items():
@@ -93,14 +84,20 @@ def open_pack(name, root, split, **options):
             )
     made = (folder / "pack.json").stat().st_mtime_ns
     arrays = _mapped_pack(str(folder), split, made)
-    reader = Packed(name, str(folder), split, facts["codec"], facts["mode"], made)
     return ImageDataset(
-        name, reader, arrays["labels"], facts["classes"], facts["task"], facts["domain"],
-        arrays.get("groups"), None, facts["options"], facts["dropped"][split],
-    )  # fmt: skip
+        name,
+        Packed(name, str(folder), split, facts["codec"], facts["mode"], made),
+        arrays["labels"],
+        facts["classes"],
+        facts["task"],
+        facts["domain"],
+        groups=arrays.get("groups"),
+        options=facts["options"],
+        dropped=facts["dropped"][split],
+    )
 
 
-def _pack_facts(folder, original, size):
+def _read_facts(folder, original, size):
     """The content of pack.json. Raises ValueError or FileNotFoundError unless the pack is whole."""
     path, again = folder / "pack.json", f"remove {folder} and pack it again"
     if not path.exists():
@@ -112,13 +109,13 @@ def _pack_facts(folder, original, size):
         facts = json.loads(path.read_text())
         schema, files = facts["schema"], facts["files"]
         found = facts["name"], facts["size"]
-        if schema == PACK_SCHEMA and facts.pop("crc32") != _facts_crc32(facts):
+        if schema == PACK_SCHEMA and facts.pop("crc32") != _crc32_of(facts):
             raise ValueError("its checksum is wrong")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged ({error}); {again}") from error
     if schema != PACK_SCHEMA:
         raise ValueError(f"{path}: of version {schema}, this program reads {PACK_SCHEMA}; {again}")
-    if found != (pack_name(original), size):
+    if found != (without_place(original), size):
         raise ValueError(f"{path}: a pack of {found[0]}@{found[1]}; rename its directory so")
     for name, (count, checksum) in files.items():
         file = folder / name
@@ -129,15 +126,8 @@ def _pack_facts(folder, original, size):
     return facts
 
 
-def _facts_crc32(facts):
+def _crc32_of(facts):
     return zlib.crc32(json.dumps(facts, sort_keys=True).encode())
-
-
-def pack_name(name):
-    """What a pack is called inside: the place of a folder does not matter."""
-    if not name.startswith("folder:"):
-        return name
-    return f"folder:{Path(name.removeprefix('folder:')).resolve().name}"
 
 
 def _file_crc32(path):
@@ -148,51 +138,7 @@ def _file_crc32(path):
     return checksum
 
 
-class Each(torch.utils.data.Dataset):
-    """[k] -> work(dataset, i) of the k-th PACK_CHUNK images; the error itself where it fails."""
-
-    def __init__(self, dataset, work):
-        self.dataset, self.work = dataset, work
-
-    def __len__(self):
-        return math.ceil(len(self.dataset) / PACK_CHUNK)
-
-    def __getitem__(self, k):
-        last = min((k + 1) * PACK_CHUNK, len(self.dataset))
-        return [self.one(i) for i in range(k * PACK_CHUNK, last)]
-
-    def one(self, i):
-        try:
-            return self.work(self.dataset, i)
-        except (ValueError, OSError) as error:
-            return error
-
-
-def each_image(dataset, work, workers, title, first=0):
-    """Yields work(dataset, i), or its error, for i from `first` (a multiple of PACK_CHUNK) on."""
-    each, start = Each(dataset, work), first // PACK_CHUNK
-    workers = min(workers or available_cores(), max(1, len(each) - start))
-    with tqdm(total=len(dataset), initial=first, desc=title, unit="image", disable=None) as bar:
-        for results in loader(each, start, len(each), workers):
-            yield from results
-            bar.update(len(results))
-
-
-def _encode(dataset, i, size, codec, quality):
-    """(bytes, shape) of an image as a pack holds it; a smaller image keeps its size."""
-    image = dataset.read(i, size)
-    side = min(size, *image.shape[-2:])
-    image = (xray_square if dataset.domain == "medical" else resize_shorter)(image, side)
-    pixels = image.contiguous().numpy()
-    if codec == "raw":
-        return pixels.tobytes(), pixels.shape
-    content = io.BytesIO()
-    pixels_last = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
-    Image.fromarray(pixels_last).save(content, "JPEG", quality=quality)
-    return content.getvalue(), pixels.shape
-
-
-JOURNAL = np.dtype([("bytes", "<i8"), ("crc32", "<u4"), ("shape", "<i4", 3)])
+JOURNAL = np.dtype([("bytes", "<i8"), ("crc32", "<u4"), ("shape", "<i4", 3)])  # of each image
 
 
 def pack(name, sets, size, target, codec="raw", quality=90, workers=None):
@@ -205,12 +151,10 @@ def pack(name, sets, size, target, codec="raw", quality=90, workers=None):
     the disk is too small.
     """
     facts = _facts(name, sets, size, codec, quality)
-    if target.exists() and not (target / "pack.json").exists():
-        raise ValueError(f"{target}: holds no pack.json, so it is no pack; remove it")
     if target.exists():
-        made = _pack_facts(target, name, size)
-        _same_facts(target, made, facts)
-        return
+        if not (target / "pack.json").exists():
+            raise ValueError(f"{target}: holds no pack.json, so it is no pack; remove it")
+        return _refuse_other_facts(target, _read_facts(target, name, size), facts)
     part = target.with_name(target.name + ".part")
     part.mkdir(parents=True, exist_ok=True)
     with open(part / "lock", "w") as lock:
@@ -219,7 +163,7 @@ def pack(name, sets, size, target, codec="raw", quality=90, workers=None):
         except (BlockingIOError, PermissionError) as error:
             raise ValueError(f"{part}: another process is packing it") from error
         try:
-            _fill(part, sets, facts, size, codec, quality, workers)
+            _fill(part, sets, facts, workers)
         except OSError as error:
             if str(part) in str(error):
                 raise
@@ -229,29 +173,16 @@ def pack(name, sets, size, target, codec="raw", quality=90, workers=None):
         part.rename(target)
 
 
-def _fill(part, sets, facts, size, codec, quality, workers):
-    """Writes all files of a pack into the directory where it is made."""
-    _begin(part, facts)
-    if not (part / "pack.json").exists():
-        work = functools.partial(_encode, size=size, codec=codec, quality=quality)
-        _refuse_small_disk(part, sets, work)
-        for split, dataset in sets.items():
-            _write_images(part, split, dataset, work, workers)
-        _write_index(part, facts, sets)
-    for name in ("train.journal", "test.journal", "begun.json", "lock"):
-        (part / name).unlink(missing_ok=True)
-
-
 def _facts(name, sets, size, codec, quality):
     """What pack.json says of a pack, beside its files."""
     train = sets["train"]
     digest = hashlib.sha256()
     for dataset in sets.values():
-        for values in (_names(dataset), dataset.labels):
-            digest.update(np.ascontiguousarray(values))
-    return {
+        digest.update(np.ascontiguousarray(_names(dataset)))
+        digest.update(np.ascontiguousarray(dataset.labels))
+    facts = {
         "schema": PACK_SCHEMA,
-        "name": pack_name(name),
+        "name": without_place(name),
         "size": size,
         "codec": codec,
         "quality": quality if codec == "jpeg" else None,
@@ -264,6 +195,7 @@ def _facts(name, sets, size, codec, quality):
         "images": {split: len(dataset) for split, dataset in sets.items()},
         "index": digest.hexdigest(),
     }
+    return json.loads(json.dumps(facts))  # as they are read back
 
 
 def _names(dataset):
@@ -272,60 +204,91 @@ def _names(dataset):
     return np.arange(len(dataset)).astype("S") if names is None else names
 
 
-def _same_facts(place, theirs, ours):
-    for key, value in json.loads(json.dumps(ours)).items():
+def _refuse_other_facts(place, theirs, ours):
+    for key, value in ours.items():
         if theirs.get(key) != value:
+            was, now = (textwrap.shorten(str(fact), 100) for fact in (theirs.get(key), value))
             raise ValueError(
-                f"{place} was packed from another {key} ({_short(theirs.get(key))}, now "
-                f"{_short(value)}); remove it, or give another --out"
+                f"{place} was packed from another {key} ({was}, now {now}); remove it, or give "
+                "another --out"
             )
 
 
-def _short(value):
-    return textwrap.shorten(str(value), 100)
+def _fill(part, sets, facts, workers):
+    """Writes all files of a pack into the directory where it is made, or goes on with it."""
+    whole, begun = part / "pack.json", part / "begun.json"
+    path = whole if whole.exists() else begun
+    if path.exists():
+        try:
+            theirs = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: damaged ({error}); remove {part}") from error
+        _refuse_other_facts(part, theirs, facts)
+    else:
+        write_json(begun, facts)
+    if not whole.exists():
+        encode = functools.partial(_encode, facts)
+        _refuse_small_disk(part, sets, encode)
+        for split, dataset in sets.items():
+            _write_images(part, split, dataset, encode, workers)
+        files = {}
+        for split, dataset in sets.items():
+            files |= _write_index(part, split, dataset)
+        facts = facts | {"files": files}
+        write_json(whole, facts | {"crc32": _crc32_of(facts)})
+    for name in ("train.journal", "test.journal", "begun.json", "lock"):
+        (part / name).unlink(missing_ok=True)
 
 
-def _begin(part, facts):
-    """Notes what is packed; a packing that was begun goes on only with the same."""
-    for path in (part / "pack.json", part / "begun.json"):
-        if path.exists():
-            try:
-                begun = json.loads(path.read_text())
-            except ValueError as error:
-                raise ValueError(f"{path}: damaged ({error}); remove {part}") from error
-            return _same_facts(part, begun, facts)
-    write_json(path, facts)
+def _encode(facts, dataset, i):
+    """(bytes, shape) of an image as a pack holds it; a smaller image keeps its size."""
+    image = dataset.read(i, facts["size"])
+    side = min(facts["size"], *image.shape[-2:])
+    image = (xray_square if dataset.domain == "medical" else resize_shorter)(image, side)
+    pixels = image.contiguous().numpy()
+    if facts["codec"] == "raw":
+        return pixels.tobytes(), pixels.shape
+    content = io.BytesIO()
+    pixels_last = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
+    Image.fromarray(pixels_last).save(content, "JPEG", quality=facts["quality"])
+    return content.getvalue(), pixels.shape
 
 
-def _refuse_small_disk(part, sets, work):
+def _refuse_small_disk(part, sets, encode):
     """Raises OSError when the disk cannot hold the pack, judged by a sample of its images."""
-    needed = 0
+    needed = -sum(file.stat().st_size for file in part.iterdir())  # what is written already
     for dataset in sets.values():
-        sample = np.unique(np.linspace(0, len(dataset) - 1, 32).astype(int))
-        samples = [Each(dataset, work).one(int(i)) for i in sample]
-        sizes = [len(result[0]) for result in samples if not isinstance(result, Exception)]
+        sizes, broken = [], None
+        for i in np.unique(np.linspace(0, len(dataset) - 1, 32).astype(int)):
+            try:
+                sizes.append(len(encode(dataset, int(i))[0]))
+            except (ValueError, OSError) as error:
+                broken = broken or error
         if not sizes:
-            raise ValueError(str(samples[0]))
+            raise ValueError(str(broken))
         index = JOURNAL.itemsize * 2 + dataset.labels[:1].nbytes + _names(dataset).itemsize
         needed += len(dataset) * (np.mean(sizes) + index)
-    written = sum(file.stat().st_size for file in part.iterdir())
     free = shutil.disk_usage(part).free
-    if needed - written > free:
+    if needed > free:
         raise OSError(
-            f"{part}: packing needs about {(needed - written) / 1e9:.3g} GB more, the disk has "
+            f"{part}: packing needs about {needed / 1e9:.3g} GB more, the disk has "
             f"{free / 1e9:.3g} GB free; give another --out, a smaller --size, or --codec jpeg"
         )
 
 
-def _write_images(part, split, dataset, work, workers):
+def _write_images(part, split, dataset, encode, workers):
     """Appends the images that are not there yet; the journal knows those that are on the disk."""
     journal_path = part / f"{split}.journal"
     with open(part / f"{split}.images", "ab") as images, open(journal_path, "ab") as journal:
-        done = _trim(images, journal, len(dataset))
+        # Both are cut back to the images that both have whole.
+        ends = np.cumsum(np.fromfile(journal_path, JOURNAL)["bytes"])
+        done = int(np.searchsorted(ends, os.fstat(images.fileno()).st_size, side="right"))
+        journal.truncate(done * JOURNAL.itemsize)
+        images.truncate(int(ends[done - 1]) if done else 0)
         if done == len(dataset):
             return
         records, pending = [], 0
-        results = each_image(dataset, work, workers, f"{split} images", done)
+        results = each_image(dataset, encode, f"{split} images", workers, done)
         with contextlib.closing(results):  # the bar ends above any message
             for number, result in enumerate(results, done + 1):
                 if isinstance(result, Exception):  # of the source, not of the disk
@@ -343,38 +306,30 @@ def _write_images(part, split, dataset, work, workers):
                     records, pending = [], 0
 
 
-def _trim(images, journal, total):
-    """Cuts both files back to whole chunks of images that both have; returns how many images."""
-    records = np.fromfile(journal.name, JOURNAL)
-    ends = np.cumsum(records["bytes"])
-    done = int(np.searchsorted(ends, os.fstat(images.fileno()).st_size, side="right"))
-    done -= done % PACK_CHUNK if done < total else 0
-    journal.truncate(done * JOURNAL.itemsize)
-    images.truncate(int(ends[done - 1]) if done else 0)
-    return done
-
-
-def _write_index(part, facts, sets):
-    """Reads the images back, writes the index and, last, pack.json."""
+def _write_index(part, split, dataset):
+    """Reads the images back and writes their index. Returns {file name: [bytes, checksum]}."""
+    records = np.fromfile(part / f"{split}.journal", JOURNAL)
+    offsets = np.concatenate([[0], np.cumsum(records["bytes"])])
+    images = np.memmap(part / f"{split}.images", mode="r")
+    for i in tqdm(range(len(records)), f"{split} verified", unit="image", disable=None):
+        if zlib.crc32(images[offsets[i] : offsets[i + 1]]) != records["crc32"][i]:
+            raise ValueError(f"{part}: image {i} of {split} was not written well; remove it")
+    arrays = {
+        "offsets": offsets,
+        "shapes": records["shape"],
+        "crc32": records["crc32"],
+        "labels": dataset.labels,
+        "names": _names(dataset),
+    }
+    if dataset.groups is not None:
+        arrays["groups"] = dataset.groups
     files = {}
-    for split, dataset in sets.items():
-        records = np.fromfile(part / f"{split}.journal", JOURNAL)
-        offsets = np.concatenate([[0], np.cumsum(records["bytes"])])
-        images = np.memmap(part / f"{split}.images", mode="r")
-        for i in tqdm(range(len(records)), f"{split} verified", unit="image", disable=None):
-            if zlib.crc32(images[offsets[i] : offsets[i + 1]]) != records["crc32"][i]:
-                raise ValueError(f"{part}: image {i} of {split} was not written well; remove it")
-        arrays = {"offsets": offsets, "shapes": records["shape"], "crc32": records["crc32"]}
-        arrays |= {"labels": dataset.labels, "names": _names(dataset)}
-        arrays |= {} if dataset.groups is None else {"groups": dataset.groups}
-        for key, values in arrays.items():
-            np.save(part / f"{split}.{key}.npy", values)
-            files[f"{split}.{key}.npy"] = None
-        files[f"{split}.images"] = None
-    for name in files:
-        with open(part / name, "rb") as file:
+    for key, values in arrays.items():
+        path = part / f"{split}.{key}.npy"
+        with open(path, "wb") as file:
+            np.save(file, values)
+            file.flush()
             os.fsync(file.fileno())
-        checksum = None if name.endswith(".images") else _file_crc32(part / name)
-        files[name] = (part / name).stat().st_size, checksum
-    facts = json.loads(json.dumps(facts | {"files": files}))
-    write_json(part / "pack.json", facts | {"crc32": _facts_crc32(facts)})
+        files[path.name] = [path.stat().st_size, _file_crc32(path)]
+    files[f"{split}.images"] = [images.size, None]  # each image has its own checksum
+    return files

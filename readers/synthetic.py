@@ -8,22 +8,22 @@ The knob `gap` moves a dataset from its own world (0) to the look of the other (
 straight line: an object's clutter turns into a chest phantom and its surface grey, the chest around
 a finding turns into coloured clutter. What bears the label stays at full strength.
 
-An image is a pure function of (name, split, seed, index, size, gap). Philox is a counter-based
-generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): key and counter name
-the image, so any image can be drawn alone, in any order, by any process.
+An image is a pure function of (name, split, seed, index, size, gap): the key and counter of Philox
+(Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") name it.
 
 Geometry is in unit coordinates, x to the right and y downwards, the image spanning [-1, 1] in both.
 Shapes are signed distances, negative inside, softened over a pixel: every size shows one scene.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
-# ------------------------------------------------------------------------------------------------
-# Geometry
-# ------------------------------------------------------------------------------------------------
+from readers.images import ImageDataset
+from readers.names import base_name, gap_of
 
 
 @functools.lru_cache(maxsize=16)
@@ -73,11 +73,6 @@ def spikes(x, y, count, tilt, reach):
     turns = np.arctan2(x, -y) / wedge
     angle = np.abs(turns - np.round(turns)) * wedge  # from the axis of the nearest wedge
     return length(x, y) * np.cos(angle - tilt) - reach
-
-
-# ------------------------------------------------------------------------------------------------
-# Shapes and textures of the natural-like world
-# ------------------------------------------------------------------------------------------------
 
 
 def heart(x, y):
@@ -150,8 +145,7 @@ def shine(image, u, rng):
 def paint_object(texture, shape, size, rng, share=0, phantom=0):
     """A textured shape over clutter, (3, size, size) float32 in about [0, 1].
 
-    share: how far, 0 to 1, the clutter gives way to the phantom (1, size, size), and the object's
-    colours to grey.
+    share: how far, 0 to 1, clutter gives way to the phantom (1, size, size) and colour to grey.
     """
     x, y = grid(size)
     soft = 2.5 / size
@@ -183,11 +177,6 @@ def paint_background(size, rng):
     image = paint_clutter(*grid(size), size, 2.5 / size, rng)
     shine(image, rng.random(3).tolist(), rng)
     return image
-
-
-# ------------------------------------------------------------------------------------------------
-# Findings of the X-ray-like world
-# ------------------------------------------------------------------------------------------------
 
 
 class Chest(NamedTuple):
@@ -264,9 +253,8 @@ def tuberculosis(chest, u):
     rim = length(x - 0.1 * (u[1] - 0.5), y - 0.2 * (u[2] - 0.5)) - 0.12 - 0.05 * u[3]
     cavity = 0.7 * inside(np.abs(rim) - 0.045, chest.soft)
     infiltrate = np.maximum(1 - 5 * (x * x + y * y), 0) * chest.cloud
-    return np.minimum(np.maximum(cavity, 1.1 * infiltrate), 1) - 0.3 * inside(
-        rim + 0.045, chest.soft
-    )
+    hollow = 0.3 * inside(rim + 0.045, chest.soft)
+    return np.minimum(np.maximum(cavity, 1.1 * infiltrate), 1) - hollow
 
 
 # Each returns the share of the air that gives way to tissue, up to 1; negative where there is more.
@@ -323,18 +311,12 @@ def paint_chest(findings, size, rng):
     return image[None]
 
 
-# ------------------------------------------------------------------------------------------------
-# The datasets
-# ------------------------------------------------------------------------------------------------
-
-
 class World(NamedTuple):
     """One row per dataset; counts and size are defaults."""
 
     domain: str  # "natural" | "medical"
     task: str  # "multiclass" | "multilabel"
     classes: tuple[str, ...]
-    channels: int  # 3 natural, 1 X-ray
     train: int  # training images
     test: int  # test images
     size: int  # side in pixels
@@ -344,10 +326,10 @@ OBJECTS = {"synthetic-natural": SOURCE_OBJECTS, "synthetic-natural-target": TARG
 SOURCE_CLASSES, TARGET_CLASSES = (tuple(map(" ".join, objects)) for objects in OBJECTS.values())
 XRAY_CLASSES, TB_CLASSES = tuple(PREVALENCE["synthetic-xray"]), ("Normal", "Tuberculosis")
 WORLDS = {
-    "synthetic-natural": World("natural", "multiclass", SOURCE_CLASSES, 3, 8000, 1000, 32),
-    "synthetic-xray": World("medical", "multilabel", XRAY_CLASSES, 1, 8000, 1000, 32),
-    "synthetic-natural-target": World("natural", "multiclass", TARGET_CLASSES, 3, 2000, 500, 32),
-    "synthetic-xray-target": World("medical", "multiclass", TB_CLASSES, 1, 1000, 500, 32),
+    "synthetic-natural": World("natural", "multiclass", SOURCE_CLASSES, 8000, 1000, 32),
+    "synthetic-xray": World("medical", "multilabel", XRAY_CLASSES, 8000, 1000, 32),
+    "synthetic-natural-target": World("natural", "multiclass", TARGET_CLASSES, 2000, 500, 32),
+    "synthetic-xray-target": World("medical", "multiclass", TB_CLASSES, 1000, 500, 32),
 }
 # The other world's share is the gap to this power: distances grow with the square of a small shift
 # and fade with a large one, and so equal steps of the gap make steps of distance that tell apart.
@@ -399,17 +381,15 @@ def render(name, split, index, size, seed=0, gap=0.0):
     """The image at index of a split, its label being labels(name, split, index + 1, seed)[index].
 
     gap: how far from its own world towards the other, 0 to 1; scene and label stay the same.
-    Returns (channels, size, size) uint8, 3 channels for a gap. Raises ValueError for an unknown
-    name or split, or a gap outside [0, 1].
+    Returns (C, size, size) uint8: C = 3 of a natural world or with a gap, else 1. Raises
+    ValueError for an unknown name or split, or a gap outside [0, 1].
     """
     if not 0 <= gap <= 1:
         raise ValueError(f"gap {gap} of {name}: must be 0 to 1")
     draws = label_draws(name, split, seed, index, 1)
     share = gap ** EVEN_STEPS[WORLDS[name].domain]
-    scene, other = (
-        functools.partial(generator, name, split, seed, (0, index, purpose, 0))
-        for purpose in (1, 2)
-    )
+    scene = functools.partial(generator, name, split, seed, (0, index, 1, 0))
+    other = functools.partial(generator, name, split, seed, (0, index, 2, 0))
     if name in OBJECTS:
         texture, shape = OBJECTS[name][labels_from(name, draws)[0]]
         moved = (share, paint_chest((), size, other())) if gap else ()
@@ -422,3 +402,39 @@ def render(name, split, index, size, seed=0, gap=0.0):
             chest, background = paint_chest((), size, scene()), paint_background(size, other())
             image = image + np.float32(share) * (background - chest)
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+class Painted(NamedTuple):
+    """A reader of images that are painted when they are read; paint: i -> uint8 (C,H,W)."""
+
+    name: str
+    paint: Callable
+
+    def __call__(self, i, size=None):
+        return torch.from_numpy(self.paint(int(i)))
+
+    def where(self, i):
+        return f"{self.name} image {i}"
+
+
+def dataset(name, root, split, seed=0, size=None, gap=None):
+    """The ImageDataset of a world, or of NAME~GAP. size: pixels (default: the world's own).
+
+    gap: as in the name, which then states it. Raises ValueError for values out of range.
+    """
+    if not 0 <= seed < 2**63 or (size is not None and size < 1):
+        raise ValueError(f"{name}: seed {seed} or size {size} is out of range")
+    if gap is not None:
+        if not 0 <= gap <= 1 or "~" in name:
+            raise ValueError(f"{name}: gap {gap} must be 0 to 1, and not in the name (~) too")
+        name = f"{name}~{np.format_float_positional(gap, trim='-')}"
+    gap, base = gap_of(name), base_name(name)
+    world = WORLDS[base]
+    size = size or world.size
+    paint = functools.partial(render, base, split, size=size, seed=seed, gap=gap or 0.0)
+    marks = labels(base, split, getattr(world, split), seed)
+    reader = Painted(f"{name} {split}", paint)
+    options = {} if gap is None else {"gap": gap}
+    return ImageDataset(
+        name, reader, marks, world.classes, world.task, world.domain, size=size, options=options
+    )

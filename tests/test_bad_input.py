@@ -1,22 +1,21 @@
 """Each mistake is answered by one line that names it, exit 2, before training, and no file."""
 
 import os
-import subprocess
-import sys
 
-import numpy as np
 import pytest
 import torch
 from conftest import run
-from PIL import Image
+from grids import call
+from trees import noise, save
 
 import fewshot
 import models
+import plot
 import pretrain
 import transfer
-from engine import processes as engine
+from engine.processes import run_script
 
-MAIN = {"pretrain.py": pretrain.main, "transfer.py": transfer.main, "fewshot.py": fewshot.main}
+SCRIPTS = {"pretrain": pretrain, "transfer": transfer, "fewshot": fewshot}
 
 
 @pytest.fixture
@@ -24,11 +23,10 @@ def refuse(tmp_path, monkeypatch, capfd):
     """Calls a script in an empty directory; returns its one line, having checked the rest."""
     monkeypatch.chdir(tmp_path)
 
-    def call(script, *args):
+    def refused(script, *words):
         before = sorted(tmp_path.rglob("*"))
-        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
         with pytest.raises(SystemExit) as left:
-            engine.run(MAIN[script])
+            run_script(lambda: call(SCRIPTS[script], *words))
         captured = capfd.readouterr()
         assert left.value.code == 2
         assert captured.err.startswith("error: ") and captured.err.count("\n") == 1, captured.err
@@ -36,69 +34,60 @@ def refuse(tmp_path, monkeypatch, capfd):
         assert sorted(tmp_path.rglob("*")) == before
         return captured.err
 
-    return call
+    return refused
+
+
+SCRATCH = "fewshot --checkpoint scratch"
 
 
 @pytest.mark.parametrize(
-    "script, args, words",
+    "line, words",
     [
-        ("pretrain.py", "--source synthetic-natral", "did you mean 'synthetic-natural'?"),
-        ("pretrain.py", "--source cifar10", "--data-dir, or --download"),
-        ("pretrain.py", "--source nih --data-dir nowhere", "nowhere/NIH-ChestXRay-14"),
-        ("pretrain.py", "--source folder:nowhere", "no directory nowhere/train"),
-        ("pretrain.py", "--model R51x1", "did you mean 'R50x1'?"),
-        ("pretrain.py", "--precision fp23", "did you mean fp32?"),
-        ("pretrain.py", "--sauce nih", "did you mean --source?"),
-        ("pretrain.py", "--epochs 0", "not above zero"),
-        ("pretrain.py", "--lr fast", "--lr: invalid float value: 'fast'"),
-        ("pretrain.py", "--epochs 2 --warmup 3", "--warmup 3 is not within --epochs 2"),
-        ("pretrain.py", "--seed -1", "--seed"),
-        ("pretrain.py", "--workers -1", "--workers"),
-        ("pretrain.py", "--views PA", "--views means nothing for synthetic-natural"),
-        ("pretrain.py", "--source nih --split-by image", "--split-by means nothing for nih"),
-        ("pretrain.py", "--source nih --labels union", "--labels means nothing for nih"),
-        ("pretrain.py", "--source nih+nih", "nih+nih: a dataset occurs twice"),
-        ("pretrain.py", "--source nih+mimik", "did you mean 'mimic'?"),
-        ("pretrain.py", "--source synthetic-xray+synthetic-natural", "is not multi-label"),
-        ("pretrain.py", "--fraction 1.5", "--fraction 1.5: must be above 0 and at most 1"),
-        ("pretrain.py", "--single-label", "--single-label is for multi-label datasets"),
-        (
-            "pretrain.py",
-            "--source synthetic-xray --balanced",
-            "--balanced: synthetic-xray is multi",
-        ),
-        ("fewshot.py", "--checkpoint scratch --split-by image", "--split-by means nothing for"),
-        ("transfer.py", "--checkpoint scratch --target petz", "did you mean 'pets'?"),
-        ("transfer.py", "--checkpoint scratch --recipe papre", "did you mean paper?"),
-        ("transfer.py", "--checkpoint scratch --model R50x2", "did you mean"),
-        ("fewshot.py", "", "run pretrain.py first"),
-        ("fewshot.py", "--checkpoint runs/none", "no weights at runs/none"),
-        ("fewshot.py", "--checkpoint scratch --shots 0", "not above zero"),
-        ("fewshot.py", "--checkpoint scratch --shots 7 9999", "--shots 9999: class"),
-        ("fewshot.py", "--checkpoint scratch --batch-size 1", "--batch-size 1"),
+        ("pretrain --source synthetic-natral", "did you mean 'synthetic-natural'?"),
+        ("pretrain --source cifar10", "--data-dir, or --download"),
+        ("pretrain --source nih --data-dir nowhere", "nowhere/NIH-ChestXRay-14"),
+        ("pretrain --source folder:nowhere", "no directory nowhere/train"),
+        ("pretrain --model R51x1", "did you mean 'R50x1'?"),
+        ("pretrain --precision fp23", "did you mean fp32?"),
+        ("pretrain --sauce nih", "did you mean --source?"),
+        ("pretrain --epochs 0", "not above zero"),
+        ("pretrain --lr fast", "--lr: invalid float value: 'fast'"),
+        ("pretrain --epochs 2 --warmup 3", "--warmup 3 is not within --epochs 2"),
+        ("pretrain --seed -1", "--seed"),
+        ("pretrain --workers -1", "--workers"),
+        ("pretrain --batch-size 3 --accumulate 4", "--batch-size 3 is less than 1 processes x"),
+        ("pretrain --batch-size auto --accumulate 2", "--accumulate: --batch-size auto chooses"),
+        ("pretrain --views PA", "--views means nothing for synthetic-natural"),
+        ("pretrain --source nih --split-by image", "--split-by means nothing for nih"),
+        ("pretrain --source nih --labels union", "--labels means nothing for nih"),
+        ("pretrain --source nih+nih", "nih+nih: a dataset occurs twice"),
+        ("pretrain --source nih+mimik", "did you mean 'mimic'?"),
+        ("pretrain --source synthetic-xray+synthetic-natural", "is not multi-label"),
+        ("pretrain --fraction 1.5", "--fraction 1.5: must be above 0 and at most 1"),
+        ("pretrain --single-label", "--single-label is for multi-label datasets"),
+        ("pretrain --source synthetic-xray --balanced", "--balanced: synthetic-xray is multi"),
+        ("pretrain --recipe optimised --source synthetic-xray", "is for natural sources, not"),
+        ("transfer --checkpoint scratch --target petz", "did you mean 'pets'?"),
+        ("transfer --checkpoint scratch --recipe papre", "did you mean paper?"),
+        ("transfer --checkpoint scratch --model R50x2", "did you mean"),
+        ("fewshot", "run pretrain.py first"),
+        ("fewshot --checkpoint scratch runs/none", "no weights at runs/none"),
+        (f"{SCRATCH} --split-by image", "--split-by means nothing for"),
+        (f"{SCRATCH} --target synthetic-natural-target cifar11", "did you mean 'cifar10'?"),
+        (f"{SCRATCH} --shots 0", "not above zero"),
+        (f"{SCRATCH} --shots half", "--shots: invalid int value: 'half'"),
+        (f"{SCRATCH} --shots 7 9999", "--shots 9999: class"),
+        (f"{SCRATCH} --batch-size 1", "--batch-size 1"),
+        (f"{SCRATCH} --method lineal", "did you mean linear?"),
     ],
 )
-def test_options(refuse, script, args, words):
-    assert words in refuse(script, *args.split())
+def test_options(refuse, line, words):
+    assert words in refuse(*line.split())
 
 
 def test_shots_name_class_and_count(refuse, folder):
-    args = ("--checkpoint", "scratch", "--target", f"folder:{folder}", "--shots", "5", "21")
-    assert "--shots 21: class blue has only 20 training images" in refuse("fewshot.py", *args)
-
-
-def small_checkpoint(path, **more):
-    model = models.create_model("R14x0.5", 3)
-    path.mkdir(parents=True)
-    torch.save({"model": model.state_dict(), **more}, path / "model.pt")
-    return path
-
-
-def test_checkpoint_of_another_network(refuse, tmp_path):
-    path = small_checkpoint(tmp_path / "run") / "model.pt"
-    args = ("--checkpoint", path, "--model", "R26x0.5", "--source", "nih")
-    line = refuse("fewshot.py", *args)
-    assert "weights of another network: body.block1.unit02" in line and "--model" in line
+    words = (*SCRATCH.split(), "--target", f"folder:{folder}", "--shots", 5, 21)
+    assert "--shots 21: class blue has only 20 training images" in refuse(*words)
 
 
 class Payload:
@@ -106,58 +95,55 @@ class Payload:
         return os.mkdir, ("executed",)
 
 
-def test_checkpoint_with_code(refuse, tmp_path):
-    path = small_checkpoint(tmp_path / "run", epoch=Payload()) / "model.pt"
-    assert "holds code" in refuse("fewshot.py", "--checkpoint", path)
+@pytest.mark.parametrize("script", ("transfer", "fewshot"))
+def test_weights(refuse, tmp_path, script):
+    whole, cut, code = (tmp_path / name for name in ("model.pt", "cut.pt", "code.pt"))
+    state = models.create_model("R14x0.5", 3).state_dict()
+    torch.save({"model": state}, whole)
+    line = refuse(script, "--checkpoint", whole, "--model", "R26x0.5", "--source", "nih")
+    assert "weights of another network: body.block1.unit02" in line and "--model" in line
+    cut.write_bytes(whole.read_bytes()[:5000])
+    assert f"{cut}: damaged" in refuse(script, "--checkpoint", cut)
+    torch.save({"model": state, "epoch": Payload()}, code)
+    assert "holds code" in refuse(script, "--checkpoint", code)
     assert not (tmp_path / "executed").exists()
 
 
-def test_truncated_checkpoint(refuse, tmp_path):
-    path = small_checkpoint(tmp_path / "run") / "model.pt"
-    path.write_bytes(path.read_bytes()[:5000])
-    assert str(path) in refuse("transfer.py", "--checkpoint", path)
-
-
-def make_folder(root, classes=("a", "b")):
-    for split in ("train", "test"):
-        for name in classes:
-            (root / split / name).mkdir(parents=True)
-            for i in range(3):
-                pixels = np.full((32, 32, 3), 40 * i, np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
-    return root
+@pytest.fixture
+def tiny(tmp_path, rng):
+    """folder: dataset, 2 classes of 3 + 3 images, to be spoilt."""
+    for split, name, i in ((s, c, i) for s in ("train", "test") for c in "ab" for i in range(3)):
+        save(tmp_path / "set" / split / name / f"{i}.png", noise(rng, 32, 32, 3))
+    return tmp_path / "set"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_truncated_image(refuse, tmp_path, split, workers):
-    root = make_folder(tmp_path / "set")
-    broken = root / split / "b" / "1.png"
+def test_truncated_image(refuse, tiny, split, workers):
+    broken = tiny / split / "b" / "1.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    args = ("--source", f"folder:{root}", "--image-size", "32", "--workers", workers)
-    assert str(broken) in refuse("pretrain.py", *args)
-    args = ("--checkpoint", "scratch", "--target", f"folder:{root}", "--shots", "3")
-    assert str(broken) in refuse("fewshot.py", *args)
+    words = ("--source", f"folder:{tiny}", "--image-size", 32, "--workers", workers)
+    assert str(broken) in refuse("pretrain", *words)
+    words = ("--target", f"folder:{tiny}", "--shots", 3, "--workers", workers)
+    assert str(broken) in refuse(*SCRATCH.split(), *words)
 
 
-def test_two_checkpoints_of_one_name(refuse, folder):
-    args = ("--checkpoint", "scratch", "--target", f"folder:{folder}", f"folder:{folder}/.")
-    assert "would write results/folder-" in refuse("fewshot.py", *args, "--shots", "1")
+def test_empty_class(refuse, tiny):
+    (tiny / "train" / "c").mkdir()
+    assert str(tiny / "train" / "c") in refuse("pretrain", "--source", f"folder:{tiny}")
 
 
-def test_empty_class(refuse, tmp_path):
-    root = make_folder(tmp_path / "set")
-    (root / "train" / "c").mkdir()
-    assert str(root / "train" / "c") in refuse("pretrain.py", "--source", f"folder:{root}")
+def test_two_checkpoints_of_one_name(refuse, tiny):
+    targets = ("--target", f"folder:{tiny}", f"folder:{tiny}/.", "--shots", 1)
+    assert "would write results/folder-set" in refuse(*SCRATCH.split(), *targets)
 
 
-def test_broken_and_foreign_result(refuse, folder, tmp_path):
-    path = tmp_path / "results" / f"folder-{folder.name}" / "scratch-R14x0.5" / "1shot-seed0.json"
+@pytest.mark.parametrize("text", ('{"schema": 1', '{"schema": 2, "kind": "fewshot"}', "[]", "{}"))
+def test_broken_and_foreign_result(refuse, tiny, tmp_path, text):
+    path = tmp_path / "results" / "folder-set" / "scratch-R14x0.5" / "1shot-seed0.json"
     path.parent.mkdir(parents=True)
-    args = ("--checkpoint", "scratch", "--target", f"folder:{folder}", "--shots", "1")
-    for text in ('{"schema": 1', '{"schema": 2, "kind": "fewshot"}', "[]", "{}"):
-        path.write_text(text)
-        assert path.name in refuse("fewshot.py", *args)
+    path.write_text(text)
+    assert path.name in refuse(*SCRATCH.split(), "--target", f"folder:{tiny}", "--shots", 1)
 
 
 def test_one_line_also_from_the_shell(tmp_path):
@@ -166,8 +152,10 @@ def test_one_line_also_from_the_shell(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script", [*MAIN, "plot.py"])
-def test_help_states_defaults(script, tmp_path):
-    stdout, _ = run(script, "--help", cwd=tmp_path)
-    assert "--out" in stdout and "default:" in stdout
-    assert subprocess.list2cmdline([script]) in stdout
+@pytest.mark.parametrize("script", [*SCRIPTS.values(), plot], ids=lambda script: script.__name__)
+def test_help_states_defaults(script, capsys):
+    with pytest.raises(SystemExit) as left:
+        call(script, "--help")
+    output = capsys.readouterr().out
+    assert left.value.code == 0 and f"{script.__name__}.py" in output
+    assert "--out" in output and "default:" in output

@@ -11,25 +11,19 @@ import torch.nn.functional as F
 import models
 from models import create_model, load_weights
 
-BIT_SIZES = ("R50x1", "R50x3", "R101x1", "R101x3", "R152x2", "R152x4")
 # The state dict's kinds of entry -> BiT's names below resnet/; {} is block1/unit01 and so on.
 NPZ_NAMES = {
     "root.conv.weight": "root_block/standardized_conv2d/kernel",
-    "conv1.weight": "{}/a/standardized_conv2d/kernel",
-    "conv2.weight": "{}/b/standardized_conv2d/kernel",
-    "conv3.weight": "{}/c/standardized_conv2d/kernel",
     "downsample.weight": "{}/a/proj/standardized_conv2d/kernel",
-    "gn1.weight": "{}/a/group_norm/gamma",
-    "gn1.bias": "{}/a/group_norm/beta",
-    "gn2.weight": "{}/b/group_norm/gamma",
-    "gn2.bias": "{}/b/group_norm/beta",
-    "gn3.weight": "{}/c/group_norm/gamma",
-    "gn3.bias": "{}/c/group_norm/beta",
     "head.gn.weight": "group_norm/gamma",
     "head.gn.bias": "group_norm/beta",
     "head.conv.weight": "head/conv2d/kernel",
     "head.conv.bias": "head/conv2d/bias",
 }
+for number, letter in ((1, "a"), (2, "b"), (3, "c")):
+    NPZ_NAMES[f"conv{number}.weight"] = f"{{}}/{letter}/standardized_conv2d/kernel"
+    NPZ_NAMES[f"gn{number}.weight"] = f"{{}}/{letter}/group_norm/gamma"
+    NPZ_NAMES[f"gn{number}.bias"] = f"{{}}/{letter}/group_norm/beta"
 
 
 def randomize(model, seed=0):
@@ -42,7 +36,7 @@ def randomize(model, seed=0):
     return model
 
 
-def write_npz(path, state, gamma_shape=(-1,)):
+def write_npz(path, state, norm_shape=(-1,)):
     """The state dict as BiT's release holds it: kernels HWIO, norms flat or (1,1,1,C)."""
     arrays = {}
     for key, value in state.items():
@@ -54,7 +48,7 @@ def write_npz(path, state, gamma_shape=(-1,)):
         if value.ndim == 4:
             value = value.transpose(2, 3, 1, 0)
         elif "gn" in kind:
-            value = value.reshape(gamma_shape)
+            value = value.reshape(norm_shape)
         arrays["resnet/" + NPZ_NAMES[kind].format(unit)] = value
     np.savez(path, **arrays)
 
@@ -87,21 +81,12 @@ def test_same_logits_as_timm(name, tmp_path):
         assert (logits - expected).norm() < 1e-4 * expected.norm()
 
 
-@pytest.mark.parametrize("name", BIT_SIZES)
-def test_same_parameter_count_as_timm(name):
+@pytest.mark.parametrize("name", models.MODELS)
+def test_keys_are_those_of_bit_and_as_many_parameters_as_timm(name):
     with torch.device("meta"):
         ours = create_model(name, 1000)
-        theirs = timm.create_model(f"resnetv2_{name[1:]}_bit", num_classes=1000)
-    count = sum(p.numel() for p in ours.parameters())
-    assert count == sum(p.numel() for p in theirs.parameters())
-
-
-@pytest.mark.parametrize("name", models.MODELS)
-def test_state_dict_keys_are_those_of_bit(name):
-    with torch.device("meta"):
-        keys = list(create_model(name, 5).state_dict())
     expected = ["root.conv.weight"]
-    for stage, units in enumerate(models.MODELS[name][0], 1):
+    for stage, units in enumerate(models.MODELS[name].blocks, 1):
         for unit in range(1, units + 1):
             prefix = f"body.block{stage}.unit{unit:02d}."
             for i in (1, 2, 3):
@@ -110,7 +95,12 @@ def test_state_dict_keys_are_those_of_bit(name):
             # The first unit of every stage widens its input fourfold or twofold.
             expected += [prefix + "downsample.weight"] if unit == 1 else []
     expected += [f"head.{part}" for part in ("gn.weight", "gn.bias", "conv.weight", "conv.bias")]
-    assert sorted(keys) == sorted(expected)
+    assert sorted(ours.state_dict()) == sorted(expected)
+    if name in "R50x1 R50x3 R101x1 R101x3 R152x2 R152x4".split():
+        with torch.device("meta"):
+            theirs = timm.create_model(f"resnetv2_{name[1:]}_bit", num_classes=1000)
+        counts = [sum(p.numel() for p in model.parameters()) for model in (ours, theirs)]
+        assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("name, width", (("R14x0.5", 0.5), ("R26x1", 1)))
@@ -124,12 +114,20 @@ def test_head_of_features_is_the_logits(name, width):
         torch.testing.assert_close(model(images), logits, rtol=1e-5, atol=1e-5)
 
 
+def test_the_head_alone_is_not_clipped():
+    model = create_model("R14x0.5", 32)  # as many outputs as the root has filters
+    body, head = model.parameter_groups()
+    assert "clipping" not in body and head["clipping"] is None
+    assert {id(p) for p in head["params"]} == {id(p) for p in model.head.conv.parameters()}
+    together = [id(p) for p in (*body["params"], *head["params"])]
+    assert sorted(together) == sorted(id(p) for p in model.parameters())
+
+
 def test_activation_checkpointing_changes_no_gradient():
     images, labels = torch.randn(4, 3, 48, 48), torch.tensor([0, 1, 2, 0])
     losses, gradients = [], []
     for recompute in (False, True):
-        model = create_model("R26x0.5", 3, checkpoint_activations=recompute).train()
-        randomize(model)
+        model = randomize(create_model("R26x0.5", 3, recompute)).train()
         calls = []
         model.body.block1.unit01.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         loss = F.cross_entropy(model(images), labels)
@@ -137,8 +135,7 @@ def test_activation_checkpointing_changes_no_gradient():
         assert len(calls) == 1 + recompute  # the block did run again in the backward pass
         losses.append(loss.detach())
         gradients.append({name: p.grad for name, p in model.named_parameters()})
-    assert torch.equal(*losses)
-    assert same(*gradients)
+    assert torch.equal(*losses) and same(*gradients)
 
 
 def test_unknown_model_names_the_near_match():
@@ -148,8 +145,7 @@ def test_unknown_model_names_the_near_match():
 
 @pytest.mark.slow
 def test_compiles_as_one_graph():
-    model = small().eval()
-    images = torch.randn(2, 3, 64, 64)
+    model, images = small().eval(), torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True)(images)
         torch.testing.assert_close(compiled, model(images), rtol=1e-4, atol=1e-4)
@@ -166,8 +162,9 @@ def plain_standardize(weight):
 
 
 @pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last))
-def test_standardized_filters(layout):
-    weight = 3 + torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(0))
+def test_standardized_filters_and_their_gradient(layout):
+    generator = torch.Generator().manual_seed(0)
+    weight = 3 + torch.randn(6, 5, 3, 3, generator=generator)
     weight = weight.contiguous(memory_format=layout)
     result = models.standardize(weight)
     assert result.shape == weight.shape and result.is_contiguous(memory_format=layout)
@@ -175,14 +172,8 @@ def test_standardized_filters(layout):
     torch.testing.assert_close(mean, torch.zeros(6).double(), rtol=0, atol=1e-6)
     torch.testing.assert_close(variance, torch.ones(6).double(), rtol=0, atol=1e-5)
     torch.testing.assert_close(result, plain_standardize(weight), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last))
-def test_gradient_of_standardization(layout):
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(4, 3, 3, 3, generator=generator, dtype=torch.float64)
-    weight = weight.contiguous(memory_format=layout).requires_grad_()
-    outer = torch.randn(4, 3, 3, 3, generator=generator, dtype=torch.float64)
+    weight = weight.double().requires_grad_()
+    outer = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
     (gradient,) = torch.autograd.grad(models.standardize(weight), weight, outer)
     (expected,) = torch.autograd.grad(plain_standardize(weight), weight, outer)
     assert expected.abs().max() > 0.1
@@ -194,67 +185,44 @@ def test_gradient_of_standardization(layout):
 # ------------------------------------------------------------------------------------------------
 
 
-def save_own(path, state):
-    torch.save({"model": state, "name": "R14x0.5", "classes": ("a", "b", "c")}, path)
+def save(path, state):
+    """In one of the formats, by the name of the file."""
+    if path.name == "flat.npz":
+        write_npz(path, state)
+    elif path.name == "wide.npz":
+        write_npz(path, state, norm_shape=(1, 1, 1, -1))
+    elif path.name == "model.pt":
+        torch.save({"model": state, "name": "R14x0.5", "classes": ("a", "b", "c")}, path)
+    else:  # as published
+        if path.name == "parallel.pth.tar":
+            state = {f"module.{key}": value for key, value in state.items()}
+        torch.save({"model": state, "epoch": 3, "optimizer": {"state": {}}}, path)
 
 
-def save_published(path, state):
-    torch.save({"model": state, "epoch": 3, "optimizer": {"state": {}}}, path)
-
-
-def save_published_parallel(path, state):
-    save_published(path, {f"module.{key}": value for key, value in state.items()})
-
-
-def save_npz(path, state):
-    write_npz(path, state)
-
-
-def save_npz_wide_norms(path, state):
-    write_npz(path, state, gamma_shape=(1, 1, 1, -1))
-
-
-FORMATS = {
-    "model.pt": save_own,
-    "model.pth.tar": save_published,
-    "parallel.pth.tar": save_published_parallel,
-    "flat.npz": save_npz,
-    "wide.npz": save_npz_wide_norms,
-}
-
-
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    "name", ("model.pt", "model.pth.tar", "parallel.pth.tar", "flat.npz", "wide.npz")
+)
 def test_every_format_gives_the_weights_back(name, tmp_path):
-    saved, model = small(seed=1).state_dict(), small(seed=2)
+    saved, model, five = small(3, 1).state_dict(), small(3, 2), small(5, 2)
+    save(tmp_path / name, saved)
     assert not same(saved, model.state_dict())
-    FORMATS[name](tmp_path / name, saved)
     load_weights(model, tmp_path / name)
     assert same(saved, model.state_dict())
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_head_of_another_size_stays_fresh(name, tmp_path):
-    saved, model = small(3, seed=1).state_dict(), small(5, seed=2)
-    fresh = {key: value.clone() for key, value in model.head.conv.state_dict().items()}
-    FORMATS[name](tmp_path / name, saved)
-    load_weights(model, tmp_path / name)
-    assert same(fresh, model.head.conv.state_dict())
+    # A head of another size stays fresh.
+    load_weights(five, tmp_path / name)
+    assert same(five.head.conv.state_dict(), small(5, 2).head.conv.state_dict())
     body = [key for key in saved if not key.startswith("head.conv")]
-    assert all(torch.equal(saved[key], model.state_dict()[key]) for key in body)
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_another_network_is_refused_by_its_keys(name, tmp_path):
-    FORMATS[name](tmp_path / name, small().state_dict())
-    model = randomize(create_model("R26x0.5", 3), seed=2)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert all(torch.equal(saved[key], five.state_dict()[key]) for key in body)
+    # Another network is refused by its keys, and nothing is loaded in part.
+    other = randomize(create_model("R26x0.5", 3), 2)
+    before = {key: value.clone() for key, value in other.state_dict().items()}
     with pytest.raises(ValueError, match=r"body\.block1\.unit02\.gn1\.weight is missing"):
-        load_weights(model, tmp_path / name)
-    assert same(before, model.state_dict())  # nothing was loaded in part
+        load_weights(other, tmp_path / name)
+    assert same(before, other.state_dict())
 
 
 def test_another_width_is_refused_by_its_shapes(tmp_path):
-    save_own(tmp_path / "model.pt", create_model("R26x1", 3).state_dict())
+    save(tmp_path / "model.pt", create_model("R26x1", 3).state_dict())
     with pytest.raises(ValueError, match=r"root\.conv\.weight is \(64, .*for \(32, "):
         load_weights(create_model("R26x0.5", 3), tmp_path / "model.pt")
 
@@ -281,33 +249,23 @@ def test_pickled_code_is_refused_and_not_run(zipped, tmp_path):
     assert marker.exists()  # the file was dangerous indeed
 
 
-def broken_files(folder):
-    """{what is wrong: path}"""
-    save_own(folder / "whole.pt", small().state_dict())
-    write_npz(folder / "whole.npz", small().state_dict())
-    for name in ("whole.pt", "whole.npz"):
-        contents = (folder / name).read_bytes()
-        (folder / f"cut-{name}").write_bytes(contents[: len(contents) // 2])
-    np.savez(folder / "objects.npz", **{"resnet/x": np.array([{"code": 1}], dtype=object)})
-    (folder / "empty.pt").write_bytes(b"")
-    (folder / "empty.npz").write_bytes(b"")
-    (folder / "text.pt").write_text("weights of a network")
-    torch.save([torch.zeros(3)], folder / "list.pt")
-    torch.save({"model": 3}, folder / "number.pt")
-
-
-@pytest.mark.parametrize(
-    "name",
-    "cut-whole.pt cut-whole.npz objects.npz empty.pt empty.npz text.pt list.pt number.pt".split(),
-)
-def test_broken_file_is_refused_in_one_line(name, tmp_path):
-    broken_files(tmp_path)
-    with pytest.raises(ValueError) as caught:
-        load_weights(small(), tmp_path / name)
-    assert str(caught.value).startswith(f"{tmp_path / name}: ")
-    assert "\n" not in str(caught.value)
-
-
-def test_missing_file_is_named(tmp_path):
+def test_broken_files_are_refused_in_one_line(tmp_path):
+    names = ("cut.pt", "cut.npz", "objects.npz", "empty.pt", "empty.npz", "text.pt", "list.pt")
+    paths = {name: tmp_path / name for name in (*names, "number.pt")}
+    for name in ("model.pt", "flat.npz"):
+        save(tmp_path / name, small().state_dict())
+        content = (tmp_path / name).read_bytes()
+        paths[f"cut{(tmp_path / name).suffix}"].write_bytes(content[: len(content) // 2])
+    objects = {"resnet/x": np.array([{"code": 1}], dtype=object)}
+    np.savez(paths["objects.npz"], **objects)
+    paths["empty.pt"].touch()
+    paths["empty.npz"].touch()
+    paths["text.pt"].write_text("weights of a network")
+    torch.save([torch.zeros(3)], paths["list.pt"])
+    torch.save({"model": 3}, paths["number.pt"])
+    for path in paths.values():
+        with pytest.raises(ValueError) as caught:
+            load_weights(small(), path)
+        assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
     with pytest.raises(FileNotFoundError, match="no weights at .*absent.pt"):
         load_weights(small(), tmp_path / "absent.pt")

@@ -1,158 +1,135 @@
-"""The BiT-HyperRule and what is transferred, against the numbers of the papers."""
+"""Which networks are transferred, and how one is fine-tuned on all images of a target."""
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT  # noqa: F401  (one thread)
+from grids import QUICK, call, pretrained, results
 
-import data
-import finetune
-import grid
 import models
-import pretrain
-from readers import transforms
-from transfer import HyperRule, hyperrule
+import transfer
+from engine.grid import open_networks
+from readers.transforms import NORMALIZATION
+
+MEDICAL = "chexpert mimic nih padchest covidx tuberculosis synthetic-xray synthetic-xray-target"
+UNIONS = "chexpert+mimic+nih nih@224+chexpert padchest@256 synthetic-xray~0.4"
+NATURAL = "imagenet1k imagenet21k@256 pets synthetic-natural folder:x my-photos"
+MIXES = "nih+imagenet1k chexpert+my-photos synthetic-natural+synthetic-xray"
 
 
-@pytest.mark.parametrize(
-    "examples, expected",
-    [
-        (1, (0.0, 100, (200, 300, 400), 500)),
-        (19_999, (0.0, 100, (200, 300, 400), 500)),
-        (20_000, (0.1, 500, (3000, 6000, 9000), 10_000)),
-        (499_999, (0.1, 500, (3000, 6000, 9000), 10_000)),
-        (500_000, (0.1, 500, (6000, 12_000, 18_000), 20_000)),
-    ],
-)
-def test_hyperrule_by_examples(examples, expected):
-    assert hyperrule(examples, 32)[2:] == expected
+def open_weights(path, **given):
+    return transfer.open_network(path, SimpleNamespace(**({"model": None, "source": None} | given)))
 
 
-@pytest.mark.parametrize(
-    "size, expected",
-    [(32, (160, 128)), (95, (160, 128)), (96, (512, 480)), ((64, 143), (160, 128)),
-     ((64, 144), (512, 480)), (500, (512, 480))],
-)  # fmt: skip
-def test_hyperrule_by_area(size, expected):
-    assert hyperrule(100, size)[:2] == expected
+def test_the_domain_of_foreign_weights_is_that_of_their_source(tmp_path, monkeypatch):
+    path, npz = tmp_path / "model.pth.tar", tmp_path / "BiT.npz"
+    state = {"model": models.create_model("R14x0.5", 3).state_dict(), "epoch": 90}
+    torch.save(state, path)
+    npz.touch()
+    with pytest.raises(ValueError, match="--model and --source"):
+        open_weights(path)
+    with pytest.raises(ValueError, match="another network"):
+        open_weights(path, model="R26x1", source="imagenet1k")
+    monkeypatch.setattr(transfer, "read_weights", lambda path: state)
+    for domain, names in (("medical", (MEDICAL, UNIONS)), ("natural", (NATURAL, MIXES))):
+        for source in " ".join(names).split():
+            opened = open_weights(path, model="R14x0.5", source=source)
+            assert (opened.domain, opened.images, opened.sample) == (domain, None, None), source
+            assert opened.normalization == NORMALIZATION[domain]
+            assert opened.name == f"{source.replace(':', '-')}-R14x0.5"
+            # BiT's own networks take pixels in [-1,1] whatever they were trained on.
+            bit = open_weights(npz, model="R14x0.5", source=source)
+            assert bit.normalization == ((0.5,) * 3, (0.5,) * 3) and bit.domain == domain
 
 
-@pytest.mark.parametrize(
-    "step, factor",
-    [(0, 0), (1, 0.01), (50, 0.5), (99, 0.99), (100, 1), (200, 1), (201, 0.1), (300, 0.1),
-     (301, 0.01), (400, 0.01), (401, 0.001), (499, 0.001)],
-)  # fmt: skip
-def test_hyperrule_learning_rate(step, factor):
-    rate = hyperrule(1000, 32).learning_rate(step, 0.003)
-    assert rate == pytest.approx(0.003 * factor, rel=1e-12)
+def test_networks_that_are_named_or_found(tmp_path, monkeypatch):
+    def found(*checkpoint, method="finetune", model=None, scratch_steps=None):
+        args = SimpleNamespace(checkpoint=checkpoint, method=method, model=model)
+        args.source, args.scratch_steps = None, scratch_steps
+        return [network.name for network in open_networks(args, transfer.open_network)]
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="run pretrain.py first"):
+        found()
+    for source, model in (("nih", "R26x0.5"), ("pets", "R14x0.5")):
+        state = models.create_model(model, 3).state_dict()
+        facts = {"name": model, "source": source, "domain": "?", "images": 7, "mean": (), "std": ()}
+        (tmp_path / "runs" / source).mkdir(parents=True)
+        torch.save({"model": state, **facts}, tmp_path / "runs" / source / "model.pt")
+    (tmp_path / "runs" / "unfinished").mkdir()
+    both = ["nih-R26x0.5", "pets-R14x0.5"]
+    assert found() == [*both, "scratch-R14x0.5", "scratch-R26x0.5"]
+    assert found(method="linear") == both
+    assert found("scratch", "runs/nih") == ["nih-R26x0.5", "scratch-R26x0.5"]
+    longer = ["scratch-R50x1", "scratch-9steps-R50x1"]
+    assert found("scratch", model="R50x1", scratch_steps=9) == longer
+    with pytest.raises(FileNotFoundError, match="unfinished: holds no model.pt; pretrain.py has"):
+        found("runs/unfinished")
+    with pytest.raises(ValueError, match="model.pt is of R14x0.5, not of --model R50x1"):
+        found("runs/pets", model="R50x1")
 
 
-def test_hyperrule_learning_rate_of_long_schedules():
-    rule = hyperrule(50_000, 32)
-    rates = [rule.learning_rate(s, 1.0) for s in (250, 500, 3000, 3001, 6001, 9001, 9999)]
-    assert rates == pytest.approx([0.5, 1, 1, 0.1, 0.01, 0.001, 0.001])
-    rule = hyperrule(1_000_000, 32)
-    assert [rule.learning_rate(s, 1.0) for s in (6000, 6001)] == pytest.approx([1, 0.1])
+# ------------------------------------------------------------------------------------------------
+# Fine-tuning
+# ------------------------------------------------------------------------------------------------
 
 
-def test_hyperrule_in_other_steps_and_sizes():
-    rule = hyperrule(1000, 32)
-    assert rule.with_steps(50) == HyperRule(160, 128, 0.0, 10, (20, 30, 40), 50)
-    assert rule.with_crop(64)[:2] == (80, 64)
-
-
-def test_rule_of_each_kind_of_target(folder, nih_root):
-    natural = data.load_dataset(f"folder:{folder}")
-    paper = finetune.RECIPES["paper"]
-    assert finetune.choose_rule(natural, 60, paper)[:2] == (160, 128)
-    assert finetune.choose_rule(natural, 60, paper, image_size=64, steps=30)[:2] == (80, 64)
-    nih = data.load_dataset("nih", nih_root)
-    assert finetune.choose_rule(nih, 40, paper)[:2] == (224, 224)
-    pipeline = finetune.choose_pipeline(nih, finetune.choose_rule(nih, 40, paper), paper, True)
-    assert pipeline.augment is transforms.random_affine_flip
-    alone = data.keep_single_label(nih)  # multi-class, and an X-ray set still
-    assert alone.task == "multiclass" and finetune.choose_rule(alone, 40, paper)[:2] == (224, 224)
-    synthetic = data.load_dataset("synthetic-xray-target", split="test")
-    rule = finetune.choose_rule(synthetic, 20, finetune.RECIPES["synthetic"])
-    assert rule.crop == rule.resize == synthetic.size
-
-
-def test_pretraining_schedule():
-    def rate(epoch, schedule="step"):
-        return pretrain.learning_rate(epoch, 0.4, 0.05, 5, 90, schedule)
-
-    assert rate(0) == pytest.approx(0.05) and rate(2.5) == pytest.approx(0.225)
-    steps = [rate(e) for e in (5, 29.9, 30, 60, 79.9, 80, 89.9)]
-    assert steps == pytest.approx([0.4, 0.4, 0.04, 0.004, 0.004, 0.0004, 0.0004])
-    cosine = [rate(e, "cosine") for e in (5, 47.5, 90)]
-    assert cosine == pytest.approx([0.4, 0.2, 0.0])
-
-
-@pytest.mark.parametrize(
-    "source, domain, model, expected",
-    [
-        ("imagenet1k", "natural", "R50x1", (0.1, None, 5, 90, 32)),
-        ("imagenet1k", "natural", "R152x4", (0.03, 0.01, 15, 90, 16)),
-        ("imagenet21k", "natural", "R152x4", (0.01, 0.01, 2, 90, 16)),
-        ("nih", "medical", "R50x1", (0.01, 0.01, 15, 90, 32)),
-        ("folder:x", "natural", "R50x1", (0.1, None, 5, 90, 32)),
-    ],
-)
-def test_recipes_of_the_study(source, domain, model, expected):
-    name, recipe = pretrain.choose_recipe(None, source, domain, model)
-    found = recipe.lr, recipe.clipping, recipe.warmup, recipe.epochs, recipe.worker_batch
-    assert found == expected
-    assert (recipe.schedule, recipe.weight_decay, recipe.image_size) == ("step", 1e-4, 224)
-    assert (name, recipe.batch_size, recipe.rand_augment) == ("paper", 256, False)
-
-
-@pytest.mark.parametrize("model, epochs, worker_batch", [("R50x1", 120, 32), ("R152x4", 90, 16)])
-def test_optimised_recipe(model, epochs, worker_batch):
-    name, recipe = pretrain.choose_recipe("optimised", "imagenet1k", "natural", model)
-    found = name, recipe.lr, recipe.clipping, recipe.warmup, recipe.schedule, recipe.rand_augment
-    assert found == ("optimised", 0.03, 0.01, 15, "cosine", True)
-    assert (recipe.epochs, recipe.worker_batch) == (epochs, worker_batch)
-    with pytest.raises(ValueError, match="--recipe optimised is for natural sources, not nih"):
-        pretrain.choose_recipe("optimised", "nih", "medical", model)
-    assert pretrain.choose_recipe(None, "synthetic-xray", "medical", model)[0] == "synthetic"
-    assert pretrain.choose_recipe("paper", "synthetic-xray", "medical", model)[1].epochs == 90
+@pytest.fixture(scope="module")
+def checkpoint(folder, tmp_path_factory):
+    return pretrained(folder, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture
-def checkpoint(tmp_path):
-    torch.manual_seed(5)
-    model = models.create_model("R14x0.5", 3)
-    mean, std = transforms.NORMALIZATION["medical"]
-    record = {"model": model.state_dict(), "name": "R14x0.5", "source": "nih", "images": 7}
-    record |= {"domain": "medical", "mean": mean, "std": std}
-    torch.save(record, tmp_path / "model.pt")
-    return tmp_path, model
+def started(monkeypatch):
+    """(weights, settings of the optimiser) of every training as it starts."""
+    found, original = [], transfer.Run
+
+    def note(path, model, optimizer, *rest):
+        state = {key: value.clone() for key, value in model.state_dict().items()}
+        found.append((state, optimizer.param_groups[0].copy()))
+        return original(path, model, optimizer, *rest)
+
+    monkeypatch.setattr(transfer, "Run", note)
+    return found
 
 
-def test_head_is_fresh_and_body_is_not(checkpoint):
-    folder, source = checkpoint
-    (opened,) = grid.open_checkpoints([str(folder)])
-    assert (opened.name, opened.domain, opened.images) == ("nih-R14x0.5", "medical", 7)
-    heads = []
-    for classes, seed in ((3, 0), (3, 1), (3, 0)):  # as many classes as the source had
-        model = finetune.pretrained_model(opened, classes, seed, "cpu", False)
-        assert torch.equal(model.root.conv.weight, source.root.conv.weight)
-        assert not torch.equal(model.head.conv.weight, source.head.conv.weight)
-        heads.append(model.head.conv.weight)
-    assert torch.equal(heads[0], heads[2]) and not torch.equal(heads[0], heads[1])
-    bound = 1 / np.sqrt(heads[0].shape[1])  # PyTorch's default initialisation
-    assert 0.9 * bound < heads[0].abs().max() <= bound
-    model = finetune.pretrained_model(opened, 4, 0, "cpu", True)
-    assert not model.head.conv.weight.any() and not model.head.conv.bias.any()
+def full_shot(folder, checkpoint, out, *more):
+    words = ("--checkpoint", checkpoint, "--target", f"folder:{folder}", "--batch-size", 8)
+    return call(transfer, *words, *QUICK, "--out", out, *more)
 
 
-def test_foreign_weights_need_model_and_source(tmp_path):
-    model = models.create_model("R14x0.5", 3)
-    path = tmp_path / "model.pth.tar"
-    torch.save({"model": model.state_dict(), "epoch": 90}, path)
-    with pytest.raises(ValueError, match="--model and --source"):
-        grid.open_checkpoints([str(path)])
-    (opened,) = grid.open_checkpoints([str(path)], "R14x0.5", "chexpert+mimic")
-    assert opened.domain == "medical" and opened.normalization[0] == (0.5, 0.5, 0.5)
-    with pytest.raises(ValueError, match="another network"):
-        grid.open_checkpoints([str(path)], "R26x1", "imagenet1k")
+def test_head_is_fresh_and_body_is_not(folder, checkpoint, tmp_path, started):
+    """As many classes as the source had."""
+    full_shot(folder, checkpoint, tmp_path / "a", "--steps", 1, "--seeds", 2)
+    full_shot(folder, checkpoint, tmp_path / "b", "--steps", 1)
+    full_shot(folder, checkpoint, tmp_path / "c", "--steps", 1, "--recipe", "bit")
+    source = torch.load(checkpoint / "model.pt", weights_only=True)["model"]
+    for state, _ in started:
+        assert torch.equal(state["root.conv.weight"], source["root.conv.weight"])
+    first, second, again, zero = (state["head.conv.weight"] for state, _ in started)
+    assert not torch.equal(first, source["head.conv.weight"])
+    assert torch.equal(first, again) and not torch.equal(first, second)
+    bound = 1 / np.sqrt(first.shape[1])  # PyTorch's default initialisation
+    assert 0.9 * bound < first.abs().max() <= bound
+    assert not zero.any() and not started[3][0]["head.conv.bias"].any()
+    settings = [(s["clipping"], s["nesterov"], s["momentum"]) for _, s in started[2:]]
+    assert settings == [(0.01, True, 0.9), (None, False, 0.9)]
+
+
+def test_another_optimiser_takes_its_place(folder, checkpoint, tmp_path, monkeypatch):
+    def make(groups, lr, nesterov, clipping):
+        return torch.optim.AdamW(groups, lr=lr)
+
+    monkeypatch.setattr(transfer, "SGD_AGC", make)
+    assert full_shot(folder, checkpoint, tmp_path, "--steps", 3, "--log-every", 1) == 0
+    (record,) = results(tmp_path).values()
+    assert record["train"]["steps"] == 3 and record["metrics"]["loss"] > 0
+
+
+def test_a_run_that_diverges_stops_no_other(folder, checkpoint, tmp_path, capsys):
+    more = ("--steps", 4, "--log-every", 1, "--seeds", 2, "--lr", 1e30, "--recipe", "bit")
+    assert full_shot(folder, checkpoint, tmp_path, *more) == 1
+    output = capsys.readouterr().out
+    assert "2 cells failed" in output and output.count("not finite") == 2
+    assert not results(tmp_path)

@@ -1,5 +1,9 @@
 """Tiny datasets in their official layouts, for tests to read and to spoil."""
 
+import csv
+import gzip
+import io
+
 import numpy as np
 import torch
 from PIL import Image
@@ -26,10 +30,29 @@ def random_image(rng, *shape):
     return torch.from_numpy(noise(rng, *shape))
 
 
-def pixels_of(path, mode="RGB"):
-    """Pillow's own reading as (C,H,W)."""
-    with Image.open(path) as image:
+def pixels_of(file, mode="RGB"):
+    """Pillow's own reading of a path or of bytes as (C,H,W)."""
+    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
         return np.atleast_3d(np.asarray(image.convert(mode))).transpose(2, 0, 1)
+
+
+def load_folder(path, split="train"):
+    return load_dataset(f"folder:{path}", split=split)
+
+
+def write(path, content):
+    """Writes text or bytes, gzipped where the name says so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = content if isinstance(content, bytes) else content.encode()
+    path.write_bytes(gzip.compress(content, 1) if path.suffix == ".gz" else content)
+
+
+def read(path):
+    return (gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes()).decode()
+
+
+def lines(header, rows):
+    return "\n".join([header, *rows]) + "\n"
 
 
 NIH_HEADER = "Image Index,Finding Labels,Follow-up #,Patient ID,View Position"
@@ -44,7 +67,7 @@ NIH_ROWS = (
 
 
 class Chests:
-    """A tiny tree in the official layout, to be spoilt by a test."""
+    """NIH ChestX-ray14 as a user may have it."""
 
     def __init__(self, root, rng):
         self.root, self.folder = root, root / "NIH-ChestXRay-14"
@@ -65,12 +88,136 @@ class Chests:
         )
         self.test.write_text("00000002_000.png\n")
 
-    def write_table(self, *lines):
-        self.table.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\r\n\r\n")
+    def write_table(self, *rows):
+        self.table.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(rows).encode() + b"\r\n\r\n")
 
     def load(self, split="train", **options):
         return load_dataset("nih", self.root, split, **options)
 
 
-def load_folder(path, split="train"):
-    return load_dataset(f"folder:{path}", split=split)
+# The header of 2017 has a comma after its last name, and so has each row.
+NIH_HEADER_2017 = (
+    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+    "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],"
+)
+CHEXPERT_HEADER = (
+    "Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Enlarged Cardiomediastinum,Cardiomegaly,"
+    "Lung Opacity,Lung Lesion,Edema,Consolidation,Pneumonia,Atelectasis,Pneumothorax,"
+    "Pleural Effusion,Pleural Other,Fracture,Support Devices"
+)
+METADATA_HEADER = (
+    "dicom_id,subject_id,study_id,PerformedProcedureStepDescription,ViewPosition,Rows,Columns,"
+    "StudyDate,StudyTime,ProcedureCodeSequence_CodeMeaning,ViewCodeSequence_CodeMeaning,"
+    "PatientOrientationCodeSequence_CodeMeaning"
+)
+SPLIT_HEADER = "dicom_id,study_id,subject_id,split"
+MIMIC_FINDINGS_HEADER = (
+    "subject_id,study_id,Atelectasis,Cardiomegaly,Consolidation,Edema,Enlarged Cardiomediastinum,"
+    "Fracture,Lung Lesion,Lung Opacity,No Finding,Pleural Effusion,Pleural Other,Pneumonia,"
+    "Pneumothorax,Support Devices"
+)
+# dicom_id, subject_id, study_id, ViewPosition, split; in the order of the metadata.
+MIMIC_ROWS = (
+    ("fffabebf-74fd3a1f-673b6b41-96ec0ac9-2ab69818", 10000032, 53911762, "AP", "train"),
+    ("02aa804e-bde0afdd-112c0b34-7bc16630-4e384014", 10000032, 50414267, "PA", "train"),
+    ("174413ec-4ec4c1f7-34ea26b7-c5f994f8-79ef1962", 10000032, 50414267, "LATERAL", "train"),
+    ("f3a5dbbc-23c7f3f4-ab6c0f8a-ec7c9a0b-d1f1b3aa", 19999733, 57132437, "PA", "train"),
+    ("68b5c4b1-227d0485-9cc38c3f-7b84ab51-4b472714", 10000032, 53911762, "AP", "train"),
+    ("096052b7-d256dc40-453a102b-fa7d01c6-1b22c6b4", 10000764, 57375967, "AP", "validate"),
+    ("2b8ab9ea-2b9bb9a2-c4e7f2fa-a5b3a8a0-1ae1f9d1", 10000898, 50771383, "PA", "train"),
+    ("d0b71acc-b5a62046-bbb5f6b8-7b173b85-65cdf738", 10000935, 50578979, "PA", "test"),
+    ("8b2a3bd3-f5c7a08f-ac7f6ec4-fc7e2b1c-0b7f4bfb", 10000935, 51178377, "LL", "train"),
+    ("b75df1bd-0f22d631-52d73526-2ae7b85a-d843b39d", 10000980, 50985099, "", "validate"),
+    ("0b2f8b0d-1b0d3a6b-5e9d3ac5-7f0a9f6d-77aaf3c4", 10000980, 54577367, "PA", "validate"),
+)
+MIMIC_FINDINGS = (
+    "19999733,57132437,1.0,,,,,,,0.0,1.0,,,-1.0,,1.0",
+    "10000764,57375967,,,1.0,,,,,,,,,-1.0,,",
+    "10000001,59999999,1.0,1.0,1.0,1.0,1.0,1.0,1.0,1.0,,1.0,1.0,1.0,1.0,1.0",
+    "10000032,50414267,,,,,,,,,1.0,,,,,",
+    "10000980,54577367,,,,0,,,,,,,,,1,-1",
+    "10000980,50985099,,,,,,,,,,,,,1.0,",
+    "10000032,53911762,0.0,-1.0,,1.0,,,,,,1,0,,,-1",
+    "10000935,50578979,1.0,,,,,,,,,,,,,",
+    "10000935,51178377,,1.0,,,,,,,,,,,,",
+)
+PADCHEST_HEADER = (  # the first column, pandas' row number, has no name
+    ",ImageID,ImageDir,StudyDate_DICOM,StudyID,PatientID,PatientBirth,PatientSex_DICOM,"
+    "ViewPosition_DICOM,Projection,MethodProjection,Pediatric,Modality_DICOM,Manufacturer_DICOM,"
+    "PhotometricInterpretation_DICOM,PixelRepresentation_DICOM,PixelAspectRatio_DICOM,"
+    "SpatialResolution_DICOM,BitsStored_DICOM,WindowCenter_DICOM,WindowWidth_DICOM,Rows_DICOM,"
+    "Columns_DICOM,XRayTubeCurrent_DICOM,Exposure_DICOM,ExposureInuAs_DICOM,ExposureTime,"
+    "RelativeXRayExposure_DICOM,ReportID,Report,MethodLabel,Labels,Localizations,"
+    "LabelsLocalizationsBySentence,labelCUIS,LocalizationsCUIS"
+).split(",")
+# Other findings than those of Labels stand in the other columns; numpy's own print of an array
+# breaks the line at 75 characters.
+PADCHEST_ROW = {
+    **{"": "7", "ImageDir": "0", "Projection": "PA", "Labels": "['normal']"},
+    "Manufacturer_DICOM": "GMM, Móstoles",
+    "Report": 'sin hallazgos , "cardiomegaly" , neumonía . pacemaker',
+    "Localizations": "['loc right', 'loc basal', 'scoliosis']",
+    "labelCUIS": "['C0742855' 'C0024115' 'C0006267' 'C0000001' 'C0000002' 'C0000003'\n 'C0034069']",
+}
+
+
+class Trees:
+    """X-ray datasets below one root; what write_ makes of rows, load reads."""
+
+    def __init__(self, root):
+        self.root, self.rng = root, np.random.default_rng(0)
+        self.chexpert, self.mimic = root / "CheXpert-v1.0", root / "mimic-cxr-jpg" / "2.0.0"
+        self.nih, self.padchest = root / "NIH-ChestXRay-14", root / "PadChest"
+        self.tables = {part: self.chexpert / f"{part}.csv" for part in ("train", "valid")}
+        for part in ("metadata", "split", "chexpert"):
+            self.tables[part] = self.mimic / f"mimic-cxr-2.0.0-{part}.csv.gz"
+        self.tables["nih"] = self.nih / "Data_Entry_2017_v2020.csv"
+        name = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv.gz"
+        self.tables["padchest"] = self.padchest / name
+
+    def noise(self, *shape, dtype=np.uint8):
+        return noise(self.rng, *shape, dtype=dtype)
+
+    def write_chexpert(self, part, rows, release="CheXpert-v1.0", images=True):
+        write(self.tables[part], lines(CHEXPERT_HEADER, [f"{release}/{row}" for row in rows]))
+        for row in rows if images else ():
+            save(self.chexpert / row.split(",")[0], self.noise(10, 12))
+
+    def write_mimic(self, rows=MIMIC_ROWS, findings=MIMIC_FINDINGS, images=True):
+        """The split in another order than the metadata; of the official test set no image."""
+        end = "3056,2544,21800506,213014.531,CHEST,PA,Erect"
+        metadata = [f"{row[0]},{row[1]},{row[2]},CHEST,{row[3]},{end}" for row in rows]
+        splits = [f"{dicom},{study},{subject},{split}" for dicom, subject, study, _, split in rows]
+        write(self.tables["metadata"], lines(METADATA_HEADER, metadata))
+        write(self.tables["split"], lines(SPLIT_HEADER, [*splits[4:], *splits[3::-1]]))
+        write(self.tables["chexpert"], lines(MIMIC_FINDINGS_HEADER, findings))
+        for row in rows if images else ():
+            if row[4] != "test":
+                save(self.mimic_image(*row[:3]), self.noise(10, 12))
+
+    def mimic_image(self, dicom, subject, study):
+        return self.mimic / f"files/p{subject // 10**6}/p{subject}/s{study}/{dicom}.jpg"
+
+    def write_nih(self, train, test, header=NIH_HEADER_2017, images=True):
+        """Rows (file, findings, patient, view); the lists are not in the table's order."""
+        table = []
+        for name, findings, patient, view in sorted((*train, *test)):
+            facts = {"View Position": view, "Patient ID": patient, "Finding Labels": findings}
+            facts |= {"Image Index": name, "Patient Age": "058Y", "": ""}
+            table.append(",".join(str(facts.get(column, 1)) for column in header.split(",")))
+            if images:
+                save(self.nih / "images" / name, self.noise(10, 12))
+        write(self.tables["nih"], lines(header, table))
+        for file, rows in (("train_val_list.txt", train), ("test_list.txt", test)):
+            write(self.nih / file, "\n".join(row[0] for row in reversed(rows)))
+
+    def write_padchest(self, rows, header=PADCHEST_HEADER):
+        """Rows {column: text}, completed by PADCHEST_ROW; writes no image."""
+        table = io.StringIO()
+        writer = csv.DictWriter(table, header, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(PADCHEST_ROW | row for row in rows)
+        write(self.tables["padchest"], table.getvalue())
+
+    def load(self, name, split="train", **options):
+        return load_dataset(name, self.root, split, **options)

@@ -1,6 +1,6 @@
 """Distances of a target from a source: SciPy's values, and what they must not depend on."""
 
-import argparse
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +11,8 @@ from scipy.stats import energy_distance, spearmanr
 import data
 import models
 import pretrain
-from benchmarks import distance_cost as bench_distance
-from engine import checkpoint as records
-from engine import distance
-from engine import processes as engine
+from benchmarks import distance as benchmark
+from engine import checkpoint, distance
 from engine.distance import (
     DIMENSIONS,
     SAMPLE,
@@ -25,6 +23,11 @@ from engine.distance import (
     projection,
     sample,
 )
+from engine.processes import Env
+from readers.transforms import NORMALIZATION
+
+ENV = Env(0, 1, torch.device("cpu"), "fp32")
+MEASURES = ("frechet_relative", "energy")
 
 
 def normal(seed, *shape):
@@ -48,27 +51,19 @@ def test_sample_is_fixed_sorted_and_without_repeats():
         np.testing.assert_array_equal(sample(few), np.arange(few))
 
 
-@pytest.mark.parametrize("width", (DIMENSIONS, 1024, 2048))
-def test_projection_is_orthonormal(width):
-    columns = projection(width).double()
-    assert columns.shape == (width, DIMENSIONS)
-    torch.testing.assert_close(
-        columns.T @ columns, torch.eye(DIMENSIONS).double(), atol=1e-6, rtol=0
-    )
-
-
-def test_projection_depends_on_the_width_alone():
+def test_projection_is_orthonormal_and_depends_on_the_width_alone():
+    for width in (DIMENSIONS, 1024, 2048):
+        columns = projection(width).double()
+        assert columns.shape == (width, DIMENSIONS)
+        unit = torch.eye(DIMENSIONS).double()
+        torch.testing.assert_close(columns.T @ columns, unit, atol=1e-6, rtol=0)
     first = projection(1024).clone()
     distance.projection.cache_clear()
     torch.manual_seed(5)
     np.random.seed(5)
     assert torch.equal(projection(1024), first)
-    torch.testing.assert_close(
-        first[:2, :3],
-        torch.tensor([[-0.0143, -0.0047, 0.0749], [0.0383, -0.0181, 0.0364]]),
-        atol=1e-4,
-        rtol=0,
-    )
+    corner = torch.tensor([[-0.0143, -0.0047, 0.0749], [0.0383, -0.0181, 0.0364]])
+    torch.testing.assert_close(first[:2, :3], corner, atol=1e-4, rtol=0)
     # Householder's reflections leave signs open; here the triangle's diagonal is positive.
     gaussian = torch.from_numpy(np.random.default_rng(1024).standard_normal((1024, DIMENSIONS)))
     assert (gaussian.T @ first.double()).diagonal().min() > 20
@@ -87,23 +82,18 @@ def test_projection_depends_on_the_width_alone():
 # ------------------------------------------------------------------------------------------------
 
 
-def scipy_frechet(x, y_mean, y_covariance):
-    """Dowson & Landau's distance with SciPy's matrix root."""
+def scipy_frechet(x):
+    """Dowson & Landau's distance from the standard Gaussian, with SciPy's matrix root."""
     covariance = np.cov(x, rowvar=False)
-    root = sqrtm(covariance @ y_covariance).real
-    spread = np.trace(covariance) + np.trace(y_covariance) - 2 * np.trace(root)
-    return np.sum((x.mean(0) - y_mean) ** 2) + spread
+    spread = np.trace(covariance) + x.shape[1] - 2 * np.trace(sqrtm(covariance).real)
+    return np.sum(x.mean(0) ** 2) + spread
 
 
 @pytest.mark.filterwarnings("ignore:Matrix is singular")
-@pytest.mark.parametrize("images", (200, 30, 5, 2))  # of 12 dimensions: also rank-deficient
-def test_frechet_is_scipys(images):
-    x = normal(1, images, 12) @ normal(2, 12, 12) + 0.3
-    expected = scipy_frechet(x.numpy(), np.zeros(12), np.eye(12))
-    assert frechet(x) == pytest.approx(expected, rel=1e-6)
-
-
-def test_frechet_is_the_closed_form_of_gaussians():
+def test_frechet_is_scipys_and_the_closed_form_of_gaussians():
+    for images in (200, 30, 5, 2):  # of 12 dimensions: also rank-deficient
+        x = normal(1, images, 12) @ normal(2, 12, 12) + 0.3
+        assert frechet(x) == pytest.approx(scipy_frechet(x.numpy()), rel=1e-6)
     x = normal(3, 50, 4)
     x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T  # exact moments
     assert frechet(x) == pytest.approx(0, abs=1e-12)
@@ -112,20 +102,16 @@ def test_frechet_is_the_closed_form_of_gaussians():
     assert frechet(x * deviation + mean) == pytest.approx(5.25 + 0.25 + 0 + 4 + 1, rel=1e-9)
 
 
-def test_energy_is_a_double_loop():
-    x, y = normal(4, 7, 5), normal(5, 9, 5) * 2 + 0.5
-
+def test_energy_is_a_double_loop_and_scipys_in_one_dimension():
     def mean(pairs):
         return np.mean([(a - b).norm().item() for a, b in pairs])
 
+    x, y = normal(4, 7, 5), normal(5, 9, 5) * 2 + 0.5
     between = mean((a, b) for a in x for b in y)
     within = sum(
         mean((z[i], z[j]) for i in range(len(z)) for j in range(len(z)) if i != j) for z in (x, y)
     )
     assert energy(x, y) == pytest.approx((2 * between - within) / (2 * between), rel=1e-9)
-
-
-def test_energy_is_scipys_in_one_dimension():
     x, y = normal(6, 40, 1), normal(7, 60, 1) + 1
     between = 2 * (x - y.T).abs().mean().item()
     # SciPy counts the pairs of an image with itself.
@@ -160,8 +146,7 @@ def plain(source, target):
         covariance += 0.01 * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
         inverse_root = np.linalg.inv(sqrtm(covariance).real)
         near, far = ((x - first.mean(0)) @ inverse_root for x in (second, target[drawn]))
-        sets = near, near[:count], far
-        values = [scipy_frechet(x, 0, np.eye(x.shape[1])) for x in sets]
+        values = [scipy_frechet(x) for x in (near, near[:count], far)]
         rows.append([*values, energy(torch.from_numpy(near), torch.from_numpy(far))])
     unit, near, far, coefficient = np.mean(rows, 0)
     return {"frechet": far, "frechet_relative": 1 + (far - near) / unit, "energy": coefficient}
@@ -180,15 +165,13 @@ def test_compare_is_what_it_says(images):
 
 def test_compare_with_the_source_itself_is_one_and_zero():
     """On average over draws; as many as a half, fewer, and fewer than dimensions."""
+    scales = torch.logspace(0, -2, 16).double()
     for images, tolerance in ((64, 0.02), (20, 0.05), (6, 0.1)):
-        scales = torch.logspace(0, -2, 16).double()
         results = [
             compare(normal(i, 128, 16) * scales, normal(i + 1000, images, 16) * scales)
             for i in range(100)
         ]
-        relative, coefficient = (
-            np.array([result[key] for result in results]) for key in ("frechet_relative", "energy")
-        )
+        relative, coefficient = (np.array([r[key] for r in results]) for key in MEASURES)
         assert abs(relative.mean() - 1) < tolerance
         assert abs(coefficient.mean()) < 0.003 and coefficient.min() < 0
 
@@ -200,10 +183,10 @@ def test_compare_does_not_depend_on_order_rotation_scale_or_place():
     for change in (lambda x: x @ rotation, lambda x: 1e-3 * x, lambda x: 1e3 * x + 5e3):
         assert compare(change(source), change(target)) == pytest.approx(expected, rel=1e-6)
     assert compare(source, target.flip(0)) == pytest.approx(expected, rel=1e-9)
-    # The order of the source chooses the halves.
-    other = compare(source.flip(0), target)
-    for key in ("frechet_relative", "energy"):
-        assert other[key] == pytest.approx(expected[key], rel=0.15)
+    other = compare(source.flip(0), target)  # the order of the source chooses the halves
+    assert [other[key] for key in MEASURES] == pytest.approx(
+        [expected[key] for key in MEASURES], rel=0.15
+    )
 
 
 def test_compare_grows_with_a_shift_and_not_with_the_number_of_images():
@@ -212,7 +195,7 @@ def test_compare_grows_with_a_shift_and_not_with_the_number_of_images():
         [compare(source, normal(i, images, 16) + shift) for i in range(30)]
         for shift, images in ((0, 256), (0.2, 256), (0.4, 256), (0.4, 40))
     ]
-    for key in ("frechet_relative", "energy"):
+    for key in MEASURES:
         equal, near, far, fewer = ([r[key] for r in setting] for setting in results)
         assert max(equal) < min(near) and max(near) < min(far)
         assert np.mean(fewer) == pytest.approx(np.mean(far), rel=0.1)
@@ -230,7 +213,7 @@ def test_appearance_counts_more_than_the_mix_of_classes():
 
     source, own = images(512, 10), images(256, 10)
     fewer_classes, other_look = compare(source, images(256, 6)), compare(source, images(256, 10, 1))
-    for key in ("frechet_relative", "energy"):
+    for key in MEASURES:
         assert compare(source, own)[key] < fewer_classes[key] < other_look[key]
 
 
@@ -249,16 +232,8 @@ def test_compare_refuses_what_has_no_distance():
 
 
 # ------------------------------------------------------------------------------------------------
-# The benchmark
+# The sample of a source, and the benchmark
 # ------------------------------------------------------------------------------------------------
-
-
-def test_rank_correlation_is_scipys():
-    rng = np.random.default_rng(19)
-    for values in (rng.random(30), rng.integers(4, size=30), -np.arange(30.0)):
-        x = np.repeat(np.arange(6), 5)
-        expected = spearmanr(x, values).statistic
-        assert bench_distance.rank_correlation(x, values) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -266,60 +241,47 @@ def test_rank_correlation_is_scipys():
 )
 def test_requirements_of_a_measure(values):
     values = np.array(values)
-    ranks, steps, extent = bench_distance._required("energy", values)
-    assert ranks[2:] == (pytest.approx(spearmanr([0, 0, 1, 1, 2, 2], values.ravel())[0]), 0.95)
+    ranks, steps, extent = benchmark.requirements("energy", values)
+    rank = spearmanr([0, 0, 1, 1, 2, 2], values.ravel()).statistic
+    assert (ranks.ratio, ranks.least) == (pytest.approx(rank), 0.95)
     # Steps of 1.1 and more beside spreads of 0.4 / sqrt(2), and of 0.4 between the seeds.
-    assert steps[2:] == (pytest.approx(1.1 / (0.4 / 2**0.5)), 3)
-    assert extent[2:] == (pytest.approx(1.1 / 0.4), 0)
+    assert (steps.ratio, steps.least) == (pytest.approx(1.1 / (0.4 / 2**0.5)), 3)
+    assert (extent.ratio, extent.least) == (pytest.approx(1.1 / 0.4), 0)
 
 
-@pytest.fixture
-def run_folder(tmp_path):
-    """A run of a tenth of a source, of a network that has learnt nothing, at 16 pixels."""
+def test_the_sample_is_the_networks_features_and_the_benchmark_takes_it(tmp_path):
+    """Of a tenth of a source and a network that has learnt nothing, at 16 pixels."""
     torch.manual_seed(0)
-    model = models.create_model("R14x0.5", 36)
+    model, normalization = models.create_model("R14x0.5", 36), NORMALIZATION["natural"]
     train_set = data.load_dataset("synthetic-natural", size=16, fraction=0.1, fraction_seed=3)
-    settings = {"image_size": 16, "workers": 0}
-    found = pretrain.sample_features(model, train_set, settings, engine.setup("fp32"))
+    found = pretrain.sample_features(model, train_set, 16, normalization, 0, ENV)
+    assert found.shape == (SAMPLE, DIMENSIONS)
+    pixels = torch.stack([train_set.read(i) for i in sample(800)[[0, 300, 511]]]) / 255
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in normalization)
+    with torch.inference_mode():
+        expected = project(model.eval().features((pixels - mean) / std))
+    torch.testing.assert_close(found[[0, 300, 511]], expected, rtol=1e-3, atol=1e-4)
+
     facts = {"name": "R14x0.5", "classes": ["c"] * 36, "source": "synthetic-natural-0.1"}
-    facts |= {"domain": "natural", "mean": (0.5,) * 3, "std": (0.25,) * 3, "images": 800}
-    facts |= {"image_size": 16, "sample": found}
-    records.save_tensors(tmp_path / "model.pt", {"model": model.state_dict(), **facts})
-    return tmp_path
+    facts |= {"domain": "natural", "mean": normalization[0], "std": normalization[1]}
+    facts |= {"images": 800, "image_size": 16, "model": model.state_dict()}
+    for number, more in enumerate(({"sample": found}, {"source": "nih", "sample": found}, {})):
+        checkpoint.save_tensors(tmp_path / f"{number}.pt", facts | more)
 
+    def measure(number):
+        path = str(tmp_path / f"{number}.pt")
+        args = SimpleNamespace(checkpoint=[path], seeds=2, rounds=1)
+        return benchmark.distance(args, ENV)
 
-def test_benchmark_of_distances(run_folder):
-    args = argparse.Namespace(checkpoint=[str(run_folder)], seeds=2, rounds=1)
-    report = bench_distance.measure_distance(args, engine.setup("fp32"))
-    (name, measured), *others = report.values["measured"].items()
-    assert name == "synthetic-natural-0.1-R14x0.5" and not others
-    for measure in ("frechet_relative", "energy"):
-        assert np.shape(measured[measure]) == (6, 2)
-        assert measured[measure][5] > measured[measure][0]
-    assert [row[1] for row in report.rows] == ["frechet_relative", "energy"]
-    assert len(report.header) == len(report.rows[0]) == 8 and len(report.required) == 7
+    report = measure(0)
+    (measured,) = report.values["measured"].values()
+    for measure_name in MEASURES:
+        assert np.shape(measured[measure_name]) == (6, 2)
+        assert measured[measure_name][5] > measured[measure_name][0]
+    assert [row["measure"] for row in report.rows] == list(MEASURES)
+    assert len(report.rows[0]) == 8 and len(report.required) == 7
     seconds = measured["seconds"]
     assert report.required[-1][2:] == (seconds["transfer"] / seconds["distance"], 20)
-
-
-def test_the_sample_is_the_networks_features(run_folder):
-    model, record = bench_distance._open(run_folder, engine.setup("fp32"))
-    train_set = data.load_dataset("synthetic-natural", size=16, fraction=0.1, fraction_seed=3)
-    chosen = sample(800)
-    assert record["sample"].shape == (SAMPLE, DIMENSIONS)
-    pixels = torch.stack([train_set.read(i) for i in chosen[[0, 300, 511]]]) / 255
-    # The source's own normalisation is that of natural images.
-    mean, std = (
-        torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    )
-    with torch.inference_mode():
-        expected = project(model.features((pixels - mean) / std))
-    torch.testing.assert_close(record["sample"][[0, 300, 511]], expected, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("change", [{"source": "nih"}, {"sample": None}])
-def test_benchmark_takes_synthetic_sources(run_folder, change):
-    record = models.read_weights(run_folder / "model.pt") | change
-    records.save_tensors(run_folder / "model.pt", record)
-    with pytest.raises(ValueError, match="no sample of a synthetic source"):
-        bench_distance._open(run_folder, engine.setup("fp32"))
+    for number in (1, 2):
+        with pytest.raises(ValueError, match="no sample of a synthetic source"):
+            measure(number)

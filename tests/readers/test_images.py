@@ -1,15 +1,16 @@
-"""Decoding: every kind of pixel file, and what is none."""
+"""Decoding: every kind of pixel file, and what is none; subsets of a dataset."""
 
 import struct
 import warnings
 import zlib
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import refuses
 from PIL import Image
-from trees import luma, noise, pixels_of, save
+from trees import load_folder, luma, noise, pixels_of, save
 
 from readers.images import read_image
 
@@ -104,3 +105,32 @@ def test_read_image_refuses_bombs(tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         refuses(ValueError, lambda: read_image(tmp_path / "x.png", "L"), "x.png", "15 x 10", "bomb")
+
+
+def test_subset(chests, pets_at_home):
+    part = chests.load().subset([2, 0])  # labels and groups go with their images
+    assert part.groups.tolist() == [3, 1]
+    assert [np.flatnonzero(row).tolist() for row in part.labels] == [[0, 11, 13], [1, 4]]
+    np.testing.assert_array_equal(part.read(1)[0], chests.pixels["00000001_000.png"])
+    dataset = load_folder(pets_at_home)
+    for indices in ([4, 0], np.array([False, True, False, False, True]), torch.tensor([3, 3])):
+        part, places = dataset.subset(indices), np.arange(5)[indices]
+        assert len(part) == len(places) and part.labels.tolist() == dataset.labels[places].tolist()
+        for i, place in enumerate(places):
+            assert torch.equal(part.read(i), dataset.read(place))
+            assert part.where(i) == dataset.where(place)
+    for call in (
+        partial(dataset.subset, [5]),
+        partial(dataset.read, 5),
+        partial(dataset.where, -6),
+    ):
+        with pytest.raises(IndexError):
+            call()
+
+
+def test_replace(chests):
+    dataset = chests.load()
+    other = dataset.replace(name="x", classes=list("abcdefghijklmn"), dropped={"why": 1})
+    assert (other.name, other.classes, other.dropped) == ("x", tuple("abcdefghijklmn"), {"why": 1})
+    assert other.reader is dataset.reader and other.labels is dataset.labels
+    assert (dataset.name, dataset.dropped) == ("nih", {}) and other != dataset

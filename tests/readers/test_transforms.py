@@ -7,7 +7,6 @@ import pytest
 import scipy.ndimage
 import torch
 import torchvision
-from conftest import refuses
 from PIL import Image
 from scipy.stats import chisquare, ks_2samp
 from torchvision.transforms import v2
@@ -17,9 +16,6 @@ from trees import random_image
 from readers import transforms
 from readers.transforms import (
     area_resize,
-    hyperrule_pipeline,
-    keep,
-    pretraining_pipeline,
     random_affine_flip,
     random_augment,
     random_crop_flip,
@@ -32,10 +28,8 @@ from readers.transforms import (
     xray_square,
 )
 
-SHAPES = [(3, 40, 61), (1, 61, 40), (3, 32, 32), (1, 1, 1), (3, 1, 9)]
 
-
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [(3, 40, 61), (1, 61, 40), (3, 32, 32), (1, 1, 1), (3, 1, 9)])
 @pytest.mark.parametrize("size", [16, 32, 50])
 def test_resizes_equal_torchvision(rng, shape, size):
     image = random_image(rng, *shape)
@@ -81,9 +75,8 @@ def test_area_resize_is_exact(rng, side, size):
 
 def test_area_resize_extremes(rng):
     for side, value in ((1024, 255), (3000, 255), (31, 0)):  # sums that would leave 32 bits
-        assert (
-            area_resize(torch.full((1, side, side), value, dtype=torch.uint8), 7) == value
-        ).all()
+        flat = torch.full((1, side, side), value, dtype=torch.uint8)
+        assert (area_resize(flat, 7) == value).all()
     # Integer ratios: Pillow's box filter, which rounds once more between the axes.
     image = random_image(rng, 1, 96, 96)
     for size in (48, 32, 12):
@@ -223,44 +216,6 @@ def test_affine_inside_is_torchvisions(rng):
     assert torch.equal(transforms.affine(smooth, 0, (0, 0), 1), smooth)
 
 
-def test_pretraining_pipelines(rng):
-    natural, xray = random_image(rng, 3, 50, 70), random_image(rng, 1, 50, 70)
-    generator = np.random.default_rng
-    prepare, augment, _ = pretraining_pipeline("medical", 24, train=True)
-    assert torch.equal(prepare(xray), area_resize(xray[..., 10:60], 24))
-    square = prepare(xray)
-    assert torch.equal(augment(square, generator(1)), random_affine_flip(square, generator(1)))
-    prepare, augment, _ = pretraining_pipeline("medical", 24, train=False)
-    assert torch.equal(prepare(xray), square) and augment is keep
-    prepare, augment, _ = pretraining_pipeline("natural", 24, train=True)
-    assert prepare(natural) is natural
-    crop = random_resized_crop_flip(natural, generator(1), 24)
-    assert torch.equal(augment(natural, generator(1)), crop)
-    prepare, augment, _ = pretraining_pipeline("natural", 24, train=False)
-    assert torch.equal(prepare(natural), resize_center_crop(natural, 24)) and augment is keep
-    for domain in ("natural", "medical"):
-        assert pretraining_pipeline(domain, 24, False, own_size=True) == (keep, keep, None)
-        own = pretraining_pipeline(domain, 24, True, own_size=True)
-        assert own == (keep, random_shift_flip, None)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_hyperrule_pipeline(rng, shape):
-    image = random_image(rng, *shape)
-    prepare, augment, _ = hyperrule_pipeline(20, 16, train=True)
-    assert min(prepare(image).shape[1:]) == 20
-    assert augment(prepare(image), rng).shape == (shape[0], 16, 16)
-    prepare, augment, _ = hyperrule_pipeline(20, 16, train=True, square=True)
-    assert prepare(image).shape == (shape[0], 20, 20)
-    assert augment(prepare(image), rng).shape == (shape[0], 16, 16)
-    prepare, augment, _ = hyperrule_pipeline(20, 16, train=False)
-    assert torch.equal(prepare(image), resize_square(image, 16)) and augment is keep
-
-
-def test_hyperrule_refuses_a_crop_that_does_not_fit():
-    refuses(ValueError, lambda: hyperrule_pipeline(16, 20, train=True), "20", "16")
-
-
 def test_random_augment_is_torchvisions_and_leaves_its_generator_alone(rng):
     image = random_image(rng, 3, 40, 30)
     state = torch.random.get_rng_state()
@@ -272,12 +227,9 @@ def test_random_augment_is_torchvisions_and_leaves_its_generator_alone(rng):
     torch.random.set_rng_state(state)
 
 
-def test_random_augment_comes_before_the_crop(rng):
-    image = random_image(rng, 3, 40, 30)
-    pipeline = pretraining_pipeline("natural", 24, train=True, rand_augment=True)
-    mine, same = np.random.default_rng(5), np.random.default_rng(5)
-    expected = random_resized_crop_flip(random_augment(image, same), same, 24)
-    assert torch.equal(pipeline.augment(image, mine), expected)
-    assert (
-        pretraining_pipeline("medical", 24, True, rand_augment=True).augment is random_affine_flip
-    )
+def test_xray_pipeline(rng):
+    image = random_image(rng, 1, 50, 70)
+    for train, augment in ((True, random_affine_flip), (False, transforms.keep)):
+        pipeline = transforms.xray_pipeline(24, train)
+        assert torch.equal(pipeline.prepare(image), area_resize(image[..., 10:60], 24))
+        assert pipeline.augment is augment and pipeline.size == 24

@@ -1,0 +1,181 @@
+"""A training step beside timm's: on one batch in memory, and (--peers) from files to the update."""
+
+import itertools
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import data
+import models
+import pretrain
+from benchmarks.loading import make_photos
+from benchmarks.measure import best_speeds, import_peer, speed_report
+from engine.console import say
+from engine.evaluate import to_input
+from engine.log import Log
+from engine.metrics import loss_sum
+from engine.optimizer import SGD_AGC, set_learning_rate
+from engine.processes import parallel, parts
+from readers.cache import preload
+from readers.transforms import NORMALIZATION
+from readers.workers import available_cores, loader
+
+RECIPE = pretrain.RECIPES["paper"]["natural", "small"]  # of R50x1 on ImageNet-1k: without AGC
+REQUIRED = (("ours, defaults", "timm, eager, fp32", 1.15), ("ours", "timm", 1.0))
+PEERS_REQUIRED = (("ours, defaults", "timm, defaults", 1.4), ("ours", "timm", 1.15))
+# The arms of --peers: a package and its options. timm's are those of its training script: --amp,
+# --opt-kwargs fused=True, --channels-last and --torchcompile.
+FROM_FILES = ("ours, defaults", "ours, fp32", "ours, fp32, compiled", "ours, bf16")
+FROM_FILES += ("ours, bf16, compiled", "timm, defaults", "timm, bf16", "timm, bf16, fused")
+FROM_FILES += ("timm, bf16, channels_last", "timm, bf16, compiled")
+FROM_FILES += ("timm, bf16, channels_last, compiled", "timm, bf16, channels_last, compiled, fused")
+
+
+def train(args, env):
+    """Images a second of a whole training step: forward, cross-entropy, backward, SGD.
+
+    Ours "defaults" is the loop of pretrain.py with its loader and augmentation on images in memory.
+    All other arms repeat one batch that lies on the device. All have the same optimiser and memory
+    format, so that the ratios are of networks and settings.
+
+    With --peers: from files to the loss and the update, each package with its own loader and
+    optimiser. "ours, defaults": what pretrain.py does without options (images held in memory, bf16
+    where the hardware has it). "timm, defaults": what its training script does (fp32, a worker a
+    core, RandomResizedCrop, flip and colour jitter); its other arms are its options for speed.
+    """
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as made:
+        side = 32 if args.peers else args.image_size
+        folder = args.folder or make_photos(Path(made), side, 10, 64)
+        dataset = data.load_dataset(f"folder:{folder}")
+        if args.peers:
+            arms, required = arms_from_files(args, env, dataset), PEERS_REQUIRED
+        else:
+            arms, required = arms_on_one_batch(args, env, len(dataset.classes)), REQUIRED
+            arms["ours, defaults"] = our_training(args, env, dataset, ["defaults"])
+        for name, arm in arms.items():
+            say(env, f"warming up: {name}")
+            for _ in range(3):  # compiles, and lets cuDNN choose its kernels
+                next(arm)
+        speeds = best_speeds(arms, args.rounds, args.steps, args.batch_size, env)
+    return speed_report(speeds, required[0][1], required)
+
+
+def arms_on_one_batch(args, env, classes):
+    """{arm: iterator of steps}, of both networks, with our optimiser."""
+    images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=env.device)
+    images = images.contiguous(memory_format=models.memory_format(env.device))
+    labels = torch.randint(classes, (args.batch_size,), device=env.device)
+    ours, timms = models.create_model(args.model, classes), timm_network(args, classes)
+    arms = {}
+    for package, network in (("ours", ours), ("timm", timms)):
+        network = models.place(network, env.device).train()
+        optimizer = sgd(network.parameters(), args.batch_size)
+        for mode in ("eager",) if args.no_compile else ("eager", "compiled"):
+            for precision in ("fp32", "bf16"):
+                forward = parallel(network, env, mode == "compiled")
+                chosen = env._replace(precision=precision)
+                arm = steps(itertools.repeat((images, labels)), forward, optimizer, chosen)
+                arms[f"{package}, {mode}, {precision}"] = arm
+    return arms
+
+
+def arms_from_files(args, env, dataset):
+    """{arm: iterator of steps}, each package with its own loader and optimiser."""
+    arms = {}
+    for name in FROM_FILES:
+        package, *options = name.split(", ")
+        training = our_training if package == "ours" else timm_training
+        if not ("compiled" in options and args.no_compile):
+            arms[name] = training(args, env, dataset, options)
+    return arms
+
+
+def sgd(params, batch_size):
+    """The optimiser of the recipe."""
+    lr = RECIPE.lr / 256 * batch_size
+    return SGD_AGC(params, lr, weight_decay=RECIPE.weight_decay, clipping=RECIPE.clipping)
+
+
+def our_training(args, env, dataset, options):
+    """Iterator of steps, as pretrain.py trains on this dataset with these options."""
+    if "defaults" not in options:
+        env = env._replace(precision=options[0])
+    pipeline = pretrain.choose_pipeline(dataset, args.image_size, train=True)
+    dataset, pipeline = preload(dataset, pipeline)
+    batches = data.Batches(dataset, pipeline, args.batch_size)
+    stream = loader(batches, 0, sys.maxsize, pin_memory=env.device.type == "cuda")
+    model = models.create_model(args.model, len(dataset.classes), device=env.device).train()
+    optimizer = sgd(model.parameter_groups(), args.batch_size)
+    forward = parallel(model, env, "compiled" in options)
+    return training_loop(forward, optimizer, stream, args.batch_size, env)
+
+
+def training_loop(network, optimizer, stream, batch_size, env):
+    """The loop of pretrain.py, without its tests, checkpoints and signals: yields after each step.
+
+    stream: (images uint8 (N,C,H,W), labels (N,), N).
+    """
+    lr, step, normalization = RECIPE.lr / 256 * batch_size, 0, NORMALIZATION["natural"]
+    with Log(env, 0, None, batch_size) as log:
+        while True:
+            batch, targets, count = log.next(stream)
+            set_learning_rate(optimizer, lr)
+            optimizer.zero_grad(set_to_none=True)
+            loss = 0.0
+            for images, labels in parts(network, batch, targets, 1, env):
+                with env.autocast():
+                    logits = network(to_input(images, normalization, env.device))
+                part_loss = loss_sum(logits, labels, "multiclass")
+                (part_loss * (env.ranks / max(count, 1))).backward()
+                loss = loss + part_loss.detach()
+            optimizer.step()
+            step += 1
+            log.add(step, lr, loss, count, optimizer)
+            yield
+
+
+def timm_network(args, classes):
+    """timm's network of the same architecture, with random weights."""
+    timm = import_peer("timm")
+    name = f"resnetv2_{args.model.removeprefix('R')}_bit"
+    if args.model not in models.MODELS or not timm.is_model(name):
+        raise ValueError(f"--model {args.model}: timm has no {name}; BiT's sizes are in both")
+    return timm.create_model(name, num_classes=classes)
+
+
+def timm_training(args, env, dataset, options):
+    """Iterator of steps as in timm's training script: its network, loader and optimiser."""
+    optim, timm_data = import_peer("timm.optim"), import_peer("timm.data")
+    network = timm_network(args, len(dataset.classes)).to(env.device).train()
+    layout = torch.channels_last if "channels_last" in options else torch.contiguous_format
+    network = network.to(memory_format=layout)
+    settings = {"momentum": 0.9, "weight_decay": RECIPE.weight_decay}
+    settings |= {"lr": RECIPE.lr / 256 * args.batch_size, "fused": "fused" in options or None}
+    optimizer = optim.create_optimizer_v2(network, "sgd", **settings)
+    images = timm_data.ImageDataset(f"{dataset.name.removeprefix('folder:')}/train")
+    size = 3, args.image_size, args.image_size
+    settings = {"is_training": True, "use_prefetcher": False, "color_jitter": 0.4}
+    settings |= {"num_workers": available_cores(), "persistent_workers": True}
+    batches = timm_data.create_loader(images, size, args.batch_size, **settings)
+    stream = itertools.chain.from_iterable(itertools.repeat(batches))
+    forward = torch.compile(network) if "compiled" in options else network
+    env = env._replace(precision="bf16" if "bf16" in options else "fp32")
+    return steps(stream, forward, optimizer, env, layout)
+
+
+def steps(stream, forward, optimizer, env, layout=torch.preserve_format):
+    """Trains on a stream of (images float (N,3,H,W), labels (N,)): yields after each step."""
+    for images, labels in stream:
+        images, labels = images.to(env.device, memory_format=layout), labels.to(env.device)
+        with env.autocast():
+            logits = forward(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        yield

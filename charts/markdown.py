@@ -1,0 +1,248 @@
+"""Markdown tables and CSV of the numbers of each figure."""
+
+import csv
+import io
+import math
+from operator import attrgetter
+
+from charts import results
+from charts.gains import KINDS, REGIMES, VERDICTS, axis_points, counts, fit
+from charts.results import DISTANCES, METRICS, group, mark, shots_words
+
+RULE = """\
+Cells: mean ± standard deviation over seeds (number of seeds). Bold: the best mean of a column and \
+every mean no further below it than √(a² + b²), where a and b are the half-widths of the two 95 % \
+intervals (Student t over seeds). One seed has no interval: such a cell is bold only as the best."""
+GAIN_RULE = """\
+Gain: the larger arm minus the smaller one, run by run: same target, shots, seed, method, recipe, \
+and same source (larger network) or network (larger source, of one domain). The arms are the \
+largest and the smallest of those that share the most such partners. Each seed's differences are \
+averaged over partners; the 95 % interval is Student's t over seeds, about these sources and \
+networks: the draw of a seed is common to its pairs, so pairs do not count as independent. ▲ \
+interval above zero, ▼ below zero, neither: not off zero, or one seed and no interval. A seed that \
+one arm lacks counts in neither."""
+DISTANCE_RULE = """\
+Gain in fractions (accuracy, mean AUC or mean average precision from 0 to 1). Line and slope: \
+ordinary least squares, 95 % confidence by Student's t over points; points that share a target, \
+source or seed are not independent, so the true uncertainty is larger."""
+SHARED_RULE = """\
+Cells with the same target, source, network and shots, fine-tuned; packs count as what they hold \
+(nih@256 as nih). They agree where the means lie no further apart than √(a² + b²), a and b being \
+the half-widths of the two 95 % intervals (Student t over seeds)."""
+INTERVALS = {  # half-width of a Gain -> how it reads the differences of a cell
+    "ci95": "Student t over seeds (means over the pairs of a seed)",
+    "ci95_pairs": "Student t over all pairs",
+    "ci95_normal": "1.96 standard errors over all pairs",
+}
+OTHERS = {"ci95_pairs": "t over pairs", "ci95_normal": "1.96 over pairs"}  # as headings
+AGREE = {True: "yes", False: "no", None: "no interval"}
+
+
+def table(rows):
+    """Rows of words (or None), the first the heading -> lines of a Markdown table."""
+    rows = [["–" if word is None else str(word) for word in row] for row in rows]
+    rows = [[word.replace("|", r"\|") for word in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * width for width in widths])
+    return [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows]
+
+
+def score(cell, sign=""):
+    """A cell or gain as 61.2 ± 3.1 (5); one seed has no deviation."""
+    metric = METRICS[cell.metric]
+    text = f"{metric.factor * cell.mean:{sign}.{metric.decimals}f}"
+    if cell.n > 1:
+        text += f" ± {metric.factor * cell.sd:.{metric.decimals}f}"
+    return f"{text} ({cell.n})"
+
+
+def score_table(cells, heads, words, columns=None):
+    """Cells or gains -> lines of a table: a row for each of their lines, of words(line) under the
+    heads and of scores, bold as RULE says; a column for each number of shots, or for each target of
+    columns {target: heading}."""
+    shots = sorted({cell.shots for cell in cells}, key=lambda shot: shot or math.inf)
+    members = group(cells, "target" if columns else "shots")
+    columns = columns or {shot: shots_words(shot) for shot in shots}
+    rows = {line: [*words(line)] for line in group(cells, "line")}
+    for key in columns:
+        known = [cell for cell in members[key] if cell.n]
+        best = max(known, key=lambda cell: cell.mean, default=None)
+        texts = {cell.line: "undefined (0)" for cell in members[key]}
+        for cell in known:
+            verdict = getattr(cell, "verdict", None)  # of gains
+            bold = "**" if len(known) > 1 and results.within_noise(best, cell) else ""
+            texts[cell.line] = f"{bold}{score(cell, '+' if verdict else '')}{bold}"
+            texts[cell.line] += {"above": " ▲", "below": " ▼"}.get(verdict, "")
+        for line, row in rows.items():
+            row.append(texts.get(line))
+    return table([[*heads, *columns.values()], *rows.values()])
+
+
+def target_heading(target):
+    """The heading of a target's table."""
+    return f"### {target.name} ({target.domain} target{mark(target.origin)})"
+
+
+def few_shot(cells):
+    """Cells -> Markdown: a table a target, rows source x model, columns shots."""
+    parts = []
+    for target, panel in group(cells, "target").items():
+        names = ["source", "model", *results.differing(panel)]
+        lines = score_table(panel, names, attrgetter(*names))
+        parts += [f"{target_heading(target)}: {METRICS[panel[0].metric].axis}\n", *lines, ""]
+    return "\n".join([*parts, RULE, ""])
+
+
+def full_shot(cells):
+    """Cells of all training images -> Markdown: rows source x model, a column a target."""
+    parts = []
+    for origin in ("own", "published"):
+        shown = [cell for cell in cells if cell.target.origin == origin]
+        if shown:
+            shown.sort(key=results.line_order)
+            names = ["source", "model", *results.differing(shown)]
+            columns = {
+                cell.target: f"{cell.target.name}, {METRICS[cell.metric].axis}"
+                for cell in sorted(shown, key=results.target_order)
+            }
+            lines = score_table(shown, names, attrgetter(*names), columns)
+            parts += [f"### full-shot{mark(origin)}\n", *lines, ""]
+    return "\n".join([*parts, RULE, ""])
+
+
+def count_table(gains):
+    """Gains -> lines of the table of verdicts: a row for each kind, group and regime of shots."""
+    rows = []
+    for members in group(gains, "line", "target.domain", "target.origin").values():
+        line = members[0].line
+        for regime in (*REGIMES, "all"):
+            part = [gain for gain in members if regime in (gain.regime, "all")]
+            row = {"gain": f"larger {line.kind}", "group": members[0].group, **line._asdict()}
+            row |= {"origin": members[0].target.origin, "shots": regime, "cells": len(part)}
+            row |= {VERDICTS[verdict]: count for verdict, count in counts(part).items()}
+            for interval, head in OTHERS.items():
+                found = counts(part, interval)
+                row[head] = f"{found['above']}/{found['unclear']}/{found['below']}"
+            rows += [row] if part else []
+    heads = ["gain", "group", "origin", *results.differing(gains), "shots", "cells"]
+    heads += [*VERDICTS.values(), *OTHERS.values()]
+    if len({row["origin"] for row in rows}) == 1:
+        heads.remove("origin")
+    if not any(row["no interval"] for row in rows):
+        heads.remove("no interval")
+    return table([heads, *([row[head] for head in heads] for row in rows)])
+
+
+def flip_table(gains):
+    """Gains -> lines of the table of those that another of INTERVALS judges otherwise."""
+    rows = [["gain", "group", "target", "shots", "mean", *INTERVALS.values()]]
+    for gain in gains:
+        _, factor, decimals = METRICS[gain.metric]
+        row = [f"larger {gain.line.kind}", gain.group, gain.target.name, shots_words(gain.shots)]
+        row.append(f"{factor * gain.mean:+.{decimals + 1}f}")
+        for interval in INTERVALS:
+            half = f"± {factor * getattr(gain, interval):.{decimals + 1}f}"
+            row.append(f"{half}, {VERDICTS[gain.verdict_by(interval)]}")
+        if len({gain.verdict_by(interval) for interval in INTERVALS}) > 1:
+            rows.append(row)
+    return table(rows) if len(rows) > 1 else ["None."]
+
+
+def gains(cells):
+    """Gains -> Markdown: counts, where another interval says otherwise, a table a target."""
+    parts = ["### gain from scale: in how many cells (target x shots)\n", *count_table(cells)]
+    other = "; ".join(INTERVALS[interval] for interval in OTHERS)
+    parts.append(f"\nThe last two columns, above/not off/below zero by other intervals: {other}.\n")
+    parts += ["### cells in which the interval decides\n", *flip_table(cells), ""]
+    panels = group(sorted(cells, key=results.target_order), "target")
+    for target, panel in panels.items():
+        names = results.differing(panel)
+
+        def words(line, names=names):
+            differ = [getattr(line, name) for name in names]
+            return f"larger {line.kind}", line.source_domain or "none", *differ
+
+        lines = score_table(panel, ["gain", "pre-trained on", *names], words)
+        unit = METRICS[panel[0].metric].gain
+        parts += [f"{target_heading(target)}: gain in {unit}\n", *lines, ""]
+    return "\n".join([*parts, GAIN_RULE, "", RULE, ""])
+
+
+def distance(points):
+    """Points of gain against distance -> Markdown: the slopes, then a row a point."""
+    rows = [["gain", "distance", "points", "slope", "95 % interval"]]
+    for kind in KINDS:
+        for name, words in DISTANCES.items():
+            line = fit(*axis_points(points, kind, name))
+            if line:
+                slope = f"{line.slope:+.3f}", f"± {line.ci95:.3f}"
+                rows.append([f"larger {kind}", words, line.n, *slope])
+    parts = ["### gain against domain distance: fitted slopes\n", *table(rows), ""]
+    rows = [["gain of", "target", "source", "shots", "metric", "gain", *DISTANCES]]
+    for gain, source, _, value, distances in points:
+        row = [f"larger {gain.line.kind}", gain.target.name, source, shots_words(gain.shots)]
+        row += [gain.metric, f"{value:+.3f}", *(f"{value:.3g}" for value in distances.values())]
+        rows.append(row)
+    return "\n".join([*parts, "### points\n", *table(rows), "", DISTANCE_RULE, ""])
+
+
+def shared(pairs):
+    """List of Shared -> Markdown: a row a cell."""
+    rows = [["target", "source", "model", "recipe", "shots", "own", "published", "agree"]]
+    for own, published, agree in pairs:
+        row = [own.target.name, own.line.source, own.line.model, own.line.recipe]
+        rows.append([*row, shots_words(own.shots), score(own), score(published), AGREE[agree]])
+    return "\n".join(["### own against published\n", *table(rows), "", SHARED_RULE, ""])
+
+
+# ------------------------------------------------------------------------------------------------
+# CSV: columns are {heading: attribute}
+# ------------------------------------------------------------------------------------------------
+
+TARGET = {"target": "target.name", "target_domain": "target.domain", "origin": "target.origin"}
+LINE = {key: f"line.{key}" for key in results.Line._fields}
+SHARED = {key: LINE[key] for key in ("source_domain", "method", "recipe")}  # by the arms of a gain
+POINT = {"shots": "shots", "metric": "metric"}
+SPREAD = {key: key for key in ("mean", "sd", "ci95", "n")}
+
+
+CELL_COLUMNS = TARGET | LINE | POINT | SPREAD
+GAIN_COLUMNS = (
+    {"kind": "line.kind"} | TARGET | SHARED | POINT | {"small": "small", "large": "large"}
+)
+GAIN_COLUMNS |= {"partners": "by_partner", "pairs": "pairs"} | SPREAD
+GAIN_COLUMNS |= {key: key for key in ("verdict", *OTHERS)}
+POINT_COLUMNS = {"kind": "line.kind"} | TARGET | {"source": ""} | SHARED | POINT
+POINT_COLUMNS = {head: f"gain.{path}" for head, path in POINT_COLUMNS.items()}
+POINT_COLUMNS |= {"source": "source", "gain": "value"}
+POINT_COLUMNS |= {key: f"distances.{key}" for key in DISTANCES}
+SHARED_COLUMNS = {"target": "own.target.name"}
+SHARED_COLUMNS |= {key: f"own.line.{key}" for key in ("source", "model", "recipe")}
+SHARED_COLUMNS |= {key: f"own.{key}" for key in POINT}
+SHARED_COLUMNS |= {f"{k}_{side}": f"{side}.{k}" for side in ("own", "published") for k in SPREAD}
+SHARED_COLUMNS |= {"agree": "agree"}
+
+
+def csv_text(items, columns):
+    """Numbers of a figure -> CSV: fractions, undefined empty, no shots as full; without origin
+    where all is one's own."""
+
+    def shown(item, head):
+        for name in columns[head].split("."):
+            item = item[name] if isinstance(item, dict) else getattr(item, name)
+        if head == "shots":
+            return item or "full"
+        if head == "partners":
+            return ";".join(item)
+        if head == "agree":
+            return AGREE[item]
+        return "" if item != item else item  # nan
+
+    rows = [{head: shown(item, head) for head in columns} for item in items]
+    own = all(row.get("origin") == "own" for row in rows)
+    heads = [head for head in columns if head != "origin" or not own]
+    file = io.StringIO()
+    writer = csv.DictWriter(file, heads, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()

@@ -1,0 +1,178 @@
+"""The looks that figures share: hues, markers and dashes of lines, y axis, legend, footnote."""
+
+import textwrap
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.lines import Line2D
+
+from charts import results
+
+
+class Look(NamedTuple):
+    heading: str  # in the legend
+    hues: tuple  # from the smallest to the largest source
+    filling: str | None = None  # of markers; None: the hue
+    hatch: str | None = None  # of bars
+
+
+# Orange and blue stay apart for colour-blind readers; the filling parts the domains in grey.
+LOOKS = {
+    "natural": Look("pre-trained on natural images:", ("#f7b267", "#d9730d", "#5c1f00")),
+    "medical": Look(
+        "pre-trained on medical images:", ("#8cc8ee", "#2f7fc1", "#071d49"), "white", "/////"
+    ),
+    None: Look("no pre-training:", ("#858585", "#858585"), "#d9d9d9", "....."),
+}
+MARKERS = "osD^vPX*"  # one a model, the smallest first
+DASHES = ("-", "--", "-.", (0, (6, 1.5, 1, 1.5, 1, 1.5)), (0, (2, 1)))  # the largest model first
+PANEL = (2.7, 2.4)  # inches; two in a row stay readable when the figure is set 3.3 in wide
+BARS = {"elinewidth": 0.6, "capsize": 1.2, "capthick": 0.6}  # of intervals
+SETTINGS = {  # of matplotlib
+    "font.size": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.fonttype": "none",  # text stays text, to search and to edit
+    "svg.hashsalt": "plot",  # same input, same file
+    "text.parse_math": False,  # a name with $ is a name
+}
+BLANK = Line2D([], [], linestyle="none")  # of a heading in a legend
+
+
+def line_style(look, shade, marker, dashes):
+    """Keywords of Line2D; shade from 0 to 1."""
+    colour = LinearSegmentedColormap.from_list("", look.hues)(shade)
+    return {
+        "color": colour,
+        "markerfacecolor": look.filling or colour,
+        "marker": marker,
+        "linestyle": dashes,
+        "linewidth": 0.9 + 0.9 * shade,
+        "markersize": 3.8,
+    }
+
+
+def network_order(line):
+    """Sort key of lines by their network, with its method and recipe; small ones first."""
+    return results.size_order(line.model), str((line.method, line.recipe))
+
+
+def line_styles(cells):
+    """Cells -> {line: keywords of Line2D}, in the order of the legend.
+
+    Hue and filling tell the domain; shade and width the source, darker and thicker is larger;
+    marker and dashes the model (with its method and recipe).
+    """
+    lines = list(results.group(sorted(cells, key=results.line_order), "line"))
+    networks = sorted({network_order(line) for line in lines})
+    styles = {}
+    for line in lines:
+        peers = [other.source for other in lines if other.source_domain == line.source_domain]
+        sources = list(dict.fromkeys(map(results.plain_name, peers)))  # a pack looks as its whole
+        place = sources.index(results.plain_name(line.source))
+        shade = place / (len(sources) - 1) if len(sources) > 1 else 0.5
+        network = networks.index(network_order(line))
+        dashes = DASHES[(len(networks) - 1 - network) % len(DASHES)]
+        marker = MARKERS[network % len(MARKERS)]
+        styles[line] = line_style(LOOKS[line.source_domain], shade, marker, dashes)
+    return styles
+
+
+def styles_of(cells, styles):
+    """Those of the styles whose lines are among the cells, in the order of the styles."""
+    lines = {cell.line for cell in cells}
+    return {line: style for line, style in styles.items() if line in lines}
+
+
+def draw_y_axis(ax, cells, chance=None):
+    """Name and limits of the metric, and the level of chance: (fraction, its name)."""
+    metric = results.METRICS[cells[0].metric]
+    known = [cell for cell in cells if cell.n]
+    bars = [np.nan_to_num(cell.ci95) for cell in known]
+    means = [cell.mean for cell in known]
+    ends = [mean + side * bar for mean, bar in zip(means, bars) for side in (-1, 1)]
+    if not known:
+        means = ends = [0, 1]
+        ax.text(0.5, 0.7, "undefined in every run", transform=ax.transAxes, ha="center")
+    # A t interval of few seeds can be longer than all else, and leave [0, 1]: the axis follows the
+    # means, and intervals as far as half their range beyond.
+    reach = 0.5 * (max(means) - min(means)) or 1
+    low, high = max(0, min(ends), min(means) - reach), min(1, max(ends), max(means) + reach)
+    if chance:
+        level, name = chance
+        ax.axhline(metric.factor * level, color="black", linewidth=0.8, linestyle=":", zorder=1)
+        place = {"transform": ax.get_yaxis_transform(), "va": "center", "fontsize": 6.5}
+        ax.text(1.02, metric.factor * level, f"chance\n({name})", **place)
+        low, high = min(low, level), max(high, level)
+    margin = 0.05 * (high - low) or 0.05
+    ax.set_ylim(metric.factor * (low - margin), metric.factor * (high + margin))
+    ax.set_ylabel(metric.axis)
+    draw_grid(ax)
+
+
+def draw_grid(ax):
+    ax.grid(axis="y", color="#dddddd", linewidth=0.5)
+    ax.set_axisbelow(True)
+
+
+def short(name, width):
+    """A name, or as much of its end as fits in `width` characters."""
+    return name if len(name) <= width else "…" + name[1 - width :]
+
+
+def domain_columns(lines, entry):
+    """Lines -> the two columns of a legend, natural and no sources on the left, medical on the
+    right: under each domain the entries (handle, label) that entry(line) makes."""
+    columns = [[], []]
+    for domain, look in LOOKS.items():
+        entries = [entry(line) for line in lines if line.source_domain == domain]
+        column = columns[domain == "medical"]
+        column += [(BLANK, look.heading), *entries] if entries else []
+    return columns
+
+
+def draw_foot(fig, columns, notes):
+    """Draw a legend under the panels, of two lists of (handle, label), side by side where they fit,
+    and small text below it."""
+    widths = [max((len(label) for _, label in column), default=0) for column in columns]
+    side_by_side = all(widths) and 0.06 * sum(widths) + 1 < fig.get_figwidth()  # inches
+    if side_by_side:
+        rows = max(map(len, columns))
+        columns = [column + [(BLANK, "")] * (rows - len(column)) for column in columns]
+    entries = zip(*(columns[0] + columns[1]))
+    draw_legend(fig, *entries, 2 if side_by_side else 1, notes)
+
+
+def draw_legend(fig, handles, labels, columns, notes):
+    """Draw a legend under the panels and small text below it."""
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "frameon": False, "fontsize": 7.5}
+    legend = fig.legend(handles, labels, ncols=columns, handlelength=3.2, **place)
+    fig.draw_without_rendering()  # places the legend
+    bottom = legend.get_window_extent().transformed(fig.transFigure.inverted()).y0
+    draw_note(fig, bottom - 0.05 / fig.get_figheight(), notes)
+
+
+def draw_note(fig, top, notes):
+    """Write small text below the height `top` (of the figure), wrapped to its width."""
+    text = textwrap.fill(" ".join(notes), round(20 * fig.get_figwidth()), break_on_hyphens=False)
+    fig.text(0.5, top, text, ha="center", va="top", fontsize=6.5)
+
+
+def footnote(cells):
+    """What a reader of the figure must be told: seeds, intervals, shades."""
+    seeds = {cell.n for cell in cells if cell.n > 1}
+    parts = []
+    if seeds:
+        low, high = min(seeds), max(seeds)
+        words = f"{low} to {high}" if low < high else str(low)
+        parts.append(f"Mean and its 95 % interval over {words} seeds (Student t).")
+    if any(cell.n == 1 for cell in cells):
+        parts.append("Points without a bar: no interval with one seed.")
+    cells = [cell for cell in cells if cell.line.source_domain]
+    domains = {cell.line.source_domain for cell in cells}
+    sources = {(cell.line.source_domain, cell.line.source) for cell in cells}
+    sizes = {(cell.line.source_domain, cell.source_images) for cell in cells}
+    if all(images for _, images in sizes) and len(sizes) == len(sources) > len(domains):
+        parts.append("Darker and thicker: more images in pre-training.")
+    return " ".join(parts)

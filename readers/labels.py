@@ -1,0 +1,62 @@
+"""What is made of the labels of multi-label datasets: a union of several, single labels of one."""
+
+import numpy as np
+
+from readers.images import ImageDataset, Joined
+
+
+def join(name, members, labels):
+    """Multi-label datasets one after the other, their labels aligned by name.
+
+    members: [ImageDataset]. labels: "intersection" keeps the names that all have (the study);
+    "union" keeps every name, NaN where a dataset does not annotate it. Both in alphabetical order.
+    Raises ValueError for datasets that do not go together.
+    """
+    for member in members:
+        if member.task != "multilabel":
+            raise ValueError(
+                f"{name}: {member.name} is not multi-label; a union joins labels by name"
+            )
+    if len({bool(member.options.get("gap")) for member in members}) > 1:
+        raise ValueError(f"{name}: a gap (~) gives images three channels; give it to all, or none")
+    names = [set(member.classes) for member in members]
+    classes = sorted(set.union(*names) if labels == "union" else set.intersection(*names))
+    if not classes:
+        have = "; ".join(f"{member.name}: {', '.join(member.classes)}" for member in members)
+        raise ValueError(f"{name}: no label is common to all; --labels union keeps all ({have})")
+    tables, options, dropped = [], {"labels": labels}, {}
+    for member in members:
+        table = np.full((len(member), len(classes)), np.nan, np.float32)
+        for column, label in enumerate(classes):
+            if label in member.classes:
+                table[:, column] = member.labels[:, member.classes.index(label)]
+        tables.append(table)
+        options |= {member.name: member.options} if member.options else {}
+        dropped |= {f"{member.name}: {why}": count for why, count in member.dropped.items()}
+    return ImageDataset(
+        name,
+        Joined([member.reader for member in members], np.cumsum([len(m) for m in members])),
+        np.concatenate(tables),
+        classes,
+        "multilabel",
+        members[0].domain,
+        groups=np.concatenate([member.groups for member in members]),
+        options=options,
+        dropped=dropped,
+    )
+
+
+def keep_single_label(dataset):
+    """PadChest-Cl of the study: one positive label exactly (what is not annotated is none)."""
+    if dataset.task != "multilabel":
+        raise ValueError(f"{dataset.name}: --single-label is for multi-label datasets")
+    positives = dataset.labels == 1
+    kept = positives.sum(1) == 1
+    if not kept.any():
+        raise ValueError(f"{dataset.name}: no image has exactly one positive label")
+    return dataset.subset(kept).replace(
+        labels=positives[kept].argmax(1),
+        task="multiclass",
+        options=dataset.options | {"single_label": True},
+        dropped=dataset.dropped | {"not exactly one positive label": int((~kept).sum())},
+    )

@@ -1,0 +1,53 @@
+"""What the name of a dataset says: folder:PATH, NAME@SIZE (a pack), NAME~GAP, NAME+NAME."""
+
+import re
+from pathlib import Path
+
+
+def parts_of(name):
+    """The names that a union joins; a path may hold a "+" too."""
+    return [name] if name.startswith("folder:") else name.split("+")
+
+
+def base_name(name):
+    """The name of the dataset itself: nih of nih@256, synthetic-xray of synthetic-xray~0.4."""
+    return name.partition("@")[0].partition("~")[0]
+
+
+def without_place(name):
+    """The name of a dataset wherever it lies: folder:b of folder:/a/b."""
+    if not name.startswith("folder:"):
+        return name
+    return f"folder:{Path(name.removeprefix('folder:')).resolve().name}"
+
+
+def pack_of(name):
+    """(name of the original, size) that NAME@SIZE means; (name, None) of what is no pack."""
+    match = re.fullmatch(r"(.*[^/])/*@([1-9]\d*)", name)
+    # A directory of one's own images may have such a name too.
+    own = name.startswith("folder:") and Path(name.removeprefix("folder:"), "train").is_dir()
+    return (match[1], int(match[2])) if match and not own else (name, None)
+
+
+def pack_folder(original, size, root, out=None):
+    """The directory of a pack: below `out` where given, else beside a folder: or below the root."""
+    folder = Path(root, f"{original}@{size}")
+    if original.startswith("folder:"):
+        folder = Path(original.removeprefix("folder:").rstrip("/") + f"@{size}")
+    return Path(out, folder.name) if out else folder
+
+
+def gap_of(name):
+    """The gap that NAME~GAP states, a float from 0 to 1; None of a name without.
+
+    Raises ValueError unless it has its one spelling, so that no dataset has two names.
+    """
+    world, tilde, gap = name.partition("~")
+    if not tilde:
+        return None
+    if not re.fullmatch(r"0|1|0\.\d*[1-9]", gap):
+        raise ValueError(
+            f"{name}: {gap!r} is no gap; write a decimal from 0 to 1 without needless digits, "
+            f"like {world}~0, {world}~0.4 or {world}~1"
+        )
+    return float(gap)

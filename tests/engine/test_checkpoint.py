@@ -1,0 +1,390 @@
+"""Pre-training killed, refused the disk or struck by an error: continued as if it had not been."""
+
+import contextlib
+import io
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+
+import interruption
+import pytest
+import torch
+import torch.distributed as dist
+from interruption import (
+    BATCH,
+    EPOCHS,
+    HANG,
+    SAVE_EACH_STEP,
+    STEPS,
+    Training,
+    at_step,
+    die,
+    recorded,
+    send,
+    start,
+    wait,
+)
+
+import pretrain
+from engine import checkpoint, processes
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+    return interruption.undisturbed(folder)
+
+
+# ------------------------------------------------------------------------------------------------
+# SIGKILL
+# ------------------------------------------------------------------------------------------------
+
+
+def killed_at_file(count):
+    """A patch: dies when the count-th operation on a temporary file is about to happen."""
+
+    def patch():
+        seen = []
+
+        def hook(event, args):
+            if event in ("open", "os.rename", "os.remove") and str(args[0]).endswith(".tmp"):
+                seen.append(event)
+                if len(seen) == count:
+                    die()
+
+        sys.addaudithook(hook)
+
+    return patch
+
+
+def killed_within(module, mode, count, size):
+    """A patch: dies in the count-th file that a module opens so, with `size` of it written."""
+
+    def patch():
+        opened = []
+
+        class Dying(io.FileIO):
+            def write(self, data):
+                data = data.encode() if isinstance(data, str) else data
+                room = size - self.tell() if mode == "wb" else min(size, len(data) - 1)
+                if len(data) > room:
+                    super().write(data[: max(room, 0)])
+                    die()
+                return super().write(data)
+
+        def opening(path, wanted="r"):
+            opened.append(wanted)
+            last = wanted == mode and opened.count(mode) == count
+            return Dying(path, mode) if last else open(path, wanted)
+
+        module.open = opening
+
+    return patch
+
+
+def kills(rng):
+    """20 ways to die as (patch, lines of the log after which a SIGKILL comes from outside)."""
+    found = [(None, rng.randrange(9)) for _ in range(7)]
+    found += [(killed_at_file(rng.randint(1, 24)), None) for _ in range(6)]
+    for _ in range(5):
+        found.append(
+            (killed_within(checkpoint, "wb", rng.randint(1, 6), rng.randrange(16 << 20)), None)
+        )
+    for _ in range(2):
+        found.append(
+            (killed_within(interruption.log, "a", rng.randint(1, 9), rng.randrange(200)), None)
+        )
+    rng.shuffle(found)
+    return found
+
+
+def written(training):
+    """Lines of its log, however the last one ends."""
+    return sum(path.read_text().count("\n") for path in training.paths("log.jsonl"))
+
+
+def test_killed_at_20_moments(undisturbed, folder, tmp_path):
+    """One run after the other, each killed and started again until it is through."""
+    died, finished, halves = [], 0, 0
+    for patch, lines in kills(random.Random(3)):
+        while True:
+            out = tmp_path / f"out{finished}"
+            training = Training(folder, tmp_path, *SAVE_EACH_STEP, out=out)
+            before = written(training)
+            pid = start(pretrain.main, training.argv, tmp_path, patch)
+            if lines is not None:
+                ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+                while not os.waitid(os.P_PID, pid, ended) and written(training) < before + lines:
+                    pass
+                os.kill(pid, signal.SIGKILL)
+            status = wait(pid)
+            if status == -signal.SIGKILL:
+                break
+            assert status == 0, (tmp_path / "rank0.err").read_text()
+            training.assert_same(undisturbed)
+            finished += 1  # it was through before the blow fell: the next one gets it
+        halves += bool(training.paths(".checkpoint.pt.tmp"))
+        died.append(training.load()["step"] if training.paths("checkpoint.pt") else 0)
+    training.go()
+    training.assert_same(undisturbed)
+    assert len(died) == 20 and halves >= 5  # unfinished checkpoints were left behind
+    assert len(set(died)) >= 6 and min(died) < 5 and max(died) > 12, died
+
+
+@pytest.mark.parametrize("name", ("model.pt", "result.json"))
+def test_killed_after_the_last_step(name, undisturbed, folder, tmp_path):
+    """The last file's rename is what makes a run finished."""
+
+    def patch():
+        def hook(event, args):
+            if event == "os.rename" and str(args[1]).endswith(name):
+                die()
+
+        sys.addaudithook(hook)
+
+    training = Training(folder, tmp_path)
+    training.go(-signal.SIGKILL, patch)
+    assert training.load()["step"] == STEPS and not training.paths("result.json")
+    training.go()
+    training.assert_same(undisturbed)
+
+
+# ------------------------------------------------------------------------------------------------
+# The background write
+# ------------------------------------------------------------------------------------------------
+
+
+def slow_write(events, then=lambda: None):
+    """A patch: the checkpoint of step 8 is written only once step 10 is done.
+
+    events: file of what happened: step N | begin N | end N.
+    """
+
+    def patch():
+        save, done = checkpoint.save_tensors, threading.Event()
+
+        def note(*words):
+            with open(events, "a") as file:
+                print(*words, file=file)
+
+        def slow(path, state):
+            step = state["step"]
+            note("begin", step)
+            assert step != 8 or done.wait(HANG)
+            save(path, state)
+            note("end", step)
+            then()
+
+        checkpoint.save_tensors = slow
+        at_step(9, lambda: note("step", 9))()
+        at_step(10, lambda: (note("step", 10), done.set()))()
+
+    return patch
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(undisturbed, folder, tmp_path):
+    training = Training(folder, tmp_path)
+    training.go(patch=slow_write(tmp_path / "events"))
+    happened = (tmp_path / "events").read_text().splitlines()
+    writes = [event for event in happened if "step" not in event]
+    # One after the other, and none is left out.
+    assert writes == [f"{word} {step}" for step in EPOCHS for word in ("begin", "end")]
+    assert happened.index("step 9") < happened.index("step 10") < happened.index("end 8")
+    training.assert_same(undisturbed)
+
+
+def test_a_late_write_holds_the_step_it_was_asked_for(undisturbed, folder, tmp_path):
+    """Of weights that have changed since. The run is killed right after, and continues from it."""
+    training = Training(folder, tmp_path)
+    training.go(-signal.SIGKILL, slow_write(tmp_path / "events", then=die))
+    assert training.load()["step"] == 8 and max(training.losses()) >= 9
+    training.go()
+    training.assert_same(undisturbed)
+
+
+def test_a_signal_waits_for_the_write_before(undisturbed, folder, tmp_path):
+    """The state of the signal's step is written after it, not lost to it."""
+
+    def patch():
+        slow_write(tmp_path / "events")()
+        at_step(10, send(signal.SIGTERM))()
+
+    training = Training(folder, tmp_path)
+    training.go(75, patch)
+    happened = (tmp_path / "events").read_text().splitlines()
+    assert sorted(happened[-4:-2]) == ["end 8", "step 10"]
+    assert happened[-2:] == ["begin 10", "end 10"]
+    assert training.load()["step"] == 10
+    training.go()
+    training.assert_same(undisturbed)
+
+
+def failing_write(path, state):
+    if state["step"] == 15:
+        raise OSError(f"{path}: the disk is on fire")
+    checkpoint.write_atomically(path, lambda temporary: checkpoint.torch.save(state, temporary))
+
+
+def test_a_failed_write_stops_the_run(undisturbed, folder, tmp_path):
+    def patch():
+        checkpoint.save_tensors = failing_write
+
+    training = Training(folder, tmp_path)
+    ((_, err),) = training.go(2, patch)
+    (path,) = training.paths("checkpoint.pt")
+    assert err == f"error: {path}: the disk is on fire\n"
+    assert training.load()["step"] == 8 and not training.paths("model.pt")
+    training.go()
+    training.assert_same(undisturbed)
+
+
+# ------------------------------------------------------------------------------------------------
+# A full disk
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 64 MB; a checkpoint takes 16, beside the one before."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no permission to mount")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def fill(disk, size=None):
+    """Takes so many bytes of the disk, or all."""
+    with (
+        open(disk / "filler", "wb", buffering=0) as file,
+        contextlib.suppress(OSError),
+    ):
+        while size is None or file.tell() < size:
+            file.write(bytes(4096))
+
+
+def refused(training, name, patch=None):
+    """It stops with one line, which names the file, the reason and what to do."""
+    ((out, err),) = training.go(2, patch)
+    assert err.count("\n") == 1 and err.startswith("error: ") and "wrote" not in out
+    for word in (f"/{name}: ", "the disk is full", "free some space", "the same command"):
+        assert word in err
+
+
+def test_no_room_for_the_second_checkpoint(undisturbed, folder, tmp_path, disk):
+    fill(disk, 40 << 20)
+    training = Training(folder, tmp_path, out=disk / "out")
+    for _ in range(2):  # still full
+        refused(training, "checkpoint.pt")
+        assert training.load()["step"] == 8 and not training.paths(".*")
+    (disk / "filler").unlink()
+    training.go()
+    training.assert_same(undisturbed)
+
+
+def test_no_room_for_the_weights(undisturbed, folder, tmp_path, disk):
+    """All is trained; the same command has only to write them."""
+
+    def patch():
+        save = pretrain.save_tensors
+        pretrain.save_tensors = lambda *args: (fill(disk), save(*args))
+
+    training = Training(folder, tmp_path, out=disk / "out")
+    refused(training, "model.pt", patch)
+    assert training.load()["step"] == STEPS and not training.paths("result.json")
+    (disk / "filler").unlink()
+    training.go()
+    training.assert_same(undisturbed)
+
+
+def test_no_room_for_the_log(folder, tmp_path, disk):
+    """The line that did not fit is cut; the same command mends it."""
+    training = Training(folder, tmp_path, "--batch-size", 2, "--epochs", 1, out=disk / "out")
+    refused(training, "log.jsonl", at_step(3, lambda: fill(disk)))
+    (path,) = training.paths("log.jsonl")
+    assert 5 < path.read_text().count("\n") < 30 and not path.read_text().endswith("\n")
+    refused(training, "log.jsonl")
+    (disk / "filler").unlink()
+    training.go()
+    assert list(training.losses()) == list(range(1, 31))
+
+
+# ------------------------------------------------------------------------------------------------
+# Errors
+# ------------------------------------------------------------------------------------------------
+
+
+def test_an_exception_that_nobody_expects(undisturbed, folder, tmp_path):
+    """The checkpoint that was being written then is whole; only the same options continue it."""
+
+    def fail():
+        raise RuntimeError("out of luck")
+
+    training = Training(folder, tmp_path)
+    ((_, err),) = training.go(1, at_step(9, fail))
+    assert err.splitlines()[-1] == "RuntimeError: out of luck"
+    ((_, err),) = Training(folder, tmp_path, "--seed", 1).go(2)
+    (path,) = training.paths("checkpoint.pt")
+    assert err.startswith(f"error: {path} was made with seed = 0, not 1; use the same options")
+    assert err.count("\n") == 1 and training.load()["step"] == 8
+    training.go()
+    training.assert_same(undisturbed)
+
+
+@pytest.mark.parametrize("workers", (0, 2))
+def test_a_broken_image_reached_late(workers, undisturbed, folder, tmp_path):
+    """Where the dataset is too large to be read beforehand. Mended, the run goes on."""
+    shutil.copytree(folder, tmp_path / "images")
+    i = recorded(undisturbed.home / "order")[5 * BATCH + 3][0]  # of the sixth step
+    path = tmp_path / "images/train" / ("blue", "green", "red")[i // 20] / f"{i % 20:02d}.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:200])
+
+    def patch():
+        pretrain.preload = lambda dataset, pipeline: (dataset, pipeline)
+
+    training = Training(tmp_path / "images", tmp_path, "--workers", workers, *SAVE_EACH_STEP)
+    ((_, err),) = training.go(2, patch)
+    assert err.startswith("error: ") and err.count("\n") == 1 and str(path) in err
+    assert training.load()["step"] == 5
+    path.write_bytes(whole)
+    training.go(patch=patch)
+    assert training.losses() == undisturbed.losses()
+    a, b = (run.load("model.pt")["model"] for run in (training, undisturbed))
+    interruption.assert_same_tensors(a, b)
+
+
+# ------------------------------------------------------------------------------------------------
+# Ranks
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+def test_summary(ranks, monkeypatch):
+    """A training step counts as three forward passes, and every rank has a device."""
+    env = processes.Env(0, ranks, torch.device("cpu"), "fp32")
+    monkeypatch.setattr(checkpoint, "peak_flops", lambda device, precision: 1e6)
+    monkeypatch.setattr(dist, "all_gather_object", lambda steps, step: steps.pop())
+    run = checkpoint.Run(None, torch.nn.Linear(1, 1), None, {}, env)
+    run.step, run.seconds = 30, 4.0
+    assert run.summary(70, 16, 500) == {
+        **{"images": 70, "steps": 30, "seconds": 4.0, "images_per_second": 120.0},
+        **{"flops_per_second": 180_000.0, "peak_share": pytest.approx(0.18 / ranks)},
+    }
+
+
+def test_ranks_that_see_different_checkpoints_are_refused(monkeypatch):
+    def all_gather_object(steps, step):
+        steps[:] = step, 8
+
+    monkeypatch.setattr(dist, "all_gather_object", all_gather_object)
+    env = processes.Env(0, 2, torch.device("cpu"), "fp32")
+    with pytest.raises(ValueError, match=r"continue after steps \[0, 8\]: share --out"):
+        checkpoint.Run(None, torch.nn.Linear(1, 1), None, {}, env)

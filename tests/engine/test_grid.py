@@ -1,0 +1,218 @@
+"""The grid, of toy cells: whose turn it is, what failed, what is there already, how long."""
+
+import contextlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from engine import grid as module
+from engine.console import write_json
+from engine.grid import Cell, Grid, Network, operations, report, unfinished
+from engine.metrics import Diverged
+from engine.processes import Env, Stopped
+
+ALONE = Env(0, 1, torch.device("cpu"), "fp32")
+FIRST, SECOND = (ALONE._replace(rank=rank, ranks=2) for rank in (0, 1))
+FLOPS = 10  # of an image
+
+
+class Images:
+    """As much of a dataset as a grid looks at."""
+
+    domain, options = "natural", {}
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+
+TARGET = SimpleNamespace(name="pets", train_set=Images(60), test_set=Images(21), distances={})
+
+
+def make_cell(seed=0, steps=2, shots=1, images=3, out="results", name="nih-R14x0.5"):
+    """Of a fine-tuning; steps None: of frozen features."""
+    settings, method = {"crop": 32}, "linear"
+    if steps:
+        settings, method = {"crop": 32, "steps": steps, "batch_size": 8}, "finetune"
+    about = shots, seed, method, np.arange(images), settings, FLOPS, out, "pets"
+    return Cell(Network(name, "nih", "R14x0.5"), TARGET, *about)
+
+
+def seeds(cells):
+    return [cell.seed for cell in cells]
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """What the processes count in, here all in this one."""
+    store = dist.HashStore()
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+
+
+@pytest.fixture
+def others(monkeypatch):
+    """Call it with what the other process of two would send."""
+
+    def send(theirs):
+        def gather(found, mine):
+            found[:] = mine, theirs
+
+        monkeypatch.setattr(module.dist, "all_gather_object", gather)
+
+    return send
+
+
+# ------------------------------------------------------------------------------------------------
+# Turns
+# ------------------------------------------------------------------------------------------------
+
+
+def test_jobs_come_longest_first_and_stay_whole(capsys):
+    # 3 x 8 images a step, and 21 test images; frozen ones are all seen once.
+    assert operations([make_cell(steps=5)]) == (3 * 5 * 8 + 21) * FLOPS
+    frozen = [make_cell(2, None), make_cell(3, None, images=6)]
+    assert operations(frozen) == (6 + 21) * FLOPS
+    jobs = [frozen, [make_cell(0, 2)], [make_cell(1, 5)]]
+    assert seeds(Grid(jobs, {}, ALONE)) == [1, 0, 2, 3]
+    together = Grid(jobs, {}, FIRST, together=True)
+    assert seeds(together) == [2, 3, 0, 1]
+    assert together.title(frozen[1]) == "[2/4] pets from nih-R14x0.5, 1 shots, seed 3"
+    assert str(make_cell(shots=None)) == "pets from nih-R14x0.5, all images, seed 0"
+
+
+def test_a_job_goes_to_whichever_process_comes_free(store):
+    jobs = [[make_cell(seed)] for seed in range(9)]
+    first, second = (iter(Grid(jobs, {}, env)) for env in (FIRST, SECOND))
+    assert seeds(next(turn) for turn in (first, second, first)) == [0, 1, 2]
+    assert seeds(second) == [3, 4, 5, 6, 7, 8] and list(first) == []
+
+
+def test_when_one_process_stops_all_do(store):
+    jobs = [[make_cell(2 * n, None), make_cell(2 * n + 1, None)] for n in range(4)]
+    one, other = Grid(jobs, {}, FIRST), Grid(jobs, {}, SECOND)
+    first, second = iter(one), iter(other)
+    assert next(second).seed == 0
+    with one.tolerating(next(first)):
+        raise Stopped("stopped by SIGTERM")
+    assert list(first) == [] and seeds(second) == [1]  # of the job in hand
+
+
+def test_alone_or_together_a_stop_ends_the_run():
+    for grid in (Grid([], {}, ALONE), Grid([], {}, FIRST, together=True)):
+        with pytest.raises(Stopped), grid.tolerating(make_cell()):
+            raise Stopped("stopped by SIGTERM")
+
+
+# ------------------------------------------------------------------------------------------------
+# Failures and the table
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "env, together, error, tolerated",
+    [
+        (ALONE, False, RuntimeError, True),
+        (FIRST, False, RuntimeError, True),
+        (ALONE, True, RuntimeError, True),
+        (FIRST, True, Diverged, True),  # all see it alike
+        (FIRST, True, RuntimeError, False),  # the others would wait for this one
+    ],
+)
+def test_a_failure_is_noted_with_its_reason(env, together, error, tolerated, monkeypatch):
+    monkeypatch.delenv("TRACEBACK", raising=False)
+    grid, cell = Grid([], {}, env, together), make_cell(4)
+    with contextlib.nullcontext() if tolerated else pytest.raises(error):
+        with grid.tolerating(cell):
+            raise error("no memory\nis left")
+    path = "results/pets/nih-R14x0.5/1shot-seed4.json"
+    assert grid.failures == ({path: "no memory is left"} if tolerated else {})
+    monkeypatch.setenv("TRACEBACK", "1")
+    with pytest.raises(error), grid.tolerating(cell):
+        raise error
+
+
+def test_what_happened_to_another_process_is_told(store, others, capsys):
+    cells = [make_cell(seed) for seed in range(3)]
+    paths = [str(cell.path) for cell in cells]
+    grid = Grid([[cell] for cell in cells], {}, FIRST)
+    grid.done(next(iter(grid)), {"accuracy": 0.25})
+    assert "[1/3] pets from nih-R14x0.5, 1 shots, seed 0: accuracy 0.250, " in (
+        capsys.readouterr().out
+    )
+    others(({paths[1]: 0.5}, {paths[2]: "no memory"}, None))
+    assert grid.finish(cells) == 1
+    output = capsys.readouterr().out
+    assert "0.375 ± 0.177 (2) |" in output
+    assert f"1 cells failed; the same command tries them again:\n{paths[2]}: no memory" in output
+    others(({}, {}, ("stopped by SIGTERM", 75)))
+    with pytest.raises(Stopped, match="stopped by SIGTERM") as stopped:
+        grid.finish(cells)
+    assert stopped.value.status == 75
+
+
+def test_undefined_metrics_are_said_so_and_counted_as_none(capsys):
+    cells = [make_cell(seed, shots=shots) for shots in (1, 5, None) for seed in (0, 1)]
+    grid = Grid([cells], {}, ALONE)
+    for cell, value in zip(grid, (0.5, None, None, None, 0.25, 0.75)):
+        grid.done(cell, {"accuracy": value})
+    assert capsys.readouterr().out.count("accuracy undefined, ") == 3
+    report(cells, grid.results)
+    header, _, row = capsys.readouterr().out.splitlines()
+    columns = [column.strip() for column in header.split("|")[4:7]]
+    assert columns == ["1 shots", "5 shots", "full"]
+    assert [text.strip() for text in row.split("|")[4:7]] == ["0.500 (1)", "", "0.500 ± 0.354 (2)"]
+
+
+# ------------------------------------------------------------------------------------------------
+# What is there already
+# ------------------------------------------------------------------------------------------------
+
+
+def test_finished_cells_are_left_out_and_others_refused_by_name(tmp_path, others):
+    cells = [make_cell(seed, out=tmp_path) for seed in range(3)]
+    record = {"schema": 1, "kind": "fewshot", "metrics": {"accuracy": 0.5}}
+    older = {"out": "elsewhere", "log_every": 50}  # was written once, and decides nothing
+    write_json(cells[1].path, record | {"config": cells[1].config | older})
+    todo, results = unfinished(cells, tmp_path, ALONE)
+    assert seeds(todo) == [0, 2] and results == {str(cells[1].path): 0.5}
+    others([str(cells[0].path)])
+    with pytest.raises(ValueError, match=f"--out {tmp_path}: the processes find .* share"):
+        unfinished(cells, tmp_path, FIRST)
+    more_steps = make_cell(1, steps=3, out=tmp_path)
+    with pytest.raises(ValueError, match="1shot-seed1.json was made with steps = 2, not 3"):
+        unfinished([more_steps], tmp_path, ALONE)
+    with pytest.raises(ValueError, match="would write .*1shot-seed1.json; run them apart"):
+        unfinished([cells[1], more_steps], tmp_path, ALONE)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="--out .*file/x: .*file is no directory that can be written"):
+        unfinished([], tmp_path / "file" / "x", ALONE)
+    monkeypatch.setattr(module.os, "access", lambda path, mode: False)
+    with pytest.raises(OSError, match=f"--out .*new: {tmp_path} is no directory that can be"):
+        unfinished([], tmp_path / "new", ALONE)
+
+
+def test_the_estimate_fills_the_processes_longest_first(capsys, monkeypatch):
+    """Jobs of 5, 4 and 2 steps on two processes: the third joins the first that is free."""
+    monkeypatch.setattr(module, "flops_per_second", lambda *args: 1.0)
+    times = []
+    monkeypatch.setattr(module.tqdm, "format_interval", times.append)
+    cells = [make_cell(seed, steps) for seed, steps in enumerate((2, 5, 4))]
+    done = make_cell(3, out="done")
+    for env, together in ((ALONE, False), (FIRST, False), (FIRST, True)):
+        grid = Grid([[cell] for cell in cells], {}, env, together)
+        grid.dry_run([*cells, done], lambda name: torch.nn.Linear(1, 1))
+    short, long, middle = (operations([cell]) for cell in cells)
+    total = short + long + middle
+    assert times == pytest.approx([total, middle + short, total / 2])
+    output = capsys.readouterr().out
+    row = f"| pets | nih-R14x0.5 | 1 | 4 | 1 | {total} |"
+    assert [line for line in output.splitlines() if line[:6] == "| pets"][0].split() == row.split()
+    assert "on one process\n" in output and "on 2 processes\n" in output

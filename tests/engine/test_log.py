@@ -1,0 +1,210 @@
+"""What is said of a training, whatever optimises it; losses and gradients that are not finite."""
+
+import json
+import math
+import types
+
+import interruption
+import pytest
+import torch
+from interruption import BATCH, SAVE_EACH_STEP, STEPS, Training
+
+import data
+import models
+import pretrain
+from engine.checkpoint import Run, read_tensors
+from engine.log import Log, trim_log
+from engine.metrics import Diverged
+from engine.optimizer import SGD_AGC
+from engine.processes import Env
+from readers import transforms
+
+CPU = Env(0, 1, torch.device("cpu"), "fp32")
+OPTIMIZERS = {
+    "SGD_AGC": lambda params: SGD_AGC(params, 0.1),
+    "SGD": lambda params: torch.optim.SGD(params, lr=0.1),
+    "AdamW": lambda params: torch.optim.AdamW(params, lr=0.1),
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+    return interruption.undisturbed(folder)
+
+
+# ------------------------------------------------------------------------------------------------
+# Readings
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_readings_are_means_since_the_last(name, tmp_path):
+    """Steps of 4 images with 2 valid labels each; every second one is read, and the last."""
+    weight, unused = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)
+    optimizer = OPTIMIZERS[name]([weight, unused])
+    path, norms = tmp_path / "run" / "log.jsonl", []
+    with Log(CPU, 0, 5, 4, 2, path) as log:
+        for step in range(1, 6):
+            optimizer.zero_grad(set_to_none=True)
+            (step * weight).sum().backward()
+            norms.append(step * math.sqrt(3))
+            optimizer.step()
+            log.add(step, 0.1 * step, torch.tensor(step / 2), 2, optimizer, step == 5)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 5]
+    assert [line["lr"] for line in lines] == pytest.approx([0.2, 0.4, 0.5])
+    assert [line["loss"] for line in lines] == pytest.approx([1.5 / 4, 3.5 / 4, 2.5 / 2])
+    expected = [sum(norms[:2]) / 2, sum(norms[2:4]) / 2, norms[4]]
+    assert [line["grad_norm"] for line in lines] == pytest.approx(expected)
+    assert {line["clipped"] for line in lines} == ({1.0} if name == "SGD_AGC" else {None})
+    assert all(line["images_per_second"] > 0 and line["memory"] > 0 for line in lines)
+
+
+def test_lines(undisturbed, folder, tmp_path):
+    plain = Training(folder, tmp_path, "--clipping", 0)
+    plain.go()
+    lines, unclipped = undisturbed.lines(), plain.lines()
+    assert len(lines) == len(unclipped) == STEPS
+    for line in lines + unclipped:
+        assert line.keys() == {
+            *("step", "lr", "loss", "grad_norm", "clipped"),
+            *("images_per_second", "data_wait", "memory"),
+        }
+        assert 0 < line["loss"] < 20 and 0 < line["grad_norm"] < 1e4
+        assert 0 <= line["data_wait"] < 1 and 0 < line["images_per_second"] < 1e5
+        assert 100e6 < line["memory"] < 16e9
+    assert all(line["clipped"] is None for line in unclipped)
+    assert all(0 <= line["clipped"] <= 1 for line in lines)
+    assert any(0 < line["clipped"] for line in lines)
+    assert lines[0]["lr"] == pytest.approx(0.05 * BATCH / 256)
+    assert lines[-1]["lr"] == pytest.approx(0.05 * BATCH / 256 / 1000)
+    # The first step is before any update: no clipping has changed anything yet.
+    assert lines[0]["grad_norm"] == pytest.approx(unclipped[0]["grad_norm"], rel=1e-5)
+    assert lines[0]["loss"] == unclipped[0]["loss"]
+
+
+def test_gradient_norm_of_a_run(folder, undisturbed):
+    """That of the first step, by autograd on the whole batch."""
+    dataset = data.load_dataset(f"folder:{folder}", split="train")
+    pipeline = pretrain.choose_pipeline(dataset, 16, True)
+    images, labels, _ = data.Batches(dataset, pipeline, BATCH)[0]
+    torch.manual_seed(0)
+    model = models.create_model("R14x0.5", 3)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in transforms.NORMALIZATION["natural"])
+    loss = torch.nn.functional.cross_entropy(model((images / 255 - mean) / std), labels)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+    line = undisturbed.lines()[0]
+    assert line["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert line["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------
+# Lines that a kill left behind
+# ------------------------------------------------------------------------------------------------
+
+
+def test_a_continued_run_writes_later_lines_again(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 3, "loss": 1}\n{"step": 4, "loss": 1}\n{"step": 4, "test": {}}\n{"st')
+    trim_log(CPU, path, 4)
+    assert path.read_text() == '{"step": 3, "loss": 1}\n{"step": 4, "loss": 1}\n'
+    trim_log(CPU, path, 3)
+    assert path.read_text() == '{"step": 3, "loss": 1}\n'
+
+
+@pytest.mark.parametrize("line", ('{"st', "[]", '{"loss": 1}', "3", '{"step": "x"}'))
+def test_a_damaged_line_is_named(line, tmp_path):
+    path = tmp_path / "log.jsonl"
+    text = f'{{"step": 1, "loss": 2}}\n{line}\n{{"step": 2, "loss": 2}}\n'
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"{path}, line 2: damaged; remove that line"):
+        trim_log(CPU, path, 5)
+    assert path.read_text() == text
+
+
+# ------------------------------------------------------------------------------------------------
+# Divergence
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", ("loss", "gradient"))
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_first_step_that_is_not_finite_is_named(name, bad):
+    weight = torch.ones(3, requires_grad=True)
+    optimizer = OPTIMIZERS[name]([weight])
+    with Log(CPU, 0, 9, 4, 5) as log:
+        for step in range(1, 5):
+            weight.grad = torch.full((3,), math.inf if (bad, step) == ("gradient", 3) else 0.5)
+            optimizer.step()
+            loss = torch.tensor(math.nan if (bad, step) == ("loss", 3) else 1.0)
+            log.add(step, 0.1 * step, loss, 4, optimizer)
+            assert log.finite() == (step < 3)
+        with pytest.raises(Diverged, match="not finite at step 2, learning rate 0.3; lower --lr"):
+            log.add(5, 0.5, torch.tensor(1.0), 4, optimizer)
+
+
+def test_divergence_is_named_on_every_rank(folder, tmp_path):
+    training = Training(folder, tmp_path, "--lr", 1e9, "--clipping", 0)
+    errors = [err for _, err in training.go(2, ranks=2)]
+    first = errors[0].removeprefix("error: ")
+    step = int(first.split(" step ")[1].split(",")[0])
+    rate = 1e9 / 256 * BATCH
+    assert first.startswith(
+        f"loss or gradient is not finite at step {step}, learning rate {rate:g}"
+    )
+    assert first.count("\n") == 1 and "--lr" in first
+    assert errors[1] == f"error (rank 1): {first}"
+    assert list(training.losses()) == list(range(1, step + 1))  # that many were finite
+    assert not training.paths("result.json")
+
+
+@pytest.mark.parametrize("rate, log_every", ((1e9, 1), (1e9, 100), (1e39, 100)))
+def test_what_is_saved_is_finite(rate, log_every, folder, tmp_path):
+    """Also where a finite gradient makes weights overflow, before any loss shows it."""
+
+    def late():
+        calm = pretrain.learning_rate
+        pretrain.learning_rate = lambda now, *rest: rate if now >= 1 else calm(now, *rest)
+
+    every = ("--log-every", log_every)
+    training = Training(folder, tmp_path, "--clipping", 0, *every, *SAVE_EACH_STEP)
+    ((_, err),) = training.go(2, late)
+    assert err.startswith("error: loss or gradient is not finite at step ")
+    assert f"learning rate {rate:g}" in err and err.count("\n") == 1
+    state = training.load()
+    assert 8 <= state["step"] <= int(err.split(" step ")[1].split(",")[0])
+    buffers = [entry["momentum_buffer"] for entry in state["optimizer"]["state"].values()]
+    assert len(buffers) > 20
+    assert all(tensor.isfinite().all() for tensor in [*state["model"].values(), *buffers])
+
+
+@pytest.mark.parametrize("bad, clipping", ((math.inf, None), (math.nan, 0.01)))
+@pytest.mark.parametrize("log_every", (1, 10))
+def test_what_is_saved_is_from_before_a_bad_gradient(bad, clipping, log_every, tmp_path):
+    """At step 2 alone, with a finite loss: named, and what was saved is from before."""
+    torch.manual_seed(0)
+    model, inputs = torch.nn.Linear(3, 2), torch.randn(4, 3)
+    optimizer = SGD_AGC(model.parameters(), 0.1, clipping=clipping)
+    run = Run(tmp_path / "checkpoint.pt", model, optimizer, {}, CPU, save_minutes=1e-9)
+    unasked = types.SimpleNamespace(agreed=lambda: None)
+    path = tmp_path / "log.jsonl"
+    with (
+        Log(CPU, 0, 20, 4, log_every, path) as log,
+        pytest.raises(Diverged, match=r"not finite at step 2, learning rate 0\.3;"),
+    ):
+        while run.step < 20:
+            optimizer.zero_grad()
+            loss = model(inputs).square().sum()
+            loss.backward()
+            if run.step == 2:
+                model.weight.grad[1, 1] *= bad
+            optimizer.step()
+            run.step += 1
+            log.add(run.step, run.step / 10, loss.detach(), 4, optimizer)
+            run.save_or_stop(unasked, log)
+    run.finish_saving()
+    lines = path.read_text().splitlines() if path.exists() else []
+    assert [json.loads(line)["step"] for line in lines] == ([1, 2] if log_every == 1 else [])
+    state = read_tensors(tmp_path / "checkpoint.pt")
+    assert state["step"] == 2 and state["model"]["weight"].isfinite().all()

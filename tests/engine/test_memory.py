@@ -1,0 +1,94 @@
+"""How many images fit, and what a training counts as arithmetic."""
+
+import itertools
+import types
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+
+import models
+from engine import memory
+from engine.processes import Env
+
+CPU = Env(0, 1, torch.device("cpu"), "fp32")
+
+
+def network():
+    torch.manual_seed(0)
+    return models.create_model("R14x0.5", 4)
+
+
+@pytest.mark.parametrize("limit, largest", ((1, 1), (2, 2), (7, 4), (8, 8), (24, 16)))
+def test_the_largest_batch_is_a_power_of_two_up_to_the_limit(limit, largest, monkeypatch):
+    """And the search leaves the network as it was."""
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2**50)
+    model, before, state = network(), network().state_dict(), torch.get_rng_state()
+    assert memory.largest_batch(model, 16, limit, CPU) == largest
+    assert all(p.grad is None for p in model.parameters()) and model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Hungry(torch.nn.Module):
+    """Takes 64 MiB an image, in blocks that malloc gives back to the system when they are freed."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, images):
+        return (images.new_ones(len(images), 2**23) * self.weight).sum(1)
+
+
+@pytest.mark.parametrize(
+    "free, processes, largest",
+    ((0, 1, 1), (120, 1, 1), (240, 1, 2), (480, 1, 4), (2**20, 1, 4), (960, 4, 2)),
+)
+def test_less_memory_makes_smaller_batches(free, processes, largest, monkeypatch):
+    """64, 128 and 256 MiB are within four fifths of 120, 240 and 480, and twice as much is not.
+    The processes of a machine share its memory.
+    """
+    monkeypatch.setattr(memory, "free_memory", lambda device: free * 2**20)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert memory.largest_batch(Hungry(), 1, 7, CPU) == largest
+
+
+def test_the_rank_with_the_least_memory_decides(monkeypatch):
+    def all_reduce(tensor, op):
+        assert op == dist.ReduceOp.MIN
+        tensor.clamp_(max=2)  # another rank's answer
+
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2**50)
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    assert memory.largest_batch(network(), 16, 8, CPU._replace(ranks=2)) == 2
+    assert memory.parts_that_fit(network(), 16, 15, CPU._replace(ranks=2)) == 4
+
+
+@pytest.mark.parametrize(
+    "name, peer", (("R50x1", "resnetv2_50x1_bit"), ("R152x4", "resnetv2_152x4_bit"))
+)
+def test_flops_equal_twice_the_multiply_adds_of_timms_convolutions(name, peer):
+    total = 0
+
+    def count(layer, inputs, output):
+        nonlocal total
+        total += output[0].numel() * layer.weight[0].numel()
+
+    with torch.device("meta"):
+        model = timm.create_model(peer, num_classes=1000)
+        for layer in model.modules():
+            if isinstance(layer, torch.nn.Conv2d):
+                layer.register_forward_hook(count)
+        model(torch.empty(1, 3, 224, 224))
+    assert models.forward_flops(name, 1000, 224) == pytest.approx(2 * total, rel=0.001)
+    if name == "R50x1":
+        assert total == pytest.approx(4.1e9, rel=0.01)  # as the literature has it
+
+
+def test_peak_of_a_processor(monkeypatch):
+    """The best of five products of 1024 x 1024, by a clock that says how long each took."""
+    clock = itertools.accumulate((0, 9, 1, 8, 1, 4, 1, 7, 1, 5))
+    monkeypatch.setattr(memory, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert memory.peak_flops.__wrapped__(torch.device("cpu"), "fp32") == 2 * 1024**3 / 4

@@ -1,0 +1,294 @@
+"""Unions of X-ray datasets, and one label an image; labels, orders and groups are typed by hand."""
+
+import json
+import zlib
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import refuses
+from trees import MIMIC_FINDINGS_HEADER, MIMIC_ROWS, Trees, lines, pixels_of, save, write
+
+import data
+
+FINDINGS = (
+    *("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Enlarged Cardiomediastinum"),
+    *("Fracture", "Lung Lesion", "Lung Opacity", "Effusion", "Pleural Other", "Pneumonia"),
+    *("Pneumothorax", "Support Devices"),
+)
+COMMON = (
+    *("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Pneumonia"),
+    "Pneumothorax",
+)
+ALL = (
+    *("Air Trapping", "Aortic Atheromatosis", "Aortic Elongation", "Atelectasis"),
+    *("Bronchiectasis", "Cardiomegaly", "Consolidation", "Costophrenic Angle Blunting", "Edema"),
+    *("Effusion", "Emphysema", "Enlarged Cardiomediastinum", "Fibrosis", "Flattened Diaphragm"),
+    *("Fracture", "Granuloma", "Hemidiaphragm Elevation", "Hernia", "Hilar Enlargement"),
+    *("Infiltration", "Lung Lesion", "Lung Opacity", "Mass", "Nodule", "Pleural Other"),
+    *("Pleural_Thickening", "Pneumonia", "Pneumothorax", "Scoliosis", "Support Devices"),
+    "Tuberculosis",
+)
+FOUR = "chexpert+mimic+nih+padchest"
+
+
+def marks(*rows):
+    """A row a text: 1, 0, and . for NaN."""
+    return np.array([[{"1": 1, "0": 0, ".": np.nan}[c] for c in row] for row in rows], np.float32)
+
+
+def names(dataset):
+    return [str(dataset.where(i)).rpartition("/")[2] for i in range(len(dataset))]
+
+
+@pytest.fixture
+def four(tmp_path):
+    """Four sources whose patients have the same numbers."""
+    four = Trees(tmp_path)
+    rows = (
+        "patient10000032/study1/view1_frontal.jpg,Male,50,Frontal,PA,1,,,,,,,,,,,,,",
+        "patient00002/study1/view2_frontal.jpg,Male,50,Frontal,AP,0,1,-1,1,0,0,,1,0,,1,0,,1",
+        "patient00002/study1/view3_lateral.jpg,Male,50,Lateral,,1,,,,,,,,,,,,,",
+    )
+    four.write_chexpert("train", [f"train/{row}" for row in rows])
+    four.write_chexpert("valid", [f"valid/{row}" for row in rows[1:2]])
+    four.write_mimic((MIMIC_ROWS[1], MIMIC_ROWS[0], MIMIC_ROWS[5]))
+    train = [
+        ("00000002_000.png", "No Finding", 2, "PA"),
+        ("00000002_001.png", "Effusion|Hernia|Pleural_Thickening", 2, "PA"),
+        ("10000032_000.png", "Pneumothorax", 10000032, "PA"),
+    ]
+    four.write_nih(train, [("00000003_000.png", "Mass|Pneumonia", 3, "PA")])
+    rows = [
+        {"ImageID": "2_1.png", "PatientID": "2", "Labels": "['cardiomegaly', 'pacemaker']"},
+        {"ImageID": "2_2.png", "PatientID": "10000032", "Labels": "['normal']"},
+        {"ImageID": "2_3.png", "PatientID": "2", "Labels": "['pulmonary edema']"},
+        {"ImageID": "2_4.png", "PatientID": "2", "Labels": "['pneumothorax', 'scoliosis']"},
+    ]
+    four.write_padchest(rows)
+    for row in rows:
+        save(four.padchest / "0" / row["ImageID"], four.noise(10, 12, dtype=np.uint16))
+    return four
+
+
+ORDER = [
+    *("view1_frontal.jpg", "view2_frontal.jpg"),
+    *(f"{MIMIC_ROWS[1][0]}.jpg", f"{MIMIC_ROWS[0][0]}.jpg"),
+    *("00000002_000.png", "00000002_001.png", "10000032_000.png"),
+    # As the study shuffles four; the last is a tenth, rounded up.
+    *("2_2.png", "2_4.png", "2_1.png", "2_3.png"),
+]
+
+
+def test_union_of_four(four):
+    dataset, test = (four.load(FOUR, split, split_by="image") for split in ("train", "test"))
+    assert dataset.classes == COMMON and dataset.name == FOUR
+    assert (dataset.task, dataset.domain) == ("multilabel", "medical")
+    assert dataset.labels.dtype == np.float32 and names(dataset) == ORDER[:10]
+    order = np.arange(4)
+    np.random.RandomState(42).shuffle(order)
+    assert [f"2_{i + 1}.png" for i in order] == ORDER[7:]
+    expected = marks(
+        *("0000000", "0..011."),
+        *("0000000", "0..11.."),
+        *("0000000", "0000100", "0000001"),
+        *("0000000", "0000001", "0100000"),
+    )
+    np.testing.assert_array_equal(dataset.labels, expected)
+    for i in range(7):
+        np.testing.assert_array_equal(dataset.read(i), pixels_of(dataset.where(i), "L"))
+    image, label = dataset[-1]
+    assert torch.equal(image, dataset.read(9)) and label.tolist() == [0, 1, 0, 0, 0, 0, 0]
+    assert names(test) == ["view2_frontal.jpg", f"{MIMIC_ROWS[5][0]}.jpg", "00000003_000.png"] + [
+        "2_3.png"
+    ]
+    np.testing.assert_array_equal(test.labels, marks("0..011.", "..1....", "0000010", "0001000"))
+
+
+@pytest.mark.parametrize(
+    "name", ["nih+chexpert", "chexpert+mimic+nih", "nih+padchest+mimic", "mimic+nih"]
+)
+def test_a_union_is_in_the_order_of_its_name(four, name):
+    dataset = four.load(name)
+    assert dataset.classes == COMMON
+    parts = [names(four.load(part)) for part in name.split("+")]
+    assert names(dataset) == [file for part in parts for file in part]
+    if name == "nih+chexpert":
+        expected = marks("0000000", "0000100", "0000001", "0000000", "0..011.")
+        np.testing.assert_array_equal(dataset.labels, expected)
+
+
+def test_union_of_two_alike_keeps_all_13(four):
+    dataset = four.load("chexpert+mimic")
+    assert dataset.classes == tuple(sorted(FINDINGS))
+    columns = [dataset.classes.index(name) for name in FINDINGS]
+    expected = marks("0000000000000", "0..01.01101.1", "0000000000000", "0..1....10...")
+    np.testing.assert_array_equal(dataset.labels[:, columns], expected)
+
+
+def test_union_of_all_labels(four):
+    dataset = four.load(FOUR, labels="union", split_by="image")
+    assert dataset.classes == ALL
+    expected = marks(
+        "...0.00.00.0..0.....00..0.00.0.",
+        "...0....01.1........01..0.1..1.",
+        "...0.00.00.0..0.....00..0.00.0.",
+        "...0....11..............0......",
+        "...0.00.000.0....0.0..00.000...",
+        "...0.00.010.0....1.0..00.100...",
+        "...0.00.000.0....0.0..00.001...",
+        "00000000000.00000000..00.000000",
+        "00000000000.00000000..00.001100",
+        "00000100000.00000000..00.000010",
+    )
+    np.testing.assert_array_equal(dataset.labels, expected)
+    three = four.load("chexpert+mimic+nih", labels="union")
+    others = "Emphysema Fibrosis Hernia Infiltration Mass Nodule Pleural_Thickening".split()
+    assert three.classes == tuple(sorted([*FINDINGS, *others]))
+
+
+def test_groups_of_different_sources_never_coincide(four):
+    groups = four.load(FOUR, split_by="image").groups.tolist()
+    sources = [groups[:2], groups[2:4], groups[4:7], groups[7:]]
+    # chexpert: two patients; mimic: one; nih 2, 2, 10000032; padchest 10000032, 2, 2.
+    assert [len(set(source)) for source in sources] == [2, 1, 2, 2]
+    assert len(groups) == 10 and len(set(groups)) == 2 + 1 + 2 + 2
+    assert groups[4] == groups[5] != groups[6] and groups[7] != groups[8] == groups[9]
+    test = four.load(FOUR, "test", split_by="image").groups.tolist()
+    assert test[0] == groups[1]  # one patient has one name in both splits
+    assert test[3] == groups[8] and test[2] not in groups
+    dataset = four.load("chexpert+synthetic-xray")  # which has no patients
+    assert dataset.classes == COMMON[:5] + COMMON[6:]
+    assert len(set(dataset.groups.tolist())) == 2 + 8000
+
+
+def test_union_options(four):
+    dataset = four.load(FOUR)
+    views = {"views": ["PA", "AP"]}
+    padchest = {"views": ["PA", "AP", "AP Supine", "L", "COSTAL"], "split_by": "patient"}
+    expected = {"labels": "intersection", "chexpert": views, "mimic": views, "padchest": padchest}
+    assert dataset.options == expected
+    dataset = four.load(FOUR, labels="union", split_by="image", views=["PA"])
+    views = {"views": ["PA"]}
+    expected = dict.fromkeys(["chexpert", "mimic", "nih"], views)
+    expected |= {"padchest": views | {"split_by": "image"}, "labels": "union"}
+    assert dataset.options == expected == json.loads(json.dumps(dataset.options))
+    assert names(dataset)[:2] == [ORDER[0], ORDER[2]]
+    assert sum(dataset.dropped.values()) == 2 + 1  # lateral and AP of chexpert, AP of mimic
+    assert set(data.dataset_options("chexpert+padchest")) == {"labels", "views", "split_by"}
+    assert set(data.dataset_options("chexpert+mimic")) == {"labels", "views"}
+    assert set(data.dataset_options("chexpert")) == set(data.dataset_options("mimic")) == {"views"}
+
+
+def test_union_takes_the_views_of_all_its_datasets(four):
+    """The study's union of four: a view that one dataset does not know may be another's."""
+    views = ["PA", "AP", "AP Supine", "L", "COSTAL"]
+    dataset = four.load(FOUR, views=views, split_by="image")
+    used = {part: dataset.options[part]["views"] for part in FOUR.split("+")}
+    assert used["chexpert"] == ["PA", "AP", "L"] and used["mimic"] == used["nih"] == ["PA", "AP"]
+    assert used["padchest"] == views
+    assert len(dataset) == 10 + len(four.load("chexpert", views=["L"])) == 11
+
+
+def test_union_refuses_options_and_tables(four):
+    call = partial(four.load, "chexpert+mimic")
+    refuses(ValueError, partial(call, split_by="image"), "split_by", "labels", "views")
+    refuses(ValueError, partial(call, labels="all"), "--labels all", "intersection", "union")
+    refuses(ValueError, partial(call, views=["L"]), four.tables["metadata"], "['L']", "LATERAL")
+    refuses(ValueError, partial(four.load, "chexpert", labels="union"), "chexpert", "labels")
+    refuses(ValueError, partial(four.load, "chexpert+mimmic"), "'mimmic'", "did you mean 'mimic'")
+    write(four.tables["chexpert"], lines(MIMIC_FINDINGS_HEADER, ["1,2" + ",3" * 14]))
+    refuses(ValueError, partial(four.load, FOUR), f"{four.tables['chexpert']}, line 2", "'3'")
+
+
+def test_union_refuses_a_multi_class_source(four):
+    name = "chexpert+synthetic-natural"
+    refuses(ValueError, partial(four.load, name), name, "synthetic-natural is not multi-label")
+    for split in ("train", "test"):
+        for cls in ("a", "b"):
+            save(four.root / "own" / split / cls / "1.png", four.noise(10, 12))
+    name = f"nih+folder:{four.root / 'own'}"
+    refuses(ValueError, partial(four.load, name), name, "not multi-label")
+
+
+def test_union_with_packs(four, capsys):
+    whole = four.load("chexpert+nih", labels="union")
+    for name in ("nih", "chexpert"):
+        args = ["--size", "6", "--workers", "1", "--data-dir", str(four.root)]
+        assert data.main(["pack", name, *args]) == 0
+    dataset = four.load("chexpert+nih@6", labels="union")
+    assert dataset.classes == whole.classes
+    np.testing.assert_array_equal(dataset.labels, whole.labels)
+    assert dataset.groups.tolist() == whole.groups.tolist()
+    assert [tuple(dataset.read(i).shape) for i in (0, 2)] == [(1, 10, 12), (1, 6, 6)]
+    for name in ("chexpert+chexpert", "chexpert+nih+chexpert", "chexpert@6+chexpert"):
+        refuses(ValueError, partial(four.load, name), name, "twice")
+    # A pack may name its own labels; of the datasets known by name all share some.
+    path = four.root / "nih@6" / "pack.json"
+    facts = json.loads(path.read_text()) | {"classes": [f"finding {i}" for i in range(14)]}
+    del facts["crc32"]
+    facts["crc32"] = zlib.crc32(json.dumps(facts, sort_keys=True).encode())
+    path.write_text(json.dumps(facts))
+    name = "chexpert+nih@6"
+    refuses(ValueError, partial(four.load, name), name, "no label is common", "--labels union")
+    assert len(four.load(name, labels="union").classes) == 27
+
+
+# ------------------------------------------------------------------------------------------------
+# One label an image
+# ------------------------------------------------------------------------------------------------
+
+MORE = "not exactly one positive label"
+
+
+def test_single_label_passes_over_what_is_not_annotated(tmp_path):
+    trees, start = Trees(tmp_path), "/study1/view1_frontal.jpg,Female,68,Frontal,AP,"
+    # No Finding, then by their column's place: Edema 4, Atelectasis 7, Effusion 9, Devices 12.
+    rows = [
+        ",,,,,,,,,,1.0,,,",  # one, and what is not mentioned
+        ",,,,,-1.0,,,,,1.0,,,",  # one, and an uncertain one
+        ",,,,,1.0,,,,,1.0,,,",
+        ",,,,,-1.0,,,,,,,,",
+        "1.0,,,,,,,,,,,,,1.0",  # No Finding: all are absent
+        ",,,,,0.0,,,,,,,,1.0",
+        ",,,,,,,,,,,,,",
+        ",,,,,,,0.0,1.0,,,,,",
+    ]
+    rows = [f"/patient{i:05d}{start}{row}" for i, row in enumerate(rows, 1)]
+    trees.write_chexpert("train", [f"train{row}" for row in rows], images=False)
+    trees.write_chexpert("valid", [f"valid{row}" for row in rows[2:6]], images=False)
+    load = partial(trees.load, "chexpert", verify=False, single_label=True)
+    train, test = load(), load("test")
+    assert [train.classes[label] for label in train.labels] == [
+        *("Effusion", "Effusion", "Support Devices", "Atelectasis")
+    ]
+    assert train.labels.tolist() == [8, 8, 12, 0] and train.labels.dtype == np.int64
+    assert train.groups.tolist() == [1, 2, 6, 8] and train.classes == FINDINGS
+    assert test.labels.tolist() == [12] and test.groups.tolist() == [6]
+    assert (train.task, train.domain) == ("multiclass", "medical")
+    assert train.options == {"views": ["PA", "AP"], "single_label": True}
+    assert (train.dropped[MORE], test.dropped[MORE]) == (4, 3)
+
+
+def test_single_label_after_views_and_of_a_union(four):
+    nih = four.load("nih", views=["PA"], single_label=True)
+    assert names(nih) == ["10000032_000.png"] and nih.labels.tolist() == [13]
+    assert nih.options == {"views": ["PA"], "single_label": True}
+    assert nih.dropped == {"views other than PA": 0, MORE: 2}
+    call = partial(four.load, "nih+padchest", single_label=True, split_by="image")
+    shared, every = call(), call(labels="union")
+    # Scoliosis and Support Devices are PadChest's alone.
+    marked = [shared.classes[label] for label in shared.labels]
+    assert marked == ["Pneumothorax", "Pneumothorax", "Cardiomegaly"]
+    assert names(every) == ["10000032_000.png"] and every.options["labels"] == "union"
+    assert every.classes[every.labels[0]] == "Pneumothorax" and every.options["single_label"]
+    image = every[0][0]
+    np.testing.assert_array_equal(image, pixels_of(four.nih / "images" / "10000032_000.png", "L"))
+
+
+def test_single_label_refused(four):
+    call = partial(four.load, "nih", "test", single_label=True)
+    refuses(ValueError, call, "nih", "exactly one positive label")
+    call = partial(four.load, "synthetic-natural", single_label=True)
+    refuses(ValueError, call, "synthetic-natural", "--single-label", "multi-label")

@@ -1,0 +1,1075 @@
+"""The X-ray datasets in their official layouts; labels, orders and splits are typed by hand.
+
+What the study drew is computed with numpy's RandomState, which it used.
+"""
+
+import csv
+import hashlib
+import random
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import refuses
+from PIL import Image
+from trees import (
+    CHEXPERT_HEADER,
+    MIMIC_FINDINGS,
+    MIMIC_FINDINGS_HEADER,
+    MIMIC_ROWS,
+    NIH_HEADER,
+    NIH_HEADER_2017,
+    NIH_ROWS,
+    PADCHEST_HEADER,
+    Trees,
+    lines,
+    luma,
+    noise,
+    pixels_of,
+    read,
+    save,
+    write,
+)
+
+import data
+from data import load_dataset
+from readers.xrays import PADCHEST_BROKEN as BROKEN
+
+
+def marks(*rows):
+    """A row a text: 1, 0, and . for NaN."""
+    return np.array([[{"1": 1, "0": 0, ".": np.nan}[c] for c in row] for row in rows], np.float32)
+
+
+def files(dataset, folder):
+    """The images' paths below a folder."""
+    return [str(dataset.where(i)).removeprefix(f"{folder}/") for i in range(len(dataset))]
+
+
+def names(dataset):
+    return [Path(dataset.where(i)).name for i in range(len(dataset))]
+
+
+def found(dataset):
+    """{file name: names of the classes that are positive}."""
+    marked = [{dataset.classes[c] for c in np.flatnonzero(row == 1)} for row in dataset.labels]
+    return dict(zip(names(dataset), marked))
+
+
+def study_order(count):
+    """The positions 0 ... count - 1 as the study shuffles them."""
+    positions = np.arange(count)
+    np.random.RandomState(42).shuffle(positions)
+    return positions.tolist()
+
+
+def assert_grey(dataset):
+    """Each image is Pillow's own reading, as one grey channel."""
+    for i in range(len(dataset)):
+        with Image.open(dataset.where(i)) as image:
+            deep = image.mode.startswith("I")
+            expected = np.rint(np.asarray(image) / 257) if deep else np.asarray(image.convert("L"))
+        image = dataset.read(i)
+        assert image.dtype == torch.uint8 and image.shape[0] == 1
+        np.testing.assert_array_equal(image[0], expected)
+
+
+def assert_xrays(dataset, name, classes, task="multilabel"):
+    assert (dataset.name, dataset.classes, dataset.size) == (name, tuple(classes), None)
+    assert (dataset.task, dataset.domain) == (task, "medical")
+    assert dataset.labels.dtype == (np.float32 if task == "multilabel" else np.int64)
+
+
+@pytest.fixture
+def trees(tmp_path):
+    """CheXpert and MIMIC-CXR-JPG."""
+    trees = Trees(tmp_path)
+    trees.write_chexpert("train", CHEXPERT_TRAIN)
+    trees.write_chexpert("valid", CHEXPERT_VALID)
+    trees.write_mimic()
+    return trees
+
+
+# ------------------------------------------------------------------------------------------------
+# CheXpert
+# ------------------------------------------------------------------------------------------------
+
+FINDINGS = (
+    *("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Enlarged Cardiomediastinum"),
+    *("Fracture", "Lung Lesion", "Lung Opacity", "Effusion", "Pleural Other", "Pneumonia"),
+    *("Pneumothorax", "Support Devices"),
+)
+CHEXPERT_TRAIN = (
+    "train/patient00001/study1/view1_frontal.jpg,Female,68,Frontal,AP,1.0,,,,,,,,,0.0,,,,1.0",
+    "train/patient00002/study2/view1_frontal.jpg,Female,87,Frontal,AP,"
+    ",,-1.0,1.0,,-1.0,-1.0,,-1.0,,-1.0,,1.0,",
+    "train/patient00002/study1/view1_frontal.jpg,Female,83,Frontal,AP,,,,1.0,,,-1.0,,,,,,1.0,",
+    "train/patient00002/study1/view2_lateral.jpg,Female,83,Lateral,,,,,1.0,,,-1.0,,,,,,1.0,",
+    "train/patient64540/study1/view1_frontal.jpg,Male,60,Frontal,PA,1,0,-1,-1,1,,,,,,,,,",
+    "train/patient00003/study1/view1_frontal.jpg,Male,41,Frontal,AP,,,,,,1.0,,,,0.0,,,,",
+    "train/patient00004/study1/view1_frontal.jpg,Female,20,Frontal,LL,,,,,,,,,,,1,,,",
+    "train/patient00006/study1/view1_frontal.jpg,Unknown,0,Frontal,RL,,,,,,,,,,,,1,,",
+    "train/patient00005/study1/view1_frontal.jpg,Male,33,Frontal,PA,0,0,1,,,,,-1,0,,1,,,",
+)
+CHEXPERT_VALID = (
+    "valid/patient64542/study1/view1_frontal.jpg,Male,73,Frontal,PA,"
+    "0.0,1.0,0.0,1.0,0.0,0.0,0.0,0.0,0.0,0.0,1.0,0.0,0.0,0.0",
+    "valid/patient64542/study1/view2_lateral.jpg,Male,73,Lateral,,"
+    "0.0,1.0,0.0,1.0,0.0,0.0,0.0,0.0,0.0,0.0,1.0,0.0,0.0,0.0",
+    "valid/patient64541/study1/view1_frontal.jpg,Female,70,Frontal,AP,"
+    "1.0,0.0,0.0,0.0,0.0,0.0,0.0,0.0,0.0,0.0,0.0,0.0,0.0,0.0",
+)
+CHEXPERT_MARKS = marks(
+    "0000000000000",  # No Finding, over a present and an unmentioned mark
+    ".....1.1.....",
+    ".....1.1.....",
+    "0000000000000",  # No Finding, over uncertain and present ones
+    "...1.......0.",
+    "01..0...1....",  # No Finding 0 changes nothing
+)
+CHEXPERT_PATIENTS = [1, 2, 2, 64540, 3, 5]
+
+
+@pytest.mark.parametrize("release", ["CheXpert-v1.0-small", "CheXpert-v1.0"])
+def test_chexpert_train(trees, release):
+    """The table of either release lists the images in the one directory."""
+    trees.write_chexpert("train", CHEXPERT_TRAIN, release)
+    path = trees.chexpert / "train/patient00003/study1/view1_frontal.jpg"
+    save(path, trees.noise(10, 12, 3))
+    dataset = trees.load("chexpert")
+    assert_xrays(dataset, "chexpert", FINDINGS)
+    kept = [CHEXPERT_TRAIN[i].split(",")[0] for i in (0, 1, 2, 4, 5, 8)]
+    assert files(dataset, trees.chexpert) == kept
+    np.testing.assert_array_equal(dataset.labels, CHEXPERT_MARKS)
+    assert dataset.groups.tolist() == CHEXPERT_PATIENTS
+    assert dataset.options == {"views": ["PA", "AP"]}
+    assert dataset.dropped == {"views other than PA, AP": 3}
+    assert_grey(dataset)
+    image, label = dataset[1]
+    assert torch.equal(image, dataset.read(1)) and label.dtype == torch.float32
+    np.testing.assert_array_equal(label, CHEXPERT_MARKS[1])
+
+
+def test_chexpert_test_is_valid_csv(trees):
+    dataset = trees.load("chexpert", "test")
+    assert files(dataset, trees.chexpert) == [
+        "valid/patient64542/study1/view1_frontal.jpg",
+        "valid/patient64541/study1/view1_frontal.jpg",
+    ]
+    np.testing.assert_array_equal(dataset.labels, marks("0000100110000", "0000000000000"))
+    assert dataset.groups.tolist() == [64542, 64541] and dataset.classes == FINDINGS
+    trees.tables["train"].unlink()
+    assert len(trees.load("chexpert", "test")) == 2
+    refuses(FileNotFoundError, partial(trees.load, "chexpert"), trees.tables["train"], "--data-dir")
+
+
+# The findings by their column's place in train.csv -> by their place among the classes.
+CHEXPERT_PLACES = [4, 1, 7, 6, 3, 2, 10, 0, 11, 8, 9, 5, 12]
+
+
+@pytest.mark.parametrize("other, value", [("", np.nan), ("0", 0), ("-1", np.nan)])
+def test_each_column_is_its_class(tmp_path, other, value):
+    trees, chexpert, mimic, findings = Trees(tmp_path), [], [], []
+    for column in range(13):
+        texts = ["1" if place == column else other for place in range(13)]
+        start = f"train/patient{column + 1:05d}/study1/view1_frontal.jpg,Male,50,Frontal,PA,"
+        chexpert.append(start + ",".join(["", *texts]))
+        ids = 11000000 + column, 50000000 + column
+        mimic.append((f"{column:08x}-0", *ids, "PA", "train"))
+        findings.append(",".join([*map(str, ids), *texts[:8], "", *texts[8:]]))
+    trees.write_chexpert("train", chexpert, images=False)
+    trees.write_mimic(mimic, findings[::-1], images=False)
+    expected = np.full((13, 13), value, np.float32)
+    expected[range(13), CHEXPERT_PLACES] = 1
+    np.testing.assert_array_equal(trees.load("chexpert", verify=False).labels, expected)
+    expected = np.full((13, 13), value, np.float32)
+    np.fill_diagonal(expected, 1)
+    np.testing.assert_array_equal(trees.load("mimic", verify=False).labels, expected)
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [("1", 1), ("1.0", 1), ("0", 0), ("0.0", 0)] + [(t, np.nan) for t in ("", "-1", "-1.0")],
+)
+@pytest.mark.parametrize("no_finding", ["", "0", "-1", "-1.0", "1", "1.0"])
+def test_coding(tmp_path, text, value, no_finding):
+    """Of both datasets: one labeller made both."""
+    trees = Trees(tmp_path)
+    row = f"train/patient00007/study1/view1_frontal.jpg,Male,50,Frontal,PA,{no_finding}"
+    trees.write_chexpert("train", [row + f",{text}" * 13], images=False)
+    findings = [f"10000032,50414267{f',{text}' * 8},{no_finding}{f',{text}' * 5}"]
+    trees.write_mimic(MIMIC_ROWS[1:6], findings, images=False)
+    expected = np.full((1, 13), 0 if no_finding in ("1", "1.0") else value, np.float32)
+    for name in ("chexpert", "mimic"):
+        np.testing.assert_array_equal(trees.load(name, verify=False).labels, expected)
+
+
+@pytest.mark.parametrize(
+    "views, kept, dropped",
+    [
+        (["PA"], [4, 8], 7),
+        (["L"], [3], 8),
+        (["RL", "LL"], [6, 7], 7),
+        (["PA", "L"], [3, 4, 8], 6),
+        (["AP"], [0, 1, 2, 5], 5),
+    ],
+)
+def test_chexpert_views(trees, views, kept, dropped):
+    dataset = trees.load("chexpert", views=views)
+    assert files(dataset, trees.chexpert) == [CHEXPERT_TRAIN[i].split(",")[0] for i in kept]
+    assert len(dataset.labels) == len(dataset.groups) == len(kept)
+    assert dataset.options == {"views": views} and list(dataset.dropped.values()) == [dropped]
+
+
+def test_chexpert_a_lateral_image_is_L_whatever_its_second_column_says(trees):
+    rows = [
+        "train/patient00001/study1/view1_lateral.jpg,Male,50,Lateral,PA" + ",1" * 14,
+        "train/patient00002/study1/view1_frontal.jpg,Male,50,Frontal,PA" + ",1" * 14,
+    ]
+    trees.write_chexpert("train", rows)
+    assert trees.load("chexpert").groups.tolist() == [2]
+    assert trees.load("chexpert", views=["L"]).groups.tolist() == [1]
+
+
+def test_chexpert_an_image_listed_twice(trees):
+    trees.write_chexpert("train", [*CHEXPERT_TRAIN, CHEXPERT_TRAIN[4]])
+    file = CHEXPERT_TRAIN[4].split(",")[0]
+    refuses(ValueError, partial(trees.load, "chexpert"), trees.tables["train"], file, "keep one")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "train/patient00007/study1/view1_frontal.jpg",
+        "CheXpert-v1.0/../patient00007/study1/view1_frontal.jpg",
+        "CheXpert-v1.0/train/patient/study1/view1_frontal.jpg",
+        "CheXpert-v1.0/train/00007/study1/view1_frontal.jpg",
+        "CheXpert-v1.0/train/patient00007/view1_frontal.jpg",
+        "CheXpert-v1x0/train/patient00007/study1/view1_frontal.jpg",
+        "/CheXpert-v1.0/train/patient00007/study1/view1_frontal.jpg",
+        "",
+    ],
+)
+def test_chexpert_paths_that_are_none(trees, path):
+    table, row = trees.tables["train"], CHEXPERT_TRAIN[5].split(",", 1)[1]
+    rows = [f"CheXpert-v1.0/{CHEXPERT_TRAIN[0]}", f"{path},{row}"]
+    write(table, lines(CHEXPERT_HEADER, rows))
+    call = partial(trees.load, "chexpert", verify=False)
+    refuses(ValueError, call, f"{table}, line 3", repr(path), "must be like CheXpert-v1.0/train/")
+
+
+# ------------------------------------------------------------------------------------------------
+# MIMIC-CXR-JPG
+# ------------------------------------------------------------------------------------------------
+
+MIMIC_KEPT = [
+    "p10/p10000032/s53911762/fffabebf-74fd3a1f-673b6b41-96ec0ac9-2ab69818.jpg",
+    "p10/p10000032/s50414267/02aa804e-bde0afdd-112c0b34-7bc16630-4e384014.jpg",
+    "p19/p19999733/s57132437/f3a5dbbc-23c7f3f4-ab6c0f8a-ec7c9a0b-d1f1b3aa.jpg",
+    "p10/p10000032/s53911762/68b5c4b1-227d0485-9cc38c3f-7b84ab51-4b472714.jpg",
+]
+MIMIC_MARKS = marks("0..1....10...", "0000000000000", "0000000000000", "0..1....10...")
+
+
+def table_rows(path):
+    """(header, [rows]) as texts."""
+    header, *rows = read(path).splitlines()
+    return header, rows
+
+
+def assert_mimic_train(trees, order=1):
+    dataset = trees.load("mimic")
+    assert files(dataset, trees.mimic / "files") == MIMIC_KEPT[::order]
+    np.testing.assert_array_equal(dataset.labels, MIMIC_MARKS[::order])
+    assert dataset.groups.tolist() == [10000032, 10000032, 19999733, 10000032][::order]
+    return dataset
+
+
+def test_mimic_train(trees):
+    save(trees.mimic / "files" / MIMIC_KEPT[2], trees.noise(10, 12, 3))
+    dataset = assert_mimic_train(trees)
+    assert_xrays(dataset, "mimic", FINDINGS)
+    assert dataset.options == {"views": ["PA", "AP"]}
+    assert dataset.dropped == {"views other than PA, AP": 2, "studies without labels": 1}
+    assert_grey(dataset)
+
+
+def test_mimic_test_is_validate(trees):
+    dataset = trees.load("mimic", "test")
+    assert files(dataset, trees.mimic / "files") == [
+        "p10/p10000764/s57375967/096052b7-d256dc40-453a102b-fa7d01c6-1b22c6b4.jpg",
+        "p10/p10000980/s54577367/0b2f8b0d-1b0d3a6b-5e9d3ac5-7f0a9f6d-77aaf3c4.jpg",
+    ]
+    np.testing.assert_array_equal(dataset.labels, marks("..1..........", "...0.......1."))
+    assert dataset.groups.tolist() == [10000764, 10000980]
+    assert list(dataset.dropped.values()) == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "views, kept, dropped",
+    [
+        (["LATERAL"], [50414267], [6, 0]),
+        (["LATERAL", "LL"], [50414267, 51178377], [5, 0]),
+        (["PA"], [50414267, 57132437], [4, 1]),
+        (["AP"], [53911762, 53911762], [5, 0]),
+    ],
+)
+def test_mimic_views(trees, views, kept, dropped):
+    dataset = trees.load("mimic", views=views)
+    studies = [int(path.split("/s")[1][:8]) for path in files(dataset, trees.mimic / "files")]
+    assert studies == kept and len(dataset.labels) == len(dataset.groups) == len(kept)
+    assert dataset.options == {"views": views} and list(dataset.dropped.values()) == dropped
+
+
+def test_mimic_views_of_no_standard_name(trees):
+    rows = [(*row[:3], "AP AXIAL" if row[3] == "LL" else row[3], row[4]) for row in MIMIC_ROWS]
+    trees.write_mimic(rows)
+    dataset = trees.load("mimic", views=["AP AXIAL"])
+    assert dataset.groups.tolist() == [10000935]
+    np.testing.assert_array_equal(dataset.labels, marks(".1..........."))
+    refuses(ValueError, partial(trees.load, "mimic", views=["AXIAL"]), "'AXIAL'", "AP AXIAL")
+
+
+@pytest.mark.parametrize("order", range(4))
+def test_mimic_tables_in_any_order(trees, order):
+    """The metadata's order is the images'; the orders of the two other tables mean nothing."""
+    for part in ("split", "chexpert"):
+        header, rows = table_rows(trees.tables[part])
+        rows = [rows[i] for i in np.random.RandomState(order).permutation(len(rows))]
+        write(trees.tables[part], lines(header, rows if order else sorted(rows)))
+    assert_mimic_train(trees)
+    header, rows = table_rows(trees.tables["metadata"])
+    write(trees.tables["metadata"], lines(header, rows[::-1]))
+    assert_mimic_train(trees, order=-1)
+
+
+def test_mimic_tables_in_one_order(trees):
+    """As published, the split lists the images as the metadata does."""
+    header, rows = table_rows(trees.tables["split"])
+    by_dicom = {row.split(",")[0]: row for row in rows}
+    write(trees.tables["split"], lines(header, [by_dicom[row[0]] for row in MIMIC_ROWS]))
+    assert_mimic_train(trees)
+    findings = ["10000032,50414267" + ",0" * 8 + "," + ",1" * 5]
+    findings += ["19999733,57132437" + ",1" * 8 + "," + ",1" * 5]
+    write(trees.tables["chexpert"], lines(MIMIC_FINDINGS_HEADER, findings))
+    dataset = trees.load("mimic", views=["PA"])
+    np.testing.assert_array_equal(dataset.labels, marks("0000000011111", "1" * 13))
+
+
+def test_mimic_every_study_without_labels(trees):
+    write(trees.tables["chexpert"], lines(MIMIC_FINDINGS_HEADER, [MIMIC_FINDINGS[2]]))
+    refuses(ValueError, partial(trees.load, "mimic"), "mimic", "no image", "train")
+
+
+def test_mimic_a_study_of_another_subject(trees):
+    findings = [line.replace("10000032,53911762", "10000033,53911762") for line in MIMIC_FINDINGS]
+    write(trees.tables["chexpert"], lines(MIMIC_FINDINGS_HEADER, findings))
+    words = trees.tables["chexpert"], "53911762", trees.tables["metadata"].name, "fetch"
+    refuses(ValueError, partial(trees.load, "mimic"), *words)
+    assert len(trees.load("mimic", "test")) == 2
+
+
+@pytest.mark.parametrize("part", ["metadata", "split", "chexpert"])
+@pytest.mark.parametrize("place", [1, 4])
+def test_mimic_a_row_twice(trees, part, place):
+    header, rows = table_rows(trees.tables[part])
+    key = rows[place].split(",")[part == "chexpert"]
+    write(trees.tables[part], lines(header, [*rows, rows[place]]))
+    for split in ("train", "test"):
+        call = partial(trees.load, "mimic", split)
+        refuses(ValueError, call, trees.tables[part], key, "more than once", "keep one")
+
+
+def test_mimic_a_study_twice_in_the_order_of_its_images(trees):
+    """Two rows of a study contradict each other, also where there are as many images."""
+    rows = [row for row in MIMIC_ROWS if row[2] == 53911762]
+    findings = ["10000032,53911762" + ",1" * 8 + "," + ",1" * 5] * 2
+    trees.write_mimic(rows, findings)
+    words = trees.tables["chexpert"], "53911762", "more than once"
+    refuses(ValueError, partial(trees.load, "mimic"), *words)
+
+
+def test_mimic_metadata_and_split_both_list_an_image_twice(trees):
+    trees.write_mimic([*MIMIC_ROWS, MIMIC_ROWS[1]])
+    for part in ("metadata", "split"):
+        header, rows = table_rows(trees.tables[part])
+        write(trees.tables[part], lines(header, sorted(rows)))
+    refuses(ValueError, partial(trees.load, "mimic"), MIMIC_ROWS[1][0], "more than once")
+
+
+def test_mimic_an_image_without_split(trees):
+    header, rows = table_rows(trees.tables["split"])
+    write(trees.tables["split"], lines(header, rows[1:]))
+    words = trees.tables["split"], "no row", rows[0].split(",")[0]
+    refuses(ValueError, partial(trees.load, "mimic"), *words)
+    trees.write_mimic(MIMIC_ROWS[1:])  # while a split of an image that is not there is nothing
+    header, rows = table_rows(trees.tables["split"])
+    write(trees.tables["split"], lines(header, ["00000000-0,50414267,10000032,train", *rows]))
+    assert files(trees.load("mimic"), trees.mimic / "files") == MIMIC_KEPT[1:]
+
+
+@pytest.mark.parametrize("part", ["metadata", "split", "chexpert"])
+def test_mimic_missing_table(trees, part):
+    trees.tables[part].unlink()
+    call = partial(trees.load, "mimic")
+    refuses(FileNotFoundError, call, f"no {trees.tables[part]}", "--data-dir")
+
+
+# ------------------------------------------------------------------------------------------------
+# Of CheXpert and MIMIC: views, texts and images that are none
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, known", [("chexpert", "AP, L, LL, PA, RL"), ("mimic", "AP, LATERAL, LL, PA")]
+)
+def test_unknown_views(trees, name, known):
+    table = trees.tables[{"chexpert": "train", "mimic": "metadata"}[name]]
+    for views in (["PA", "AXIAL"], ["pa"], ["P"], []):
+        words = table, "--views", *views[-1:], known
+        refuses(ValueError, partial(trees.load, name, views=views), *words)
+    refuses(ValueError, partial(trees.load, name, views=["PA", "PA"]), "--views", "each view once")
+    refuses(ValueError, partial(trees.load, name, split_by="patient"), name, "split_by", "views")
+    lost = {"chexpert": ["RL"], "mimic": ["LATERAL"]}[name]  # a known one, of no test image
+    call = partial(trees.load, name, "test", views=lost)
+    refuses(ValueError, call, name, "no image", "test", *lost)
+
+
+@pytest.mark.parametrize(
+    "table, column, texts, must",
+    [
+        ("train", "Frontal/Lateral", ["frontal", "", "AP"], "one of Frontal, Lateral"),
+        ("train", "AP/PA", ["P" * 256], "UTF-8 of less than 256 bytes"),
+        *(
+            (table, column, ["2", "nan", "1.5", " 1", "-2"], "1, 0, -1 or blank")
+            for table, columns in (
+                ("train", ("Edema", "No Finding", "Support Devices")),
+                ("chexpert", ("Atelectasis", "No Finding", "Pneumothorax")),
+            )
+            for column in columns
+        ),
+        ("metadata", "subject_id", ["p10000032", ""], "a whole number"),
+        ("metadata", "study_id", ["s50414267", "50414267.5", "-50414267"], "a whole number"),
+        ("metadata", "dicom_id", ["x" * 256], "UTF-8"),
+        ("metadata", "ViewPosition", ["P" * 300], "UTF-8"),
+        ("chexpert", "subject_id", ["ten"], "a whole number"),
+        ("chexpert", "study_id", ["", "50414267.5", "9" * 30], "a whole number"),
+        ("split", "dicom_id", ["x" * 256], "UTF-8"),
+        ("split", "split", ["validation", "", "Train"], "one of train, validate, test"),
+    ],
+)
+def test_unknown_texts(trees, capfd, table, column, texts, must):
+    path, name = trees.tables[table], "chexpert" if table == "train" else "mimic"
+    header, rows = table_rows(path)
+    for text in texts:
+        fields = rows[2].split(",")
+        fields[header.split(",").index(column)] = text
+        write(path, lines(header, [*rows[:2], ",".join(fields), *rows[3:]]))
+        words = f"{path}, line 4: {column} {text!r} must be {must}"
+        refuses(ValueError, partial(trees.load, name), words)
+    assert data.main(["info", name, "--data-dir", str(trees.root)]) == 2
+    out, err = capfd.readouterr()
+    assert err.startswith(f"error: {words}") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["chexpert", "mimic", "chexpert+mimic"])
+def test_a_listed_image_is_missing(trees, name):
+    whole = trees.load(name)
+    missing = [1, 4] if name == "chexpert" else [len(whole) - 2, len(whole) - 1]
+    for i in missing:
+        (trees.root / whole.where(i)).unlink()
+    call, first = partial(trees.load, name), whole.where(missing[0])
+    refuses(FileNotFoundError, call, first, "2 such", "fetch it", "remove it from the list")
+    dataset = trees.load(name, verify=False)
+    np.testing.assert_array_equal(dataset.labels, whole.labels)
+    assert len(dataset) == len(whole) and dataset.where(missing[0]) == first
+    assert torch.equal(dataset.read(0), whole.read(0))
+    refuses(FileNotFoundError, partial(dataset.read, missing[0]), first)
+
+
+def test_images_of_other_views_and_splits_need_not_be_there(trees):
+    for row in CHEXPERT_TRAIN[3], CHEXPERT_TRAIN[6], *CHEXPERT_VALID:
+        (trees.chexpert / row.split(",")[0]).unlink()
+    for row in MIMIC_ROWS[2], MIMIC_ROWS[5], MIMIC_ROWS[6], MIMIC_ROWS[8]:
+        trees.mimic_image(*row[:3]).unlink()
+    assert len(trees.load("chexpert+mimic")) == 10
+
+
+def test_missing_directories(trees):
+    (trees.chexpert / "train").rename(trees.chexpert / "elsewhere")
+    first = trees.chexpert / CHEXPERT_TRAIN[0].split(",")[0]
+    refuses(FileNotFoundError, partial(trees.load, "chexpert"), first, "6 such")
+    for name in ("chexpert", "mimic", "nih", "padchest", "covidx", "tuberculosis"):
+        call = partial(load_dataset, name, trees.root / "nowhere")
+        refuses(FileNotFoundError, call, trees.root / "nowhere", "--data-dir")
+
+
+# ------------------------------------------------------------------------------------------------
+# NIH ChestX-ray14
+# ------------------------------------------------------------------------------------------------
+
+NIH_CLASSES = (
+    *("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema"),
+    *("Fibrosis", "Hernia", "Infiltration", "Mass", "Nodule", "Pleural_Thickening"),
+    *("Pneumonia", "Pneumothorax"),
+)
+
+
+def test_nih(chests):
+    train, test = chests.load(), chests.load("test")
+    for dataset in (train, test):
+        assert_xrays(dataset, "nih", NIH_CLASSES)
+    assert train.groups.tolist() == [1, 1, 3] and test.groups.tolist() == [2]
+    # The rows' order, not the list's: Cardiomegaly 1, Effusion 4; nothing; 0, 11, 13.
+    assert [np.flatnonzero(row).tolist() for row in train.labels] == [[1, 4], [], [0, 11, 13]]
+    assert np.flatnonzero(test.labels[0]).tolist() == [7]
+    assert set(np.unique(train.labels)) == {0, 1}
+    grey, deep, rgba = (chests.pixels[f"0000000{n}.png"] for n in ("1_000", "1_001", "3_000"))
+    for i, expected in enumerate((grey, (deep.astype(int) + 128) // 257, luma(rgba))):
+        image = train.read(i)
+        assert image.dtype == torch.uint8 and image.shape == (1, 9, 8)
+        np.testing.assert_array_equal(image[0], expected)
+    image, label = test[0]
+    np.testing.assert_array_equal(image[0], chests.pixels["00000002_000.png"])
+    assert label.dtype == torch.float32 and label.tolist() == test.labels[0].tolist()
+    refuses(ValueError, partial(chests.load, download=True), "nih", "download", "views")
+
+
+def test_nih_missing_parts(chests):
+    for path in (chests.table, chests.train, chests.test, chests.folder / "images"):
+        path.rename(chests.root / "away")
+        refuses(FileNotFoundError, chests.load, f"no {path};", "--data-dir", "--download cannot")
+        (chests.root / "away").rename(path)
+
+
+@pytest.mark.parametrize(
+    "rows, words",
+    [
+        ([NIH_HEADER.replace("Patient ID", "Patient"), *NIH_ROWS], ["'Patient ID'", "Image Index"]),
+        ([], ["no column 'Image Index'"]),
+        ([NIH_HEADER, *NIH_ROWS, "00000001_000.png,Mass"], ["line 8", "2 columns"]),
+        ([NIH_HEADER, "1.png,Mass|Tumour,0,1,PA"], ["line 2", "'Mass|Tumour'", "Nodule"]),
+        ([NIH_HEADER, "00000001_000.png,,0,1,PA"], ["line 2", "Finding Labels ''"]),
+        ([NIH_HEADER, "00000001_000.png,Mass,0,one,PA"], ["line 2", "Patient ID 'one'"]),
+        ([NIH_HEADER, *NIH_ROWS, NIH_ROWS[0]], ["00000001_000.png", "more than once"]),
+    ],
+)
+def test_nih_refuses_table(chests, rows, words):
+    chests.write_table(*rows)
+    refuses(ValueError, chests.load, chests.table, *words)
+
+
+def test_nih_refuses_lists(chests):
+    chests.train.write_text("00000001_000.png\n00000009_000.png\n")
+    refuses(ValueError, chests.load, chests.train, "00000009_000.png", "no row", chests.table.name)
+    chests.train.write_text("00000001_000.png\n00000004_000.png\n")
+    path = chests.folder / "images" / "00000004_000.png"
+    refuses(FileNotFoundError, chests.load, path, "1 such")
+    chests.train.write_text("00000001_000.png\n00000002_000.png\n")
+    for split in ("train", "test"):  # in both lists: it would be trained on and tested on
+        refuses(ValueError, partial(chests.load, split), "00000002_000.png", chests.train.name)
+    chests.train.write_text("00000001_000.png\n" * 2)
+    refuses(ValueError, chests.load, "00000001_000.png", "more than once")
+
+
+def test_nih_names_a_broken_image(chests):
+    path = chests.folder / "images" / "00000003_000.png"
+    path.write_bytes(path.read_bytes()[:60])
+    refuses(ValueError, lambda: chests.load().read(2), path)
+
+
+def test_nih_file_names_with_blanks(chests, rng):
+    save(chests.folder / "images" / "a b é.png", noise(rng, 5, 5))
+    chests.write_table(NIH_HEADER, "a b é.png,Mass,0,7,PA", *NIH_ROWS)
+    chests.train.write_text("a b é.png\n", encoding="utf-8")
+    dataset = chests.load()
+    assert dataset.read(0).shape == (1, 5, 5) and dataset.groups.tolist() == [7]
+
+
+@pytest.mark.parametrize("size, train, test", [(256, 558, 129), (1024, 30, 8)])
+def test_nih_real(tmp_path, real_data, size, train, test):
+    folder = real_data / f"nih-{size}"
+    (tmp_path / "NIH-ChestXRay-14").symlink_to(folder)
+    with open(folder / "Data_Entry_2017_v2020.csv", newline="") as file:
+        rows = {row["Image Index"]: row for row in csv.DictReader(file)}
+    sets = [load_dataset("nih", tmp_path, split) for split in ("train", "test")]
+    assert [len(dataset) for dataset in sets] == [train, test]
+    assert not set(sets[0].groups) & set(sets[1].groups)
+    for dataset, file in zip(sets, ("train_val_list.txt", "test_list.txt")):
+        listed = set((folder / file).read_text().split())
+        kept = [name for name in rows if name in listed]
+        marked = {name: set(rows[name]["Finding Labels"].split("|")) for name in kept}
+        assert found(dataset) == {name: marks - {"No Finding"} for name, marks in marked.items()}
+        assert dataset.groups.tolist() == [int(rows[name]["Patient ID"]) for name in kept]
+        for i in range(0, len(kept), 10 if size == 256 else 5):
+            expected = pixels_of(folder / "images" / kept[i], "L")
+            assert expected.shape == (1, size, size)
+            np.testing.assert_array_equal(dataset.read(i), expected)
+
+
+NIH_TRAIN = [  # (name, findings, patient, view)
+    ("00000001_000.png", "Cardiomegaly|Emphysema", 1, "PA"),
+    ("00000001_001.png", "No Finding", 1, "AP"),
+    ("00000005_000.png", "Hernia", 5, "PA"),
+    ("00000006_000.png", "Mass", 6, "AP"),
+    ("00000006_001.png", "Pneumothorax", 6, "PA"),
+]
+NIH_TEST = [
+    ("00000003_000.png", "Edema|Mass", 3, "PA"),
+    ("00000003_001.png", "Atelectasis", 3, "PA"),
+    ("00000004_000.png", "No Finding", 4, "PA"),
+]
+
+
+@pytest.mark.parametrize(
+    "views, kept, dropped",
+    [(None, [0, 1, 2, 3, 4], 0), (["PA"], [0, 2, 4], 2), (("AP",), [1, 3], 3)]
+    + [(["AP", "PA"], [0, 1, 2, 3, 4], 0)],
+)
+def test_nih_views(tmp_path, views, kept, dropped):
+    trees = Trees(tmp_path)
+    trees.write_nih(NIH_TRAIN, NIH_TEST)
+    dataset = trees.load("nih", **({"views": views} if views else {}))
+    rows = [NIH_TRAIN[i] for i in kept]
+    assert dataset.groups.tolist() == [number for _, _, number, _ in rows]
+    marked = {name: set(findings.split("|")) - {"No Finding"} for name, findings, _, _ in rows}
+    assert found(dataset) == marked
+    assert dataset.options == ({"views": list(views)} if views else {})
+    # Those of the other split are not counted.
+    other = {f"views other than {', '.join(views)}": dropped} if views else {}
+    assert dataset.dropped == other
+
+
+def test_nih_refuses_views(tmp_path):
+    trees = Trees(tmp_path)
+    trees.write_nih(NIH_TRAIN, NIH_TEST)
+    for views in (["PA", "L"], []):
+        words = trees.tables["nih"], "--views", "known: AP, PA"
+        refuses(ValueError, partial(trees.load, "nih", views=views), *words)
+    call = partial(trees.load, "nih", "test", views=["AP"])
+    refuses(ValueError, call, "nih", "test", "views", "AP")
+    assert trees.load("nih", "test", views=["PA"]).dropped == {"views other than PA": 0}
+    trees.write_nih(NIH_TRAIN, NIH_TEST, NIH_HEADER_2017.replace("View Position,", ""))
+    assert len(trees.load("nih")) == 5
+    call = partial(trees.load, "nih", views=["PA"])
+    refuses(ValueError, call, trees.tables["nih"], "no column 'View Position'")
+
+
+# ------------------------------------------------------------------------------------------------
+# PadChest
+# ------------------------------------------------------------------------------------------------
+
+PADCHEST_CLASSES = (
+    *("Air Trapping", "Aortic Atheromatosis", "Aortic Elongation", "Atelectasis"),
+    *("Bronchiectasis", "Cardiomegaly", "Consolidation", "Costophrenic Angle Blunting", "Edema"),
+    *("Effusion", "Emphysema", "Fibrosis", "Flattened Diaphragm", "Fracture", "Granuloma"),
+    *("Hemidiaphragm Elevation", "Hernia", "Hilar Enlargement", "Infiltration", "Mass", "Nodule"),
+    *("Pleural_Thickening", "Pneumonia", "Pneumothorax", "Scoliosis", "Support Devices"),
+    "Tuberculosis",
+)
+STUDY_VIEWS = ["PA", "AP", "AP Supine", "L", "COSTAL"]
+
+
+def padchest_row(name, number=0, projection="PA", labels="['normal']", **others):
+    # 36 digits, of which floating point and 64 bits would lose the last ones.
+    patient = f"8398604886942923316379882356814609{number:02d}"
+    row = {"ImageID": name, "PatientID": patient, "Projection": projection, "Labels": labels}
+    return row | others
+
+
+LABELS = [
+    ("['normal']", set()),
+    ("['cardiomegaly', 'pleural effusion']", {"Cardiomegaly", "Effusion"}),
+    ("['pacemaker', 'chronic changes']", {"Support Devices"}),
+    ("['COPD signs', 'air bronchogram']", {"Consolidation", "Infiltration"}),
+    ("['scoliosis']", {"Scoliosis"}),
+]
+
+
+class PadChest(Trees):
+    """48 images of 24 patients, 4 of them dropped, and 30 broken ones of 30 other patients.
+
+    rows: the table. kept: rows that the study keeps, in the table's order. found: {name: classes}.
+    pixels: {name: array}; what is dropped has no file.
+    """
+
+    def __init__(self, root):
+        super().__init__(root)
+        images = [(number, i) for number in range(24) for i in range(1 + number % 3)]
+        self.kept, self.found, dropped = [], {}, []
+        for k, (number, i) in enumerate(images):
+            name = f"2168401113669640129593565638620090411227{k:05d}_00-155-{k:03d}.png"
+            labels, classes = LABELS[k % len(LABELS)]
+            projection = ["PA", "L", "AP_horizontal", "AP", "COSTAL", "AP Supine"][k % 6]
+            # The last image of patients 2, 5, 8 and 11, who have others.
+            changes = {2: ("UNK", labels), 5: ("EXCLUDE", ""), 8: ("UNK", labels), 11: ("PA", "")}
+            if i == 2 and number in changes:
+                dropped.append(padchest_row(name, number, *changes[number]))
+                continue
+            folder = str(k % 3 * 27)  # 0, 27 and 54
+            self.kept.append(padchest_row(name, number, projection, labels, ImageDir=folder))
+            self.found[name] = classes
+        dropped += [padchest_row(name, 40 + k) for k, name in enumerate(BROKEN)]
+        dropped[-1] |= {"Projection": "EXCLUDE"}
+        dropped[-2] |= {"Labels": ""}
+        self.rows = self.kept + dropped
+        random.Random(0).shuffle(self.rows)
+        self.kept = [row for row in self.rows if row in self.kept]
+        self.write_padchest(self.rows)
+        self.pixels = {}
+        for k, row in enumerate(self.kept):
+            self.pixels[row["ImageID"]] = self.noise(4 + k % 2, 6, dtype=np.uint16)
+            save(self.padchest / row["ImageDir"] / row["ImageID"], self.pixels[row["ImageID"]])
+
+    def both(self, **options):
+        return [self.load("padchest", split, **options) for split in ("train", "test")]
+
+    def study_split(self, kept=None):
+        """(train rows, test rows) of the study."""
+        kept = self.kept if kept is None else kept
+        order, count = study_order(len(kept)), int(0.9 * len(kept))
+        return [kept[i] for i in order[:count]], [kept[i] for i in order[count:]]
+
+
+def column(rows, name="ImageID"):
+    return [row[name] for row in rows]
+
+
+def groups(dataset):
+    return [group.decode() for group in dataset.groups]
+
+
+@pytest.fixture(scope="module")
+def padchest(tmp_path_factory):
+    return PadChest(tmp_path_factory.mktemp("padchest"))
+
+
+@pytest.mark.parametrize("split_by", ["patient", "image"])
+def test_padchest(padchest, split_by):
+    """Labels, groups and pixels are those of the file, whichever side it is on."""
+    facts = {row["ImageID"]: row for row in padchest.kept}
+    train, test = padchest.both(split_by=split_by)
+    assert found(train) | found(test) == padchest.found and len(train) + len(test) == 44
+    for dataset in (train, test):
+        assert_xrays(dataset, "padchest", PADCHEST_CLASSES)
+        assert set(np.unique(dataset.labels)) == {0, 1}
+        assert groups(dataset) == [facts[name]["PatientID"] for name in names(dataset)]
+        assert dataset.options == {"views": STUDY_VIEWS, "split_by": split_by}
+        # An image that is left out for two reasons counts for the first.
+        dropped = {f"views other than {', '.join(STUDY_VIEWS)}": 4, "no labels": 2}
+        assert dataset.dropped == dropped | {"known broken": 28}
+        for i, name in enumerate(names(dataset)):
+            assert dataset.where(i) == str(padchest.padchest / facts[name]["ImageDir"] / name)
+            deep = padchest.pixels[name].astype(int)
+            np.testing.assert_array_equal(dataset.read(i), [(deep + 128) // 257])
+
+
+@pytest.mark.parametrize("has_folders", [True, False])
+def test_padchest_images_beside_the_table(tmp_path, has_folders):
+    trees = Trees(tmp_path)
+    header = [name for name in PADCHEST_HEADER if has_folders or name != "ImageDir"]
+    trees.write_padchest([padchest_row(f"{k}.png", k, ImageDir="3") for k in range(10)], header)
+    for k in range(10):
+        save(trees.padchest / f"{k}.png", np.full((2, 3), 257 * k, np.uint16))
+    train, test = (trees.load("padchest", split) for split in ("train", "test"))
+    assert sorted(names(train) + names(test)) == [f"{k}.png" for k in range(10)]
+    for i in range(9):
+        assert train.read(i).unique().tolist() == [int(names(train)[i][0])]
+    assert test.where(0) == str(trees.padchest / names(test)[0])
+
+
+# A text as the real table has it, and the classes it names.
+TEXTS = {
+    **{f"['{cls.lower()}']": {cls} for cls in PADCHEST_CLASSES},
+    # Synonyms, and names within longer ones.
+    "consolidation|air bronchogram": {"Consolidation", "Infiltration"},
+    "infiltrates|interstitial pattern|ground glass pattern|alveolar pattern|"
+    "reticular interstitial pattern|reticulonodular interstitial pattern": {"Infiltration"},
+    "pleural thickening|apical pleural thickening": {"Pleural_Thickening"},
+    "adenopathy|calcified mediastinal adenopathy|pulmonary artery enlargement|"
+    "vascular hilar enlargement": {"Hilar Enlargement"},
+    "electrical device|pacemaker|dual chamber device": {"Support Devices"},
+    "loculated fissural effusion": {"Effusion"},
+    "supra aortic elongation": {"Aortic Elongation"},
+    "hydropneumothorax": {"Pneumothorax"},
+    "pseudonodule|multiple nodules": {"Nodule"},
+    "subcutaneous emphysema": {"Emphysema"},
+    "atypical pneumonia": {"Pneumonia"},
+    "tuberculosis sequelae": {"Tuberculosis"},
+    # What only looks like them.
+    "fissure thickening|calcified pleural plaques|fibrotic band|hilar congestion|mastectomy|"
+    "mediastinal enlargement|pulmonary artery hypertension|aortic button enlargement|"
+    "pneumoperitoneo|pneumomediastinum|diaphragmatic eventration|COPD signs|"
+    "central venous catheter via jugular vein|air', 'trapping', 'infiltrate', 'pleural": set(),
+    # Several.
+    "normal', 'pleural effusion": {"Effusion"},
+    "infiltrates', 'infiltrates', 'Scoliosis": {"Infiltration"},
+    "costophrenic angle blunting', 'chronic changes', 'granuloma', 'mass": {
+        *("Costophrenic Angle Blunting", "Granuloma", "Mass")
+    },
+}
+TEXTS = {
+    f"['{text.strip(chr(39) + '[]')}']": classes
+    for texts, classes in TEXTS.items()
+    for text in texts.split("|")
+} | {"[]": set()}
+
+
+def test_padchest_findings_by_text(tmp_path):
+    trees = Trees(tmp_path)
+    rows = [padchest_row(f"{k}.png", k, labels=text) for k, text in enumerate(TEXTS)]
+    trees.write_padchest(rows)
+    marked = {}
+    for split in ("train", "test"):
+        marked |= found(trees.load("padchest", split, verify=False))
+    assert {text: marked[f"{k}.png"] for k, text in enumerate(TEXTS)} == TEXTS
+
+
+def test_padchest_patient_split_is_the_studys_shuffle_of_sorted_patients(padchest):
+    known = sorted(set(column(padchest.kept, "PatientID")))
+    train = {known[i] for i in study_order(24)[:21]}  # int(0.9 x 24)
+    for dataset, inside in zip(padchest.both(), (True, False)):
+        expected = [row for row in padchest.kept if (row["PatientID"] in train) == inside]
+        assert names(dataset) == column(expected)  # the table's order
+        assert len(set(groups(dataset))) == (21 if inside else 3)
+
+
+def test_padchest_image_split_is_the_studys(padchest):
+    parts = padchest.study_split()
+    assert [len(part) for part in parts] == [39, 5]  # int(39.6)
+    for dataset, part in zip(padchest.both(split_by="image"), parts):
+        assert names(dataset) == column(part)  # in the shuffled order
+    owners = [set(column(part, "PatientID")) for part in parts]
+    assert owners[0] & owners[1]
+
+
+def test_padchest_drops_each_broken_name(tmp_path):
+    # The study's list of 30 names, by its digest.
+    content = "\n".join(sorted(BROKEN)).encode()
+    assert hashlib.sha256(content).hexdigest().startswith("71e423efdf4a9501f75ec4ef")
+    trees, near = Trees(tmp_path), [name.replace(".png", "0.png") for name in BROKEN]
+    rows = [padchest_row(name, k % 50) for k, name in enumerate([*BROKEN, *near])]
+    trees.write_padchest(rows)
+    kept = []
+    for split in ("train", "test"):
+        dataset = trees.load("padchest", split, verify=False, split_by="image")
+        assert dataset.dropped["known broken"] == len(set(BROKEN)) == 30
+        kept += names(dataset)
+    assert sorted(kept) == sorted(near)
+
+
+@pytest.mark.parametrize(
+    "views, projections",
+    [
+        (["PA"], {"PA"}),
+        (["AP Supine"], {"AP Supine", "AP_horizontal"}),
+        (["L", "AP"], {"AP", "L"}),
+        (["COSTAL", "UNK"], {"COSTAL", "UNK"}),
+    ],
+)
+def test_padchest_views(padchest, views, projections):
+    kept = [row for row in padchest.rows if row["Projection"] in projections]
+    other = len(padchest.rows) - len(kept)
+    kept = [row for row in kept if row["Labels"] and row["ImageID"] not in BROKEN]
+    assert 6 < len(kept) < 20
+    # The positions that are shuffled are those of the rows that are left.
+    parts = padchest.study_split(kept)
+    for dataset, part in zip(padchest.both(views=views, split_by="image", verify=False), parts):
+        assert names(dataset) == column(part) and dataset.options["views"] == views
+        assert list(dataset.dropped.items())[0] == (f"views other than {', '.join(views)}", other)
+
+
+def test_padchest_refuses_views_and_splits(padchest):
+    call = partial(partial, padchest.load, "padchest")
+    words = (padchest.tables["padchest"], "--views", "known:", "AP Supine")
+    refuses(ValueError, call(views=["PA", "LATERAL"]), "'LATERAL'", *words)
+    # The real table's word for it is no view of its own.
+    refuses(ValueError, call(views=["AP_horizontal"]), "'AP_horizontal'", *words)
+    refuses(ValueError, call(views=[]), *words)
+    refuses(ValueError, call(split_by="study"), "--split-by study", "patient or image")
+    refuses(ValueError, call(labels="union"), "padchest", "labels", "views, split_by")
+
+
+def test_padchest_refuses_tables(tmp_path):
+    trees = Trees(tmp_path)
+    call, table = partial(trees.load, "padchest", verify=False), trees.tables["padchest"]
+    for lost in ("ImageID", "PatientID", "Projection", "Labels"):
+        trees.write_padchest([padchest_row("0.png")], [c for c in PADCHEST_HEADER if c != lost])
+        refuses(ValueError, call, table, f"no column {lost!r}", "Report")
+    rows = [padchest_row(f"{k}.png", k, labelCUIS="") for k in range(20)]
+    trees.write_padchest(rows)
+    assert len(call()) == 18
+    write(table, read(table) + "21,x.png,0,20140915\n")
+    refuses(ValueError, call, f"{table}, line 22", "4 columns", "36")
+    trees.write_padchest([*rows, rows[3]])
+    refuses(ValueError, call, table, "3.png", "more than once")
+    trees.write_padchest([padchest_row("0.png"), padchest_row("1.png", labels="")])
+    # One patient, of whom int(0.9 x 1) train.
+    refuses(ValueError, call, "padchest", "no image of the train split", "split_by")
+    assert names(trees.load("padchest", "test", verify=False)) == ["0.png"]
+
+
+# ------------------------------------------------------------------------------------------------
+# COVIDx
+# ------------------------------------------------------------------------------------------------
+
+COVIDX_TRAIN = (
+    "379 1e64990d1b40c1758a2aaa9c7f7a85_jumbo.jpeg negative cohen",
+    "ANON 34 0034.jpg positive actmed",
+    "",
+    "379 SARS-10.1148rg.242035193-g04mr34g0-Fig8a-day0.PNG negative cohen",
+    "sub-S03047 sub-S03047_ses-E06244_run-1.png positive bimcv",
+    "positive negative.png\tpositive  sirm",
+)
+COVIDX_TEST = ("MIDRC-RICORD-1C-419639-000082 0034.jpg positive ricord", "7 7.png negative rsna")
+
+
+class Covidx:
+    """A tiny tree in the official layout, to be spoilt by a test."""
+
+    def __init__(self, root):
+        self.root, self.folder, rng = root, root / "COVIDx-CXR2", np.random.default_rng(0)
+        for split, rows in (("train", COVIDX_TRAIN), ("test", COVIDX_TEST)):
+            self.write(split, *rows)
+            for line in filter(None, rows):
+                save(self.folder / split / line.split()[-3], noise(rng, 8, 9))
+
+    def write(self, split, *rows):
+        write(self.folder / f"{split}.txt", "\n".join(rows) + "\n")
+        return self.folder / f"{split}.txt"
+
+    def load(self, split="train", **options):
+        return load_dataset("covidx", self.root, split, **options)
+
+
+@pytest.fixture
+def covidx(tmp_path):
+    return Covidx(tmp_path)
+
+
+def test_covidx(covidx):
+    train, test = covidx.load(), covidx.load("test")
+    for split, dataset in (("train", train), ("test", test)):
+        assert_xrays(dataset, "covidx", ("negative", "positive"), "multiclass")
+        assert dataset.options == {}
+        # A name that is in both lists is a file of its own in each folder.
+        assert files(dataset, covidx.folder / split) == names(dataset)
+        assert_grey(dataset)
+    assert names(train) == [line.split()[-3] for line in COVIDX_TRAIN if line]
+    assert train.labels.tolist() == [0, 1, 0, 1, 1]
+    assert groups(train) == ["379", "ANON 34", "379", "sub-S03047", "positive"]
+    assert names(test) == ["0034.jpg", "7.png"] and test.labels.tolist() == [1, 0]
+    assert groups(test) == ["MIDRC-RICORD-1C-419639-000082", "7"]
+    image, label = test[1]
+    assert image.shape == (1, 8, 9) and label.dtype == torch.int64 and label == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("379 x.png COVID-19 cohen", "379 x.png Positive cohen", "379 x.png 1 cohen"),
+        *("x.png positive cohen", "positive cohen", "379 x.png positive", "x.png"),
+        "379 ../x.png positive cohen",
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_covidx_refuses_lines(covidx, split, line):
+    path = covidx.write(split, COVIDX_TRAIN[0], "", line, *COVIDX_TRAIN[3:])
+    refuses(ValueError, partial(covidx.load, split), f"{path}, line 3", repr(line), "positive")
+
+
+def test_covidx_refuses_files(covidx):
+    path = covidx.write("train", *COVIDX_TRAIN, "9 0034.jpg negative cohen")
+    refuses(ValueError, covidx.load, path, "0034.jpg", "more than once")
+    covidx.write("train", *COVIDX_TRAIN)
+    lost = covidx.folder / "train" / "0034.jpg"
+    lost.unlink()  # test/0034.jpg is still there
+    refuses(FileNotFoundError, covidx.load, lost, "covidx", "1 such")
+    path = covidx.folder / "test" / "7.png"
+    path.write_bytes(path.read_bytes()[:40])
+    refuses(ValueError, lambda: covidx.load("test").read(1), path, "unreadable")
+    for part in ("test.txt", "test"):
+        path = covidx.folder / part
+        path.rename(covidx.folder / "elsewhere")
+        refuses(FileNotFoundError, partial(covidx.load, "test"), f"no {path};", "--data-dir")
+        (covidx.folder / "elsewhere").rename(path)
+
+
+# ------------------------------------------------------------------------------------------------
+# Tuberculosis
+# ------------------------------------------------------------------------------------------------
+
+SHENZHEN = "Tuberculosis_dataset/ChinaSet_AllFiles/ChinaSet_AllFiles/CXR_png"
+MONTGOMERY = "Tuberculosis_dataset/Montgomery/MontgomerySet/CXR_png"
+
+
+class Tuberculosis:
+    """Both folders with 33 and 13 images, each of its own grey value."""
+
+    def __init__(self, root):
+        self.root = root
+        # In the real sets, too, all normal images come before the others.
+        self.shenzhen = [f"CHNCXR_{k:04d}_{int(k > 20)}.png" for k in range(1, 34)]
+        self.montgomery = [f"MCUCXR_{k:04d}_{int(k > 8)}.png" for k in range(1, 14)]
+        self.grey = {name: k for k, name in enumerate(self.shenzhen + self.montgomery)}
+        for part, files in ((SHENZHEN, self.shenzhen), (MONTGOMERY, self.montgomery)):
+            # A directory lists its files in no order: they are not written in the sorted one.
+            for name in sorted(files, key=lambda name: name[::-1]):
+                save(root / part / name, np.full((3, 4), self.grey[name], np.uint8))
+
+    def load(self, split="train", **options):
+        return load_dataset("tuberculosis", self.root, split, **options)
+
+
+@pytest.fixture
+def lungs(tmp_path):
+    return Tuberculosis(tmp_path)
+
+
+def study_parts(lungs):
+    """(train, test) names: the first 85 % of each folder's shuffled order."""
+    train, test = [], []
+    for files, count in ((lungs.shenzhen, 28), (lungs.montgomery, 11)):  # int(28.05), int(11.05)
+        order = [files[i] for i in study_order(len(files))]
+        train += order[:count]
+        test += order[count:]
+    return train, test
+
+
+def test_tuberculosis(lungs):
+    for split, expected in zip(("train", "test"), study_parts(lungs)):
+        dataset = lungs.load(split)
+        assert_xrays(dataset, "tuberculosis", ("normal", "tuberculosis"), "multiclass")
+        assert names(dataset) == expected and dataset.groups is None and dataset.options == {}
+        assert dataset.labels.tolist() == [int(name[-5]) for name in expected]
+        for i, name in enumerate(expected):
+            part = SHENZHEN if name.startswith("CHN") else MONTGOMERY
+            assert dataset.where(i) == str(lungs.root / part / name)
+            assert dataset.read(i).shape == (1, 3, 4)
+            assert dataset.read(i).unique().tolist() == [lungs.grey[name]]
+
+
+def test_tuberculosis_passes_over_other_files(lungs):
+    """An archive that macOS unpacks has a hidden ._NAME beside each file."""
+    others = ["Thumbs.db", ".DS_Store", "NLM-README.txt", "ClinicalReadings/CHNCXR_0001_0.txt"]
+    for part, first in ((SHENZHEN, lungs.shenzhen[0]), (MONTGOMERY, lungs.montgomery[0])):
+        for other in (*others, f"._{first}"):
+            write(lungs.root / part / other, "no image")
+    assert [names(lungs.load(split)) for split in ("train", "test")] == [*study_parts(lungs)]
+
+
+@pytest.mark.parametrize("part", [SHENZHEN, MONTGOMERY])
+def test_tuberculosis_refuses_names_and_folders(lungs, part):
+    folder = lungs.root / part
+    for name in ("CHNCXR_0400_2.png", "CHNCXR_0001_0_mask.png", "a.png"):
+        save(folder / name, np.zeros((2, 2), np.uint8))
+        for split in ("train", "test"):
+            refuses(ValueError, partial(lungs.load, split), folder / name, "_0", "_1")
+        (folder / name).unlink()
+    for file in folder.iterdir():
+        file.unlink()
+    refuses(ValueError, lungs.load, folder, "no .png")
+    folder.rmdir()
+    refuses(FileNotFoundError, lungs.load, f"no {folder};", "--data-dir")

@@ -1,0 +1,117 @@
+"""A step of each training loop, beside the same in one piece and in double precision."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from grids import call
+
+import data
+import models
+import pretrain
+import transfer
+from engine.log import Log
+from readers.images import ImageDataset
+from readers.transforms import NORMALIZATION, Pipeline, keep
+
+KEEP = Pipeline(keep, keep)
+
+
+def dataset(count, task):
+    """Images of 16 x 16 pixels, and labels of 4 classes with most of them NaN, unevenly."""
+    rng = np.random.default_rng(count)
+    images = torch.from_numpy(rng.integers(0, 256, (count, 3, 16, 16), dtype=np.uint8))
+    labels = rng.integers(0, 4, count)
+    if task == "multilabel":
+        labels = rng.choice(np.float32([0, 1, np.nan]), (count, 4), p=(0.2, 0.2, 0.6))
+        labels[:2] = np.nan
+        labels[-1] = 1
+    about = labels, tuple("abcd"), task, "natural"
+    return ImageDataset("memory", lambda i, size: images[i], *about, size=16)
+
+
+@pytest.fixture
+def step(monkeypatch, tmp_path):
+    """Runs one step of a script on all images at once: (sum of losses, gradient)."""
+
+    def run(script, images, *more):
+        found = []
+
+        def add(log, step, lr, loss, count, optimizer, *rest):
+            grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            found[:] = float(loss), torch.cat([grad.flatten() for grad in grads])
+
+        monkeypatch.setattr(Log, "add", add)
+        monkeypatch.setattr(data, "load_dataset", lambda *args, **options: images)
+        monkeypatch.setattr(script, "choose_pipeline", lambda *args: KEEP)
+        words = ("--batch-size", len(images), "--precision", "fp32", "--out", tmp_path)
+        call(script, *words, *more)
+        return found
+
+    return run
+
+
+def by_hand(images, share=1.0):
+    """In the order of the batch: image 2k is mixed with image 2k + 1."""
+    count = len(images)
+    order, _ = data.batch_indices(0, count, count, seed=0)
+    pixels = torch.stack([images.read(i) for i in order])
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in NORMALIZATION["natural"])
+    labels, pixels = torch.from_numpy(images.labels[order]), ((pixels / 255 - mean) / std).double()
+    partner = list(range(count))
+    for i in range(0, count - 1, 2):
+        partner[i], partner[i + 1] = i + 1, i
+    weights = [(share, range(count)), (1 - share, partner)]
+    torch.manual_seed(0)
+    model = models.create_model("R14x0.5", 4).double()
+    logits, loss = model(sum(weight * pixels[list(rows)] for weight, rows in weights)), 0
+    for weight, rows in weights:
+        for row, target in zip(logits, labels[list(rows)]):
+            if target.ndim == 0:
+                loss = loss - weight * row.log_softmax(0)[target]
+                continue
+            valid = ~target.isnan()
+            wanted = target[valid].double()
+            losses = F.binary_cross_entropy_with_logits(row[valid], wanted, reduction="sum")
+            loss = loss + weight * losses
+    (loss / max(int((~labels.isnan()).sum()), 1)).backward()
+    return float(loss.detach()), torch.cat([p.grad.flatten() for p in model.parameters()]).float()
+
+
+def assert_close(found, expected):
+    """Rounding comes to 2e-5."""
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    difference = (found[1] - expected[1]).norm() / expected[1].norm()
+    assert difference < 5e-5, float(difference)
+
+
+@pytest.mark.parametrize("task", ("multiclass", "multilabel"))
+def test_parts_of_unequal_size_add_up(task, step, tmp_path):
+    images = dataset(7, task)
+    for accumulate in (1, 3, 7):
+        more = ("--accumulate", accumulate, "--epochs", 1, "--clipping", 0)
+        found = step(pretrain, images, *more, "--out", tmp_path / str(accumulate))
+        assert_close(found, by_hand(images))
+
+
+def test_a_batch_without_labels_has_gradient_zero(step, monkeypatch):
+    images = dataset(4, "multilabel")
+    images.labels[:] = np.nan
+    monkeypatch.setattr(pretrain, "evaluate", lambda *args: {"loss": None})
+    monkeypatch.setattr(pretrain, "report", lambda record: None)
+    loss, gradient = step(pretrain, images, "--accumulate", 2, "--epochs", 1)
+    assert loss == 0 and gradient.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("task", ("multiclass", "multilabel"))
+@pytest.mark.parametrize("count, alpha", ((7, 1.0), (10, 0.1), (5, 0.0)))
+def test_mixup_of_neighbours(task, count, alpha, step, monkeypatch):
+    rule = transfer.HyperRule(16, 16, alpha, 0, (), 1)
+    monkeypatch.setattr(transfer, "choose_rule", lambda *args: rule)
+    plain = transfer.RECIPES["paper"]._replace(clipping=None)
+    monkeypatch.setitem(transfer.RECIPES, "paper", plain)
+    images = dataset(count, task)
+    more = ("--checkpoint", "scratch", "--target", "cifar10")
+    found = step(transfer, images, *more)
+    rng = data.generator(0, data.Stream.MIXUP, 0)
+    assert_close(found, by_hand(images, rng.beta(alpha, alpha) if alpha else 1.0))

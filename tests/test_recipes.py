@@ -1,0 +1,209 @@
+"""What is done with each source and target, against the numbers of the papers."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import refuses
+from trees import random_image
+
+import data
+import models
+import pretrain
+import transfer
+from readers import transforms
+from transfer import HyperRule, Target, hyperrule
+
+SHAPES = [(3, 40, 61), (1, 61, 40), (3, 32, 32), (1, 1, 1), (3, 1, 9)]
+
+# ------------------------------------------------------------------------------------------------
+# Pre-training
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "schedule, rates",
+    [
+        (
+            "step",
+            {0: 0.05, 2.5: 0.225, 5: 0.4, 29.9: 0.4, 30: 0.04, 60: 0.004, 79.9: 0.004, 80: 0.0004},
+        ),
+        ("cosine", {0: 0.05, 2.5: 0.225, 5: 0.4, 47.5: 0.2, 90: 0.0}),
+    ],
+)
+def test_schedule(schedule, rates):
+    found = {epoch: pretrain.learning_rate(epoch, 0.4, 0.05, 5, 90, schedule) for epoch in rates}
+    assert found == pytest.approx(rates)
+
+
+@pytest.mark.parametrize(
+    "source, domain, model, expected",
+    [
+        ("imagenet1k", "natural", "R50x1", (0.1, None, 5, 90, 32)),
+        ("imagenet1k", "natural", "R152x4", (0.03, 0.01, 15, 90, 16)),
+        ("imagenet21k", "natural", "R152x4", (0.01, 0.01, 2, 90, 16)),
+        ("imagenet21k@256", "natural", "R50x1", (0.01, 0.01, 2, 90, 32)),
+        ("nih", "medical", "R50x1", (0.01, 0.01, 15, 90, 32)),
+        ("folder:x", "natural", "R50x1", (0.1, None, 5, 90, 32)),
+    ],
+)
+def test_recipes_of_the_study(source, domain, model, expected):
+    name, recipe = pretrain.choose_recipe(None, source, domain, model)
+    found = recipe.lr, recipe.clipping, recipe.warmup, recipe.epochs, recipe.worker_batch
+    assert found == expected
+    assert (recipe.schedule, recipe.weight_decay, recipe.image_size) == ("step", 1e-4, 224)
+    assert (name, recipe.batch_size, recipe.rand_augment) == ("paper", 256, False)
+
+
+@pytest.mark.parametrize("model, epochs, worker_batch", [("R50x1", 120, 32), ("R152x4", 90, 16)])
+def test_optimised_recipe(model, epochs, worker_batch):
+    name, recipe = pretrain.choose_recipe("optimised", "imagenet1k", "natural", model)
+    found = name, recipe.lr, recipe.clipping, recipe.warmup, recipe.schedule, recipe.rand_augment
+    assert found == ("optimised", 0.03, 0.01, 15, "cosine", True)
+    assert (recipe.epochs, recipe.worker_batch) == (epochs, worker_batch)
+    with pytest.raises(ValueError, match="--recipe optimised is for natural sources, not nih"):
+        pretrain.choose_recipe("optimised", "nih", "medical", model)
+    assert pretrain.choose_recipe(None, "synthetic-xray", "medical", model)[0] == "synthetic"
+    assert pretrain.choose_recipe("paper", "synthetic-xray", "medical", model)[1].epochs == 90
+
+
+def test_a_new_size_states_its_class_and_gets_its_recipe(monkeypatch):
+    small = "R14x0.5 R26x0.5 R26x1 R50x1".split()
+    large = "R50x3 R101x1 R101x3 R152x2 R152x4".split()
+    assert {name: size.recipe for name, size in models.MODELS.items()} == {
+        name: size for size, names in (("small", small), ("large", large)) for name in names
+    }
+    with pytest.raises(TypeError, match="recipe"):
+        models.Size((3, 4, 6, 3), 2)
+    for size, as_of in (("small", "R50x1"), ("large", "R152x4")):
+        monkeypatch.setitem(models.MODELS, "R50x2", models.Size((3, 4, 6, 3), 2, size))
+        for name, source in (("paper", "imagenet1k"), ("optimised", "pets")):
+            about = name, source, "natural"
+            expected = pretrain.choose_recipe(*about, as_of)
+            assert pretrain.choose_recipe(*about, "R50x2") == expected
+
+
+def test_pretraining_pipelines(rng):
+    """X-rays in any channel; natural images cropped at any size; made ones only shifted."""
+    generator, image = np.random.default_rng, random_image(rng, 3, 50, 70)
+    xrays = SimpleNamespace(domain="medical", size=None)
+    photos = SimpleNamespace(domain="natural", size=None)
+    prepare, augment, _ = pretrain.choose_pipeline(xrays, 24, True)
+    square = prepare(image[:1])
+    assert torch.equal(square, transforms.area_resize(image[:1, :, 10:60], 24))
+    expected = transforms.random_affine_flip(square, generator(1))
+    assert torch.equal(augment(square, generator(1)), expected)
+    prepare, augment, _ = pretrain.choose_pipeline(xrays, 24, False)
+    assert torch.equal(prepare(image[:1]), square) and augment is transforms.keep
+    same = pretrain.choose_pipeline(xrays, 24, True, rand_augment=True)
+    assert same.augment is transforms.random_affine_flip
+
+    prepare, augment, _ = pretrain.choose_pipeline(photos, 24, True)
+    crop = transforms.random_resized_crop_flip(image, generator(1), 24)
+    assert prepare(image) is image and torch.equal(augment(image, generator(1)), crop)
+    prepare, augment, _ = pretrain.choose_pipeline(photos, 24, False)
+    assert torch.equal(prepare(image), transforms.resize_center_crop(image, 24))
+    assert augment is transforms.keep
+    prepare, augment, _ = pretrain.choose_pipeline(photos, 24, True, rand_augment=True)
+    drawn = generator(5)
+    expected = transforms.random_augment(image, drawn)  # before the crop
+    expected = transforms.random_resized_crop_flip(expected, drawn, 24)
+    assert torch.equal(augment(image, generator(5)), expected)
+
+    for domain in ("natural", "medical"):
+        made = SimpleNamespace(domain=domain, size=24)
+        keep = transforms.keep
+        assert pretrain.choose_pipeline(made, 24, False) == (keep, keep, None)
+        shifted = (keep, transforms.random_shift_flip, None)
+        assert pretrain.choose_pipeline(made, 24, True, rand_augment=True) == shifted
+
+
+# ------------------------------------------------------------------------------------------------
+# Transfer
+# ------------------------------------------------------------------------------------------------
+
+SHORT = (0.0, 100, (200, 300, 400), 500)
+MIDDLE = (0.1, 500, (3000, 6000, 9000), 10_000)
+LONG = (0.1, 500, (6000, 12_000, 18_000), 20_000)
+
+
+@pytest.mark.parametrize(
+    "examples, expected",
+    [(1, SHORT), (19_999, SHORT), (20_000, MIDDLE), (499_999, MIDDLE), (500_000, LONG)],
+)
+def test_hyperrule_by_examples(examples, expected):
+    assert hyperrule(examples, 32)[2:] == expected
+
+
+@pytest.mark.parametrize(
+    "size, expected",
+    [
+        (32, (160, 128)),
+        (95, (160, 128)),
+        (96, (512, 480)),
+        ((64, 143), (160, 128)),
+        ((64, 144), (512, 480)),
+        (500, (512, 480)),
+    ],
+)
+def test_hyperrule_by_area(size, expected):
+    assert hyperrule(100, size)[:2] == expected
+
+
+@pytest.mark.parametrize(
+    "examples, factors",
+    [
+        (1000, {0: 0, 1: 0.01, 50: 0.5, 99: 0.99, 100: 1, 200: 1, 201: 0.1, 300: 0.1, 301: 0.01}),
+        (1000, {400: 0.01, 401: 0.001, 499: 0.001}),
+        (50_000, {250: 0.5, 500: 1, 3000: 1, 3001: 0.1, 6001: 0.01, 9001: 0.001, 9999: 0.001}),
+        (1_000_000, {6000: 1, 6001: 0.1}),
+    ],
+)
+def test_hyperrule_learning_rate(examples, factors):
+    rule = hyperrule(examples, 32)
+    rates = {step: rule.learning_rate(step, 0.003) / 0.003 for step in factors}
+    assert rates == pytest.approx(factors, rel=1e-12)
+
+
+def choose_rule(target, images, image_size=None, steps=None):
+    args = SimpleNamespace(image_size=image_size, steps=steps)
+    return transfer.choose_rule(target, images, args)
+
+
+def test_rule_of_each_kind_of_target(folder, nih_root):
+    natural = Target("x", *data.load_splits(f"folder:{folder}"), "paper")
+    assert choose_rule(natural, 60)[:2] == (160, 128)
+    assert choose_rule(natural, 60, 64)[:2] == (80, 64)  # the same ratio, and the same schedule
+    assert choose_rule(natural, 60, None, 50) == HyperRule(160, 128, 0.0, 10, (20, 30, 40), 50)
+    train_set, test_set = data.load_splits("nih", nih_root)
+    alone = data.keep_single_label(train_set)  # multi-class, and an X-ray set still
+    assert alone.task == "multiclass"
+    for dataset in (train_set, alone):
+        nih = Target("nih", dataset, test_set, "paper")
+        assert choose_rule(nih, 40)[:2] == (224, 224) and choose_rule(nih, 40, 64)[:2] == (64, 64)
+        pipeline = transfer.choose_pipeline(nih, choose_rule(nih, 40), True)
+        assert pipeline.augment is transforms.random_affine_flip
+    made = Target("y", *data.load_splits("synthetic-xray-target"), "synthetic")
+    rule = choose_rule(made, 20)
+    assert rule.crop == rule.resize == made.train_set.size and rule.steps == 40
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_hyperrule_pipeline(folder, rng, shape):
+    image, rule = random_image(rng, *shape), HyperRule(20, 16, *SHORT)
+    sets = data.load_splits(f"folder:{folder}")
+    for recipe, square in (("paper", False), ("bit", True)):
+        target = Target("x", *sets, recipe)
+        prepare, augment, size = transfer.choose_pipeline(target, rule, True)
+        prepared = prepare(image)
+        resize = transforms.resize_square if square else transforms.resize_shorter
+        assert torch.equal(prepared, resize(image, 20)) and size == 20
+        crop = augment(prepared, np.random.default_rng(3))
+        expected = transforms.random_crop_flip(prepared, np.random.default_rng(3), 16)
+        assert torch.equal(crop, expected) and crop.shape == (shape[0], 16, 16)
+        prepare, augment, _ = transfer.choose_pipeline(target, rule, False)
+        assert torch.equal(prepare(image), transforms.resize_square(image, 16))
+        assert augment is transforms.keep
+    wrong = HyperRule(16, 20, *SHORT)
+    refuses(ValueError, lambda: transfer.choose_pipeline(target, wrong, True), "20", "16")

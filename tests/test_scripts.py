@@ -1,0 +1,103 @@
+"""One script after the other, as in the study: pre-train, transfer, repair, continue."""
+
+import json
+import signal
+
+import pytest
+import torch
+from conftest import run
+from interruption import Training, at_step, run_forked, send
+
+import fewshot
+import transfer
+
+SMALL = ("--precision", "fp32", "--image-size", 16, "--batch-size", 8)
+
+
+@pytest.fixture(scope="module")
+def networks(folder, nih_root, tmp_path_factory):
+    """The run folders of a natural and of a medical source."""
+    out = tmp_path_factory.mktemp("runs")
+    for more in ((), ("--source", "nih", "--data-dir", nih_root)):
+        Training(folder, out.parent, *more, "--epochs", 1, out=out).go()
+    return sorted(out.iterdir())
+
+
+def results(out):
+    return {path: path.read_text() for path in sorted(out.glob("*/*/*.json"))}
+
+
+def read(out, pattern):
+    (path,) = out.glob(pattern)
+    return json.loads(path.read_text())
+
+
+def test_few_shot_grid(networks, folder, nih_root, tmp_path):
+    """2 targets x 3 networks x 2 shot counts x 2 seeds; two processes share them, one repairs."""
+    argv = ("fewshot.py", "--checkpoint", *networks, "scratch", "--target", f"folder:{folder}")
+    argv += ("nih", "--data-dir", nih_root, "--shots", 1, 2, "--seeds", 2, "--steps", 4, *SMALL)
+    argv += ("--out", tmp_path / "out")
+    ((out, _), _) = run_forked(fewshot.main, argv, tmp_path, ranks=2)
+    files = results(tmp_path / "out")
+    assert len(files) == 24
+    assert out.count("(2)") == 12  # the closing table: means over two seeds
+    record = read(tmp_path / "out", "nih/folder*/1shot-seed0.json")
+    assert record["kind"] == "fewshot" and record["source_domain"] == "natural"
+    assert record["target_domain"] == "medical" and record["method"] == "finetune"
+    assert record["train"]["steps"] == 4 and 7 <= record["train"]["images"] <= 14
+    record = read(tmp_path / "out", "folder*/nih*/2shot-seed1.json")
+    assert record["train"]["images"] == 6 and record["config"]["sampling"] == "replacement"
+
+    lost = list(files)[7]
+    lost.unlink()
+    ((out, _),) = run_forked(fewshot.main, argv, tmp_path)
+    assert "24 cells, 23 finished already" in out
+    again, first = json.loads(lost.read_text()), json.loads(files.pop(lost))
+    assert again["metrics"] == first["metrics"]
+    assert all(path.read_text() == text for path, text in files.items())
+
+
+def test_single_label_few_shot(nih_root, tmp_path):
+    argv = ("fewshot.py", "--checkpoint", "scratch", "--target", "nih", "--data-dir", nih_root)
+    argv += ("--shots", 1, "--seeds", 1, "--steps", 2, "--single-label", *SMALL)
+    run_forked(fewshot.main, (*argv, "--out", tmp_path / "out"), tmp_path)
+    record = read(tmp_path / "out", "nih/*/1shot-seed0.json")
+    assert record["config"]["target_options"] == {"single_label": True}
+    assert record["train"]["images"] == 14 and record["config"]["crop"] == 16
+    assert record["config"]["train_images"] == 34
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+def test_full_shot_transfer_continues(ranks, networks, folder, tmp_path):
+    argv = ("transfer.py", "--checkpoint", networks[0], "--target", f"folder:{folder}", *SMALL)
+    argv += ("--steps", 40, "--log-every", 5, "--out")
+    run_forked(transfer.main, (*argv, tmp_path / "a"), tmp_path, ranks=ranks)
+    argv, stop = (*argv, tmp_path / "b"), at_step(20, send(signal.SIGTERM), ranks - 1)
+    run_forked(transfer.main, argv, tmp_path, 75, stop, ranks)
+    (path,) = (tmp_path / "b").glob("*/*/*")
+    assert 20 <= torch.load(path, weights_only=True)["step"] <= 21
+    ((out, _), *_) = run_forked(transfer.main, argv, tmp_path, ranks=ranks)
+    assert "step 20/40" not in out and "step 25/40" in out
+    a, b = (read(tmp_path / name, "*/*/full-seed0.json") for name in "ab")
+    assert a["metrics"] == b["metrics"] and a["shots"] is None and a["kind"] == "transfer"
+    assert a["metrics"]["accuracy"] > 0.6  # chance is a third
+    assert [path.name for path in (tmp_path / "b").glob("*/*/*")] == ["full-seed0.json"]
+
+
+def test_real_images_end_to_end(real_data, tmp_path):
+    """CIFAR-10 images from a folder and NIH X-rays: pre-train on each, few-shot to the other."""
+    (tmp_path / "NIH-ChestXRay-14").symlink_to(real_data / "nih-256")
+    cifar = f"folder:{real_data / 'cifar10-folder'}"
+    short = ("--data-dir", tmp_path, "--image-size", "32", "--batch-size", "64")
+    for source in (cifar, "nih"):
+        run("pretrain.py", "--source", source, "--epochs", 1, *short, cwd=tmp_path)
+    shots = ("--shots", 1, "--seeds", 1, "--steps", 3)
+    run("fewshot.py", "--target", cifar, "nih", *shots, *short, cwd=tmp_path)
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("results/*/*/*.json")]
+    assert len(records) == 6
+    counts = {record["source"]: record["source_images"] for record in records}
+    assert counts == {cifar: 2000, "nih": 558, "scratch": 0}
+    for record in records:
+        first = next(iter(record["metrics"]["per_class"].values()))
+        total = {"natural": 1000, "medical": 129}[record["target_domain"]]
+        assert first["positives"] + first["negatives"] == total
