@@ -131,6 +131,7 @@ DEFAULTS = {
     "out": dict(default="runs"),
     "recipe": options.words(*RECIPES),
     "batch_size": options.number_or("auto"),
+    "accumulate": dict(default=1),
 }
 # What may differ between a run and its continuation, because it changes no result.
 LAYOUT = ("checkpoint_activations", "workers")
@@ -245,13 +246,16 @@ def pretrain(train_set, test_set, config, folder, args, env):
     augmented = choose_pipeline(train_set, size, True, config["rand_augment"])
     decoded, pipeline = preload(train_set, augmented)
     tested = preload(test_set, choose_pipeline(test_set, size, False))
-    tested = in_order(*tested, 256, env.rank, env.ranks, args.workers, env.device.type == "cuda")
+    at_once = 256 * env.ranks
+    tested = in_order(*tested, at_once, env.rank, env.ranks, args.workers, env.device)
     sampling = "balanced" if config["balanced"] else "shuffle"
     batches = data.Batches(decoded, pipeline, batch_size, args.seed, sampling, env.rank, env.ranks)
     last = math.ceil(config["epochs"] * len(train_set) / batch_size)
-    stream = loader(batches, run.step, last, args.workers, env.device.type == "cuda")
+    stream = loader(batches, run.step, last, args.workers, env.device)
     normalization = transforms.NORMALIZATION[train_set.domain]
-    network = parallel(model, env, args.compile)  # averages gradients over the ranks
+    if args.compile:
+        model.compile_blocks()
+    network = parallel(model, env)  # averages gradients over the ranks
     signals = StopSignal(env, args.time_limit)
     log_path, title = folder / "log.jsonl", f"{train_set.name} {args.model}"
     with Log(env, run.step, last, batch_size, args.log_every, log_path, title) as log:
@@ -329,7 +333,7 @@ def sample_features(model, source, size, normalization, workers, env):
     distance.project makes of the features of at most distance.SAMPLE images."""
     chosen = source.subset(distance.sample(len(source)))
     pipeline = choose_pipeline(source, size, False)
-    stream = in_order(chosen, pipeline, 256, env.rank, env.ranks, workers)
+    stream = in_order(chosen, pipeline, 256, env.rank, env.ranks, workers, env.device)
     width = model.head.conv.in_channels
     model.eval()
     return distance.project(predict(model.features, width, stream, len(chosen), env, normalization))

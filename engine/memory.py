@@ -78,7 +78,9 @@ def free_memory(device):
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
     if not os.path.exists("/proc/meminfo"):
-        raise ValueError("--batch-size auto: this system does not tell its memory; give a number")
+        raise ValueError(
+            "this system does not tell its memory; give --batch-size and --accumulate as numbers"
+        )
     return proc_bytes("/proc/meminfo", "MemAvailable")
 
 
@@ -158,6 +160,35 @@ def activation_bytes(model, image_size, precision):
             model(torch.empty(count, 3, image_size, image_size, device="meta"))
         totals.append(sum(storage.nbytes() for storage in kept.values()))
     return (totals[1] - totals[0]) // (2 if precision == "bf16" else 1)
+
+
+def estimate_parts(model, image_size, share, env):
+    """In how many parts a process computes `share` images, by what a step keeps of each.
+
+    model: on the meta device. Weights, gradients, momentum and standardised weights are counted.
+    """
+    room = 0.8 * free_memory(env.device) - 16 * sum(p.numel() for p in model.parameters())
+    if env.device.type == "cpu":
+        room /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    kept = activation_bytes(model, image_size, env.precision)
+    return min(share, max(1, math.ceil(share * kept / max(room, 1))))
+
+
+def halving_parts(work, parts, most, env):
+    """(what work(parts) returns, parts), with twice as many parts when memory runs out, to `most`.
+
+    Raises OutOfMemoryError where the smallest part does not fit, or several ranks work together:
+    one alone cannot choose.
+    """
+    while True:
+        try:
+            return work(parts), parts
+        except torch.OutOfMemoryError:
+            if parts >= most or env.ranks > 1:
+                raise
+        # Out of the handler, whose traceback holds the activations.
+        torch.cuda.empty_cache()
+        parts = min(2 * parts, most)
 
 
 def flops_per_second(model, batch, image_size, flops, env):
