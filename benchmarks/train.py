@@ -105,12 +105,12 @@ def our_training(args, env, dataset, options):
     """Iterator of steps, as pretrain.py trains on this dataset with these options."""
     if "defaults" not in options:
         env = env._replace(precision=options[0])
+    model = models.create_model(args.model, len(dataset.classes), device=env.device).train()
+    optimizer = sgd(model.parameter_groups(), args.batch_size)
     pipeline = pretrain.choose_pipeline(dataset, args.image_size, train=True)
     dataset, pipeline = preload(dataset, pipeline)
     batches = data.Batches(dataset, pipeline, args.batch_size)
     stream = loader(batches, 0, sys.maxsize, pin_memory=env.device.type == "cuda")
-    model = models.create_model(args.model, len(dataset.classes), device=env.device).train()
-    optimizer = sgd(model.parameter_groups(), args.batch_size)
     forward = parallel(model, env, "compiled" in options)
     return training_loop(forward, optimizer, stream, args.batch_size, env)
 

@@ -63,7 +63,11 @@ def decode_once(dataset, pipeline, env, folder=None):
             kept = preload(dataset, pipeline, IN_MEMORY, first)
             if kept[0] is not dataset:
                 return kept
-        if first.numel() * len(dataset) < _free(folder) / 2:
+        with _writing(folder):
+            os.makedirs(folder, exist_ok=True)
+        # Elsewhere other processes could not map our files.
+        free = shutil.disk_usage(folder).free if os.path.isdir("/proc/self/fd") else 0
+        if first.numel() * len(dataset) < free / 2:
             share = dataset.subset(np.arange(starts[rank], starts[rank + 1]))
             threads = max(1, available_cores() // ranks)
             images = _prepared(share, pipeline, threads, first if rank == 0 else None)
@@ -125,13 +129,6 @@ def _writing(folder):
             f"{folder}: cannot hold decoded images ({error.strerror}); free some space, or name "
             "another folder by --cache-dir"
         ) from error
-
-
-def _free(folder):
-    """Bytes free in a folder, which is made; 0 where other processes could not map our files."""
-    with _writing(folder):
-        os.makedirs(folder, exist_ok=True)
-    return shutil.disk_usage(folder).free if os.path.isdir("/proc/self/fd") else 0
 
 
 def _write(images, count, folder):

@@ -121,21 +121,13 @@ def _read_facts(folder, original, size):
         file = folder / name
         if not file.exists() or file.stat().st_size != count:
             raise ValueError(f"{file}: missing or not of {count} bytes; {again}")
-        if checksum is not None and _file_crc32(file) != checksum:
+        if checksum is not None and zlib.crc32(np.memmap(file, mode="r")) != checksum:
             raise ValueError(f"{file}: its checksum is wrong; {again}")
     return facts
 
 
 def _crc32_of(facts):
     return zlib.crc32(json.dumps(facts, sort_keys=True).encode())
-
-
-def _file_crc32(path):
-    checksum = 0
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
 
 
 JOURNAL = np.dtype([("bytes", "<i8"), ("crc32", "<u4"), ("shape", "<i4", 3)])  # of each image
@@ -245,12 +237,11 @@ def _encode(facts, dataset, i):
     image = dataset.read(i, facts["size"])
     side = min(facts["size"], *image.shape[-2:])
     image = (xray_square if dataset.domain == "medical" else resize_shorter)(image, side)
-    pixels = image.contiguous().numpy()
+    pixels, content = image.contiguous().numpy(), io.BytesIO()
     if facts["codec"] == "raw":
         return pixels.tobytes(), pixels.shape
-    content = io.BytesIO()
-    pixels_last = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
-    Image.fromarray(pixels_last).save(content, "JPEG", quality=facts["quality"])
+    grey_or_colour = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
+    Image.fromarray(grey_or_colour).save(content, "JPEG", quality=facts["quality"])
     return content.getvalue(), pixels.shape
 
 
@@ -330,6 +321,6 @@ def _write_index(part, split, dataset):
             np.save(file, values)
             file.flush()
             os.fsync(file.fileno())
-        files[path.name] = [path.stat().st_size, _file_crc32(path)]
+        files[path.name] = [path.stat().st_size, zlib.crc32(np.memmap(path, mode="r"))]
     files[f"{split}.images"] = [images.size, None]  # each image has its own checksum
     return files

@@ -38,8 +38,8 @@ def _texts(texts):
 
 def _numbers(texts):
     letters = set("".join(texts))
-    if not letters.isdisjoint("_-") or max(letters, default="") > "9":
-        raise ValueError("not a number as int() reads it")  # which knows 1_000 and other digits
+    if "-" in letters or max(letters, default="") > "9":  # int() reads 1_000 and other digits too
+        raise ValueError("not a whole number")
     return np.fromiter(map(int, texts), np.int64, len(texts))
 
 

@@ -2,17 +2,20 @@
 
 import hashlib
 import itertools
-import json
 import os
 import re
 import shutil
 import signal
+import socket
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import run
 from grids import QUICK, call, pretrained, results
+from interruption import die, run_forked, start, wait
 
 import data
 import fewshot
@@ -20,6 +23,7 @@ import models
 import transfer
 from data import few_shot_indices
 from engine import distance, linear
+from engine.console import EXIT_STOPPED
 from engine.grid import PATIENCE
 from engine.metrics import compute_metrics
 from engine.processes import Stopped
@@ -39,9 +43,9 @@ def elsewhere(tmp_path, monkeypatch):
 
 def grid_args(folder, checkpoints, *more, method="finetune", shots=(1, 2), seeds=2):
     checkpoints = [checkpoints] if isinstance(checkpoints, (str, Path)) else checkpoints
-    short = ("--steps", 2, "--batch-size", 8) if method == "finetune" else ()
-    return ("--checkpoint", *checkpoints, "--target", f"folder:{folder}", *QUICK, "--shots", *shots,
-            "--seeds", seeds, "--method", method, *short, *more)  # fmt: skip
+    words = ("--checkpoint", *checkpoints, "--target", f"folder:{folder}", *QUICK)
+    words += ("--shots", *shots, "--seeds", seeds, "--method", method)
+    return (*words, *(("--steps", 2, "--batch-size", 8) if method == "finetune" else ()), *more)
 
 
 def run_grid(*args, **more):
@@ -53,16 +57,12 @@ def found():
     return results(Path("results"))
 
 
-METHODS = pytest.mark.parametrize("method", ["finetune", "linear", "nearest-mean"])
-FROZEN = pytest.mark.parametrize("method", ["linear", "nearest-mean"])
-
-
 # ------------------------------------------------------------------------------------------------
 # Failures
 # ------------------------------------------------------------------------------------------------
 
 
-@METHODS
+@pytest.mark.parametrize("method", ["finetune", "linear", "nearest-mean"])
 def test_a_failing_cell_stops_no_other(folder, checkpoint, monkeypatch, capsys, method):
     original = fewshot.METHODS[method]
 
@@ -84,94 +84,82 @@ def test_a_failing_cell_stops_no_other(folder, checkpoint, monkeypatch, capsys, 
     assert "4 cells, 3 finished already" in capsys.readouterr().out
 
 
-@METHODS
+@pytest.mark.parametrize("method", ["finetune", "linear"])
 def test_a_failing_distance_fails_each_cell_with_its_reason(
     folder, checkpoint, monkeypatch, capsys, method
 ):
-    def fails(*args):
-        raise RuntimeError("no distance")
-
-    monkeypatch.setattr(distance, "compare", fails)
+    monkeypatch.setattr(distance, "compare", lambda *_: 1 // 0)
     assert run_grid(folder, checkpoint, method=method) == 1 and not found()
-    assert capsys.readouterr().out.count("json: no distance") == 4
+    assert capsys.readouterr().out.count("json: integer division or modulo by zero") == 4
 
 
 # ------------------------------------------------------------------------------------------------
 # Several processes
 # ------------------------------------------------------------------------------------------------
 
-# The second process dies in its second cell, once the first is in its third.
-KILLED = """
-import os, pathlib, signal, time
-import fewshot
-from engine.processes import run_script
 
-fine_tune, cells = fewshot.METHODS["finetune"], []
-
-def dies(cell, signals, *args):
-    cells.append(cell)
-    if os.environ["RANK"] == "1" and len(cells) == 2:
-        while len(list(pathlib.Path("results").rglob("*.json"))) < 3:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGKILL)
-    while len(cells) == 3 and not signals.name:  # torchrun ends it too
-        time.sleep(0.01)
-    return fine_tune(cell, signals, *args)
-
-fewshot.METHODS["finetune"] = dies
-run_script(fewshot.main)
-"""
+def start_two(script, args, home, patch=None):
+    """Starts two processes of a script; returns their numbers."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    argv = (f"{script.__name__}.py", *args)
+    return [start(script.main, argv, home, patch, rank, 2, port) for rank in (0, 1)]
 
 
-def test_a_killed_process_loses_the_cells_in_flight_alone(folder, checkpoint, tmp_path):
-    """Two processes do the rest, and all is as one process does it, to the last bit."""
+def dies_in_its_second_cell():
+    """A patch: the second of two processes dies, once the first has done a cell too."""
+    fine_tune, cells = fewshot.METHODS["finetune"], []
+
+    def dies(cell, *args):
+        cells.append(cell)
+        if os.environ["RANK"] == "1" and len(cells) == 2:
+            while len(found()) < 2:
+                time.sleep(0.01)
+            die()
+        return fine_tune(cell, *args)
+
+    fewshot.METHODS["finetune"] = dies
+
+
+def test_a_killed_process_loses_the_cell_in_flight_alone(folder, checkpoint, tmp_path):
+    """Two processes of torchrun do the rest, and all is as one does it, to the last bit."""
     args = grid_args(folder, (checkpoint, "scratch"))
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "killed.py").write_text(KILLED)
-    run(tmp_path / "killed.py", *args, ranks=2, cwd=tmp_path, status=1)
+    pids = start_two(fewshot, args, tmp_path, dies_in_its_second_cell)
+    assert [wait(pid) for pid in pids] == [1, -signal.SIGKILL]
     before = {path: path.stat() for path in tmp_path.glob("results/*/*/*.json")}
-    assert len(before) == 3
-    more = ("--cache-dir", tmp_path / "cache")
+    assert len(before) == 7
+    (tmp_path / "cache").mkdir()
+    more = ("--cache-dir", tmp_path / "cache", "--seeds", 3)
     output, _ = run("fewshot.py", *args, *more, ranks=2, cwd=tmp_path)
-    assert "8 cells, 3 finished already" in output
+    assert "12 cells, 7 finished already" in output
     assert len(set(re.findall(r"^\[(\d)/5\]", output, re.MULTILINE))) == 5
     for path, stat in before.items():  # not written again
         assert (path.stat().st_mtime_ns, path.stat().st_ino) == (stat.st_mtime_ns, stat.st_ino)
     assert not list(tmp_path.glob("results/**/.*"))  # nor half of a file
     assert not list((tmp_path / "cache").iterdir())
-    call(fewshot, *args, "--out", "alone")
+    call(fewshot, *args, "--seeds", 3, "--out", "alone")
     one, two = results(tmp_path / "alone"), found()
-    assert one.keys() == two.keys() and len(one) == 8
+    assert one.keys() == two.keys() and len(one) == 12
     for name, record in one.items():
         assert record["metrics"] == two[name]["metrics"]
         assert record["distance"] == two[name]["distance"]
 
 
-SEVERAL = """
-import json, sys
-import fewshot, transfer
-from engine.processes import run_script
-
-def main():
-    for script, *words in json.loads(sys.argv[1]):
-        sys.argv = [script, *words]
-        print(script, "status", {"fewshot": fewshot, "transfer": transfer}[script].main())
-
-run_script(main)
-"""
-
-
-def test_divergence_and_time_limit_are_alike_on_both_processes(folder, checkpoint, tmp_path):
-    diverges = ("--checkpoint", checkpoint, "--target", f"folder:{folder}", "--recipe", "bit")
-    diverges += (*QUICK, "--batch-size", 8, "--steps", 4, "--log-every", 1, "--seeds", 2)
-    late = (*grid_args(folder, checkpoint, seeds=9), "--time-limit", 1e-9)
-    jobs = [("transfer", *map(str, (*diverges, "--lr", 1e30))), ("fewshot", *map(str, late))]
-    (tmp_path / "several.py").write_text(SEVERAL)
-    output, errors = run(tmp_path / "several.py", json.dumps(jobs), ranks=2, cwd=tmp_path)
+def test_divergence_stops_no_other_cell_on_two_processes(folder, checkpoint, tmp_path):
+    args = ("--checkpoint", checkpoint, "--target", f"folder:{folder}", "--recipe", "bit", *QUICK)
+    args += ("--batch-size", 8, "--steps", 4, "--log-every", 1, "--seeds", 2, "--lr", 1e30)
+    pids = start_two(transfer, args, tmp_path)
+    assert [wait(pid) for pid in pids] == [1, 0] and not found()
+    output = (tmp_path / "rank0.out").read_text()
     assert "2 cells failed" in output and output.count("not finite") == 2
-    assert "transfer status 1" in output and "fewshot status" not in output
-    assert "stopped by --time-limit after step 1; the same command continues" in errors
-    assert "Traceback" not in errors and not found()
+
+
+def test_a_time_limit_stops_both_processes_in_one_line(folder, checkpoint, tmp_path):
+    args = ("fewshot.py", *grid_args(folder, checkpoint, seeds=9), "--time-limit", 1e-9)
+    (_, errors), (_, others) = run_forked(fewshot.main, args, tmp_path, EXIT_STOPPED, ranks=2)
+    said = "stopped by --time-limit after step 1; the same command continues\n"
+    assert errors.endswith(said) and "Traceback" not in errors + others and not found()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -179,103 +167,56 @@ def test_divergence_and_time_limit_are_alike_on_both_processes(folder, checkpoin
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def cells_of(monkeypatch):
-    """The cells of a command line, their targets decoded; none is run."""
-
-    def prepare(*args, method="finetune", **more):
-        cells = []
-
-        def note(cell, *_):
-            cells.append(cell)
-            return {"accuracy": 0.5}, {}
-
-        monkeypatch.setitem(fewshot.METHODS, method, note)
-        run_grid(*args, method=method, **more)
-        return cells
-
-    return prepare
-
-
-def test_the_config_says_what_is_used(folder, checkpoint, cells_of):
-    cells = cells_of(folder, checkpoint, "--batch-size", 4)
-    digest = hashlib.sha256((checkpoint / "model.pt").read_bytes()).hexdigest()[:16]
-    always = {"batch_size": 4, "steps": 2, "weights": digest, "target_options": {}, "lr": 0.001}
-    assert len(cells) == 4
-    for cell in cells:
-        sampling = "replacement" if cell.shots == 1 else "shuffle"  # of 3 or 6 images
-        expected = always | {"sampling": sampling, "images": 3 * cell.shots, "seed": cell.seed}
-        assert expected.items() <= cell.config.items()
-    for record in found().values():  # what changes no result stands elsewhere
-        assert not record["config"].keys() & {"workers", "out", "log_every", "checkpoint"}
-        assert record["layout"] == {"checkpoint": str(checkpoint / "model.pt"), "workers": 0}
-
-
 @pytest.mark.parametrize("method", ["finetune", "linear"])
-def test_each_cell_reads_its_own_images(folder, checkpoint, cells_of, method):
+def test_each_cell_reads_its_own_images_and_says_what_is_used(
+    folder, checkpoint, monkeypatch, method
+):
     """Prepared for training, except that frozen features are of images prepared for testing."""
-    cells = cells_of(folder, checkpoint, method=method)
-    target = cells[0].target
+    cells = []
+
+    def note(cell, *_):
+        cells.append(cell)
+        return {"accuracy": 0.5}, {}
+
+    monkeypatch.setitem(fewshot.METHODS, method, note)
+    more = ("--batch-size", 4) if method == "finetune" else ()
+    assert run_grid(folder, checkpoint, *more, method=method) == 0
+    target, digest = cells[0].target, hashlib.sha256((checkpoint / "model.pt").read_bytes())
     rule = transfer.hyperrule(6, 32)._replace(resize=40, crop=32)
     training, testing = (transfer.choose_pipeline(target, rule, train) for train in (True, False))
     own = training if method == "finetune" else testing
     dataset, pipeline = target.train
-    assert str(pipeline.augment) == str(own.augment)
+    assert str(pipeline.augment) == str(own.augment) and len(cells) == len(found()) == 4
     for cell in cells:
         rows = target.rows(cell)
         assert (dataset.labels[rows] == target.train_set.labels[cell.indices]).all()
         for row, original in zip(rows, cell.indices, strict=True):
             expected = own.read(target.train_set, original)
             assert torch.equal(pipeline.read(dataset, row), expected)
+        expected = {"images": 3 * cell.shots, "seed": cell.seed, "target_options": {}, "crop": 32}
+        expected["weights"] = digest.hexdigest()[:16]
+        if method == "finetune":
+            expected |= {"batch_size": 4, "steps": 2, "lr": 0.001, "clipping": 0.01}
+            expected["sampling"] = "replacement" if cell.shots == 1 else "shuffle"  # of 3 or 6
+        assert expected.items() <= cell.config.items()
     for part, original in ((target.test, target.test_set), (target.sample, target.train_set)):
         assert torch.equal(part[1].read(part[0], 7), testing.read(original, 7))
+    for record in found().values():  # what changes no result stands elsewhere
+        assert not record["config"].keys() & {"workers", "out", "log_every", "checkpoint"}
+        assert record["layout"] == {"checkpoint": str(checkpoint / "model.pt"), "workers": 0}
 
 
 def test_each_image_is_read_once_for_the_whole_grid(folder, checkpoint, monkeypatch):
     reads, original = [], images.read_image
-
-    def count(path, *options):
-        reads.append(path)
-        return original(path, *options)
-
-    monkeypatch.setattr(images, "read_image", count)
-    assert run_grid(folder, (checkpoint, "scratch")) == 0
-    dataset = data.load_dataset(f"folder:{folder}")
-    chosen = {
-        dataset.where(i) for seed in (0, 1) for i in few_shot_indices(dataset.labels, 2, seed)
-    }
-    counts = {where: reads.count(where) for where in reads}
-    tests = [count for where, count in counts.items() if "/test/" in where]
-    # The first image of a set also tells the size of all; the distance looks at the training set.
-    assert len(tests) == 21 and sum(tests) <= 21 + 1
-    assert sum(counts[where] for where in chosen) <= 2 * len(chosen) + 3
-    assert len(counts) == 21 + 60
-
-
-@FROZEN
-def test_frozen_features_are_extracted_once(folder, checkpoint, monkeypatch, method):
-    passes, original = [], transfer.predict
-
-    def count(forward, width, stream, num_images, *more):
-        passes.append(num_images)
-        return original(forward, width, stream, num_images, *more)
-
-    monkeypatch.setattr(transfer, "predict", count)
-    assert run_grid(folder, checkpoint, method=method, seeds=3) == 0
-    name = f"folder-{folder.name}"
-    assert sorted(found()) == sorted(
-        f"{name}/{name}-R14x0.5/{shots}shot-seed{seed}-{method}.json"
-        for shots, seed in itertools.product((1, 2), range(3))
+    monkeypatch.setattr(
+        images, "read_image", lambda *args: reads.append(args[0]) or original(*args)
     )
+    assert run_grid(folder, (checkpoint, "scratch")) == 0
     labels = data.load_dataset(f"folder:{folder}").labels
-    chosen = {i for seed in range(3) for i in few_shot_indices(labels, 2, seed)}
-    assert sorted(passes) == sorted([len(chosen), 21, 60])  # 60: the sample of the distance
-    record = found()[f"{name}/{name}-R14x0.5/2shot-seed1-{method}.json"]
-    assert (record["method"], record["recipe"], record["kind"]) == (method, None, "fewshot")
-    assert (record["train"]["images"], record["train"]["steps"]) == (6, None)
-    assert not set(record["config"]) & set(fewshot.TRAINING)
-    run_grid(folder, checkpoint, seeds=3)  # another method, another file
-    assert len(found()) == 12
+    chosen = {i for seed in (0, 1) for i in few_shot_indices(labels, 2, seed)}
+    assert len(set(reads)) == 21 + 60 and sum("/test/" in where for where in reads) == 21
+    # The distance looks at the training set, and its first image tells the size of all.
+    assert len(reads) == 21 + 60 + len(chosen) + 1
 
 
 def features(checkpoint, dataset, indices):
@@ -288,28 +229,42 @@ def features(checkpoint, dataset, indices):
         return model.features((pixels - mean) / std)
 
 
-@FROZEN
-def test_features_classify_as_by_hand(folder, checkpoint, monkeypatch, method):
+@pytest.mark.parametrize("method", ["linear", "nearest-mean"])
+def test_frozen_features_classify_as_by_hand_and_are_taken_once(
+    folder, checkpoint, monkeypatch, method
+):
     """Through the whole script, against features taken here; full: all training images."""
-    waits, setup = [], fewshot.setup
+    waits, passes, setup, predict = [], [], fewshot.setup, transfer.predict
     monkeypatch.setattr(fewshot, "setup", lambda *args: waits.append(args[1]) or setup(*args))
-    assert run_grid(folder, checkpoint, method=method, shots=(1, 2, "full")) == 0
-    assert waits == [PATIENCE]  # as one process may wait long for what another has to do
-    train, test = (data.load_dataset(f"folder:{folder}", split=split) for split in data.SPLITS)
-    tested, records = features(checkpoint, test, range(21)), found()
-    for shots, seed in itertools.product((1, 2, None), (0, 1)):
-        chosen = few_shot_indices(train.labels, shots, seed) if shots else range(60)
+    monkeypatch.setattr(transfer, "predict", lambda *args: passes.append(args[3]) or predict(*args))
+    train, test = data.load_splits(f"folder:{folder}")
+    chosen = {
+        (shots, seed): few_shot_indices(train.labels, shots, seed)
+        for shots, seed in itertools.product((1, 2), (0, 1))
+    }
+    few = len(set(np.concatenate(list(chosen.values()))))
+    assert run_grid(folder, checkpoint, method=method) == 0
+    assert sorted(passes) == sorted([few, 21, 60])  # 60: the sample of the distance
+    assert run_grid(folder, checkpoint, method=method, shots=(1, "full")) == 0
+    assert sorted(passes[3:]) == [21, 60, 60]
+    assert waits == [PATIENCE] * 2  # as one process may wait long for what another has to do
+    assert run_grid(folder, checkpoint) == 0 and len(found()) == 10  # another method, other files
+    tested, name = features(checkpoint, test, range(21)), f"folder-{folder.name}"
+    for (shots, seed), rows in (chosen | {(None, seed): range(60) for seed in (0, 1)}).items():
         logits, facts = linear.CLASSIFIERS[method](
-            features(checkpoint, train, chosen), train.labels[chosen], tested, 3
+            features(checkpoint, train, rows), train.labels[rows], tested, 3
         )
         expected = compute_metrics(logits, test.labels, test.classes)
-        ending = f"/{shots}shot-seed{seed}-{method}" if shots else f"/full-seed{seed}-{method}"
-        (record,) = (value for name, value in records.items() if f"{ending}.json" in name)
+        ending = f"{f'{shots}shot' if shots else 'full'}-seed{seed}-{method}.json"
+        record = found()[f"{name}/{name}-R14x0.5/{ending}"]
         assert record["metrics"]["loss"] == pytest.approx(expected["loss"], rel=1e-3)
         assert record["metrics"]["mean_auc"] == pytest.approx(expected["mean_auc"], abs=1e-3)
-        assert record["train"].keys() >= facts.keys()
-        assert (record["kind"], record["shots"]) == ("fewshot" if shots else "transfer", shots)
-        assert record["train"]["images"] == len(chosen)
+        assert (record["method"], record["recipe"], record["shots"]) == (method, None, shots)
+        assert record["kind"] == ("fewshot" if shots else "transfer")
+        about = record["train"]
+        assert (about["images"], about["steps"]) == (len(rows), None)
+        assert about.keys() >= facts.keys()
+        assert not set(record["config"]) & set(fewshot.TRAINING)
 
 
 def test_frozen_cells_stop_between_two(folder, checkpoint, monkeypatch):
@@ -354,31 +309,21 @@ def test_distance_of_a_result_is_that_of_its_features(folder, checkpoint):
 
 
 @pytest.mark.parametrize("method", ["finetune", "nearest-mean"])
-def test_distances_are_known_by_network_and_target(
+def test_a_distance_is_measured_once_for_network_and_target(
     folder, checkpoint, monkeypatch, tmp_path, method
 ):
-    """Each is measured once, by its own network on its own target."""
     shutil.copytree(folder, tmp_path / "other")
-    (tmp_path / "runs").mkdir()
     content = torch.load(checkpoint / "model.pt", weights_only=True)
-    content["sample"] = content["sample"] + 1
-    torch.save(content | {"source": "pets"}, tmp_path / "runs" / "model.pt")
-    measured = []
-
-    def compare(source, target):
-        measured.append(f"{float(source.sum()):.2f}")
-        return {"number": len(measured), "source": measured[-1]}
-
-    monkeypatch.setattr(distance, "compare", compare)
+    torch.save(content | {"source": "pets"}, tmp_path / "pets.pt")
+    numbers = itertools.count()
+    monkeypatch.setattr(distance, "compare", lambda *_: next(numbers))
     more = ("--target", f"folder:{folder}", f"folder:{tmp_path / 'other'}")
-    assert run_grid(folder, (checkpoint, tmp_path / "runs"), *more, method=method) == 0
+    both = checkpoint, tmp_path / "pets.pt"
+    assert run_grid(folder, both, *more, method=method, shots=(1,)) == 0
     by_pair = {}
     for record in found().values():
-        by_pair.setdefault((record["source"], record["target"]), []).append(record["distance"])
-    assert len(by_pair) == len(measured) == 4 and len(set(measured)) == 2
-    assert all(len(same) == 4 and same == [same[0]] * 4 for same in by_pair.values())
-    assert {same[0]["number"] for same in by_pair.values()} == {1, 2, 3, 4}
-    assert len({(source, same[0]["source"]) for (source, _), same in by_pair.items()}) == 2
+        by_pair.setdefault((record["source"], record["target"]), set()).add(record["distance"])
+    assert len(found()) == 8 and sorted(map(list, by_pair.values())) == [[0], [1], [2], [3]]
 
 
 def test_a_dry_run_prints_the_grid_and_writes_nothing(

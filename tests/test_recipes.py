@@ -22,50 +22,40 @@ SHAPES = [(3, 40, 61), (1, 61, 40), (3, 32, 32), (1, 1, 1), (3, 1, 9)]
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "schedule, rates",
-    [
-        (
-            "step",
-            {0: 0.05, 2.5: 0.225, 5: 0.4, 29.9: 0.4, 30: 0.04, 60: 0.004, 79.9: 0.004, 80: 0.0004},
-        ),
-        ("cosine", {0: 0.05, 2.5: 0.225, 5: 0.4, 47.5: 0.2, 90: 0.0}),
-    ],
-)
-def test_schedule(schedule, rates):
-    found = {epoch: pretrain.learning_rate(epoch, 0.4, 0.05, 5, 90, schedule) for epoch in rates}
-    assert found == pytest.approx(rates)
+def test_schedule():
+    """Every rate of a run in steps is in test_pretrain.py."""
+
+    def rates(schedule, *epochs):
+        return [pretrain.learning_rate(e, 0.4, 0.05, 5, 90, schedule) for e in epochs]
+
+    assert rates("step", 0, 2.5, 5, 29.9, 30) == pytest.approx([0.05, 0.225, 0.4, 0.4, 0.04])
+    assert rates("step", 60, 79.9, 80, 89.9) == pytest.approx([0.004, 0.004, 0.0004, 0.0004])
+    assert rates("cosine", 0, 5, 47.5, 90) == pytest.approx([0.05, 0.4, 0.2, 0.0])
 
 
 @pytest.mark.parametrize(
-    "source, domain, model, expected",
+    "recipe, source, domain, model, expected",
     [
-        ("imagenet1k", "natural", "R50x1", (0.1, None, 5, 90, 32)),
-        ("imagenet1k", "natural", "R152x4", (0.03, 0.01, 15, 90, 16)),
-        ("imagenet21k", "natural", "R152x4", (0.01, 0.01, 2, 90, 16)),
-        ("imagenet21k@256", "natural", "R50x1", (0.01, 0.01, 2, 90, 32)),
-        ("nih", "medical", "R50x1", (0.01, 0.01, 15, 90, 32)),
-        ("folder:x", "natural", "R50x1", (0.1, None, 5, 90, 32)),
+        (None, "imagenet1k", "natural", "R50x1", (0.1, None, 5, 90, 32)),
+        (None, "imagenet1k", "natural", "R152x4", (0.03, 0.01, 15, 90, 16)),
+        (None, "imagenet21k", "natural", "R152x4", (0.01, 0.01, 2, 90, 16)),
+        (None, "imagenet21k@256", "natural", "R50x1", (0.01, 0.01, 2, 90, 32)),
+        (None, "nih", "medical", "R50x1", (0.01, 0.01, 15, 90, 32)),
+        (None, "folder:x", "natural", "R50x1", (0.1, None, 5, 90, 32)),
+        ("paper", "synthetic-xray", "medical", "R14x0.5", (0.01, 0.01, 15, 90, 32)),
+        ("optimised", "imagenet1k", "natural", "R50x1", (0.03, 0.01, 15, 120, 32)),
+        ("optimised", "imagenet1k", "natural", "R152x4", (0.03, 0.01, 15, 90, 16)),
     ],
 )
-def test_recipes_of_the_study(source, domain, model, expected):
-    name, recipe = pretrain.choose_recipe(None, source, domain, model)
-    found = recipe.lr, recipe.clipping, recipe.warmup, recipe.epochs, recipe.worker_batch
-    assert found == expected
-    assert (recipe.schedule, recipe.weight_decay, recipe.image_size) == ("step", 1e-4, 224)
-    assert (name, recipe.batch_size, recipe.rand_augment) == ("paper", 256, False)
-
-
-@pytest.mark.parametrize("model, epochs, worker_batch", [("R50x1", 120, 32), ("R152x4", 90, 16)])
-def test_optimised_recipe(model, epochs, worker_batch):
-    name, recipe = pretrain.choose_recipe("optimised", "imagenet1k", "natural", model)
-    found = name, recipe.lr, recipe.clipping, recipe.warmup, recipe.schedule, recipe.rand_augment
-    assert found == ("optimised", 0.03, 0.01, 15, "cosine", True)
-    assert (recipe.epochs, recipe.worker_batch) == (epochs, worker_batch)
-    with pytest.raises(ValueError, match="--recipe optimised is for natural sources, not nih"):
-        pretrain.choose_recipe("optimised", "nih", "medical", model)
+def test_recipes_of_the_study(recipe, source, domain, model, expected):
+    name, found = pretrain.choose_recipe(recipe, source, domain, model)
+    about = found.lr, found.clipping, found.warmup, found.epochs, found.worker_batch
+    assert about == expected and name == (recipe or "paper")
+    assert (found.weight_decay, found.image_size, found.batch_size) == (1e-4, 224, 256)
+    optimised = recipe == "optimised"
+    assert found.schedule == ("cosine" if optimised else "step")
+    assert found.rand_augment == optimised
     assert pretrain.choose_recipe(None, "synthetic-xray", "medical", model)[0] == "synthetic"
-    assert pretrain.choose_recipe("paper", "synthetic-xray", "medical", model)[1].epochs == 90
 
 
 def test_a_new_size_states_its_class_and_gets_its_recipe(monkeypatch):
@@ -136,19 +126,10 @@ def test_hyperrule_by_examples(examples, expected):
     assert hyperrule(examples, 32)[2:] == expected
 
 
-@pytest.mark.parametrize(
-    "size, expected",
-    [
-        (32, (160, 128)),
-        (95, (160, 128)),
-        (96, (512, 480)),
-        ((64, 143), (160, 128)),
-        ((64, 144), (512, 480)),
-        (500, (512, 480)),
-    ],
-)
-def test_hyperrule_by_area(size, expected):
-    assert hyperrule(100, size)[:2] == expected
+def test_hyperrule_by_area():
+    small, large = (32, 95, (64, 143)), (96, (64, 144), 500)
+    assert [hyperrule(100, size)[:2] for size in small] == [(160, 128)] * 3
+    assert [hyperrule(100, size)[:2] for size in large] == [(512, 480)] * 3
 
 
 @pytest.mark.parametrize(

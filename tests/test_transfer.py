@@ -45,25 +45,22 @@ def test_the_domain_of_foreign_weights_is_that_of_their_source(tmp_path, monkeyp
 
 def test_networks_that_are_named_or_found(tmp_path, monkeypatch):
     def found(*checkpoint, method="finetune", model=None, scratch_steps=None):
-        args = SimpleNamespace(checkpoint=checkpoint, method=method, model=model)
-        args.source, args.scratch_steps = None, scratch_steps
-        return [network.name for network in open_networks(args, transfer.open_network)]
+        args = SimpleNamespace(checkpoint=checkpoint, method=method, model=model, source=None)
+        args.scratch_steps = scratch_steps
+        return " ".join(n.name for n in open_networks(args, transfer.open_network))
 
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="run pretrain.py first"):
-        found()
     for source, model in (("nih", "R26x0.5"), ("pets", "R14x0.5")):
-        state = models.create_model(model, 3).state_dict()
         facts = {"name": model, "source": source, "domain": "?", "images": 7, "mean": (), "std": ()}
         (tmp_path / "runs" / source).mkdir(parents=True)
-        torch.save({"model": state, **facts}, tmp_path / "runs" / source / "model.pt")
+        facts["model"] = models.create_model(model, 3).state_dict()
+        torch.save(facts, tmp_path / "runs" / source / "model.pt")
     (tmp_path / "runs" / "unfinished").mkdir()
-    both = ["nih-R26x0.5", "pets-R14x0.5"]
-    assert found() == [*both, "scratch-R14x0.5", "scratch-R26x0.5"]
-    assert found(method="linear") == both
-    assert found("scratch", "runs/nih") == ["nih-R26x0.5", "scratch-R26x0.5"]
-    longer = ["scratch-R50x1", "scratch-9steps-R50x1"]
-    assert found("scratch", model="R50x1", scratch_steps=9) == longer
+    assert found() == "nih-R26x0.5 pets-R14x0.5 scratch-R14x0.5 scratch-R26x0.5"
+    assert found(method="linear") == "nih-R26x0.5 pets-R14x0.5"
+    assert found("scratch", "runs/nih") == "nih-R26x0.5 scratch-R26x0.5"
+    longer = found("scratch", model="R50x1", scratch_steps=9)
+    assert longer == "scratch-R50x1 scratch-9steps-R50x1"
     with pytest.raises(FileNotFoundError, match="unfinished: holds no model.pt; pretrain.py has"):
         found("runs/unfinished")
     with pytest.raises(ValueError, match="model.pt is of R14x0.5, not of --model R50x1"):
@@ -125,11 +122,3 @@ def test_another_optimiser_takes_its_place(folder, checkpoint, tmp_path, monkeyp
     assert full_shot(folder, checkpoint, tmp_path, "--steps", 3, "--log-every", 1) == 0
     (record,) = results(tmp_path).values()
     assert record["train"]["steps"] == 3 and record["metrics"]["loss"] > 0
-
-
-def test_a_run_that_diverges_stops_no_other(folder, checkpoint, tmp_path, capsys):
-    more = ("--steps", 4, "--log-every", 1, "--seeds", 2, "--lr", 1e30, "--recipe", "bit")
-    assert full_shot(folder, checkpoint, tmp_path, *more) == 1
-    output = capsys.readouterr().out
-    assert "2 cells failed" in output and output.count("not finite") == 2
-    assert not results(tmp_path)

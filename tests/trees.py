@@ -43,7 +43,7 @@ def load_folder(path, split="train"):
 def write(path, content):
     """Writes text or bytes, gzipped where the name says so."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = content if isinstance(content, bytes) else content.encode()
+    content = content.encode() if isinstance(content, str) else content
     path.write_bytes(gzip.compress(content, 1) if path.suffix == ".gz" else content)
 
 
@@ -79,13 +79,12 @@ class Chests:
             "00000002_000.png": noise(rng, 9, 8),
             "00000003_000.png": noise(rng, 9, 8, 4),
         }
-        for name, pixels in self.pixels.items():
-            save(self.folder / "images" / name, pixels)
+        for name in self.pixels:
+            save(self.folder / "images" / name, self.pixels[name])
         self.write_table(NIH_HEADER, *NIH_ROWS)
         # Not in the order of the table, Windows line ends, blank lines, a byte order mark.
-        self.train.write_bytes(
-            b"\xef\xbb\xbf00000003_000.png\r\n00000001_000.png\r\n\r\n00000001_001.png"
-        )
+        listed = "\ufeff00000003_000.png\r\n00000001_000.png\r\n\r\n00000001_001.png"
+        self.train.write_bytes(listed.encode())
         self.test.write_text("00000002_000.png\n")
 
     def write_table(self, *rows):
@@ -150,8 +149,7 @@ PADCHEST_HEADER = (  # the first column, pandas' row number, has no name
     "RelativeXRayExposure_DICOM,ReportID,Report,MethodLabel,Labels,Localizations,"
     "LabelsLocalizationsBySentence,labelCUIS,LocalizationsCUIS"
 ).split(",")
-# Other findings than those of Labels stand in the other columns; numpy's own print of an array
-# breaks the line at 75 characters.
+# Other findings than those of Labels stand in other columns; numpy's print breaks long lines.
 PADCHEST_ROW = {
     **{"": "7", "ImageDir": "0", "Projection": "PA", "Labels": "['normal']"},
     "Manufacturer_DICOM": "GMM, Móstoles",
@@ -172,8 +170,8 @@ class Trees:
         for part in ("metadata", "split", "chexpert"):
             self.tables[part] = self.mimic / f"mimic-cxr-2.0.0-{part}.csv.gz"
         self.tables["nih"] = self.nih / "Data_Entry_2017_v2020.csv"
-        name = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv.gz"
-        self.tables["padchest"] = self.padchest / name
+        table = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv.gz"
+        self.tables["padchest"] = self.padchest / table
 
     def noise(self, *shape, dtype=np.uint8):
         return noise(self.rng, *shape, dtype=dtype)
@@ -191,9 +189,9 @@ class Trees:
         write(self.tables["metadata"], lines(METADATA_HEADER, metadata))
         write(self.tables["split"], lines(SPLIT_HEADER, [*splits[4:], *splits[3::-1]]))
         write(self.tables["chexpert"], lines(MIMIC_FINDINGS_HEADER, findings))
-        for row in rows if images else ():
-            if row[4] != "test":
-                save(self.mimic_image(*row[:3]), self.noise(10, 12))
+        for *image, _, split in rows if images else ():
+            if split != "test":
+                save(self.mimic_image(*image), self.noise(10, 12))
 
     def mimic_image(self, dicom, subject, study):
         return self.mimic / f"files/p{subject // 10**6}/p{subject}/s{study}/{dicom}.jpg"
@@ -221,3 +219,13 @@ class Trees:
 
     def load(self, name, split="train", **options):
         return load_dataset(name, self.root, split, **options)
+
+
+def write_photos(root, rng):
+    """A folder: of three classes, 9 + 6 images, wide and tall, some smaller than 20 pixels."""
+    shapes = {"cat": (40, 60), "dog": (61, 33), "newt": (12, 15)}
+    for split, count in (("train", 3), ("test", 2)):
+        for label, (height, width) in shapes.items():
+            for i in range(count):
+                save(root / split / label / f"{i}.png", noise(rng, height + i, width, 3))
+    return root

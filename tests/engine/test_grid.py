@@ -102,12 +102,6 @@ def test_when_one_process_stops_all_do(store):
     assert list(first) == [] and seeds(second) == [1]  # of the job in hand
 
 
-def test_alone_or_together_a_stop_ends_the_run():
-    for grid in (Grid([], {}, ALONE), Grid([], {}, FIRST, together=True)):
-        with pytest.raises(Stopped), grid.tolerating(make_cell()):
-            raise Stopped("stopped by SIGTERM")
-
-
 # ------------------------------------------------------------------------------------------------
 # Failures and the table
 # ------------------------------------------------------------------------------------------------
@@ -121,6 +115,8 @@ def test_alone_or_together_a_stop_ends_the_run():
         (ALONE, True, RuntimeError, True),
         (FIRST, True, Diverged, True),  # all see it alike
         (FIRST, True, RuntimeError, False),  # the others would wait for this one
+        (FIRST, True, Stopped, False),
+        (ALONE, False, Stopped, False),
     ],
 )
 def test_a_failure_is_noted_with_its_reason(env, together, error, tolerated, monkeypatch):
@@ -133,7 +129,7 @@ def test_a_failure_is_noted_with_its_reason(env, together, error, tolerated, mon
     assert grid.failures == ({path: "no memory is left"} if tolerated else {})
     monkeypatch.setenv("TRACEBACK", "1")
     with pytest.raises(error), grid.tolerating(cell):
-        raise error
+        raise error("again")
 
 
 def test_what_happened_to_another_process_is_told(store, others, capsys):
@@ -141,9 +137,8 @@ def test_what_happened_to_another_process_is_told(store, others, capsys):
     paths = [str(cell.path) for cell in cells]
     grid = Grid([[cell] for cell in cells], {}, FIRST)
     grid.done(next(iter(grid)), {"accuracy": 0.25})
-    assert "[1/3] pets from nih-R14x0.5, 1 shots, seed 0: accuracy 0.250, " in (
-        capsys.readouterr().out
-    )
+    line = "[1/3] pets from nih-R14x0.5, 1 shots, seed 0: accuracy 0.250, "
+    assert line in capsys.readouterr().out
     others(({paths[1]: 0.5}, {paths[2]: "no memory"}, None))
     assert grid.finish(cells) == 1
     output = capsys.readouterr().out

@@ -55,11 +55,7 @@ def member(name, content=b"", format="gnu", **header):
 def write_tar(path, files, format="gnu"):
     """A tar of {name: bytes} by Python's tarfile."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=FORMATS[format]) as archive:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
+    path.write_bytes(b"".join(member(*file, format) for file in files.items()) + END)
 
 
 def gnu_tar(*args):
@@ -89,9 +85,7 @@ def both(load):
     return load(split="train"), load(split="test")
 
 
-# ------------------------------------------------------------------------------------------------
 # imagenet1k
-# ------------------------------------------------------------------------------------------------
 
 # Not in sorted order, and 10026 sorts before 9 as text.
 TRAIN = {
@@ -173,19 +167,7 @@ def test_imagenet1k(tmp_path, tars):
     assert everything(tmp_path) == before  # nothing is unpacked, nothing is kept
 
 
-def test_check_names_a_broken_member(tmp_path, capsys):
-    write_imagenet1k(tmp_path, ["train/n01440764", "val/n02119789"])
-    whole = TRAIN["n01440764"]["n01440764_18.JPEG"]
-    cut = {**TRAIN["n01440764"], "n01440764_18.JPEG": whole[: len(whole) // 2]}
-    write_tar(tmp_path / "imagenet-1K" / "train" / "n01440764.tar", cut)
-    assert data.main(["check", "imagenet1k", "--data-dir", str(tmp_path), "--workers", "1"]) == 1
-    broken = [x for x in capsys.readouterr().out.splitlines() if x.startswith("broken")]
-    assert len(broken) == 1 and "train/n01440764.tar: n01440764_18.JPEG: unreadable" in broken[0]
-
-
-# ------------------------------------------------------------------------------------------------
 # Tars as others make them
-# ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -263,9 +245,7 @@ def test_symlinked_classes(tmp_path):
         load_1k(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------
 # Bad tars: one line that names the tar, the member and the mend; nothing is written
-# ------------------------------------------------------------------------------------------------
 
 
 def refused(root, path, content, *words):
@@ -405,9 +385,7 @@ def test_a_broken_member_is_named(one_tar):
         dataset.read(0)
 
 
-# ------------------------------------------------------------------------------------------------
 # Classes that are missing, superfluous, empty or there twice
-# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tars", [(), ["val/n01443537", "train/n02119789"]], ids=["", "tars"])
@@ -478,9 +456,7 @@ def test_missing_parts(tmp_path):
     refuses(ValueError, load, tmp_path / "imagenet-21K", "no class")
 
 
-# ------------------------------------------------------------------------------------------------
 # imagenet21k: one image in a hundred is held out, by its name alone
-# ------------------------------------------------------------------------------------------------
 
 
 def load_21k(root, split="train", **options):
@@ -538,16 +514,6 @@ def test_imagenet21k(tmp_path, tars):
     assert {path for path in root.rglob("*") if ".index-" not in str(path)} == before
 
 
-@pytest.mark.parametrize("tar", [False, True], ids=["directory", "tar"])
-def test_imagenet21k_pixels(tmp_path, tar):
-    files = {name: jpeg(i, 2 + i % 5, 3) for i, name in enumerate(NAMES["n01440764"][:40])}
-    folder = tmp_path / "imagenet-21K" / "n01440764"
-    write_tar(folder.with_suffix(".tar"), files) if tar else write_class(folder, files)
-    for dataset in both(partial(load_21k, tmp_path)):
-        for i, place in enumerate(places(dataset)):
-            np.testing.assert_array_equal(dataset.read(i), pixels_of(files[base(place)]))
-
-
 def test_held_out_by_the_name_alone(tmp_path):
     names, reference = NAMES["n01440764"][:600], sorted(HELD[:6])
     # In another class, with other content, in another order, and beside other files.
@@ -573,9 +539,7 @@ def test_a_class_may_lie_on_one_side_but_a_split_needs_an_image(tmp_path):
     refuses(ValueError, partial(load_21k, root, "test"), root / "imagenet-21K", "no image")
 
 
-# ------------------------------------------------------------------------------------------------
 # The index of many images is kept
-# ------------------------------------------------------------------------------------------------
 
 OWN = [f"n00000003_{i}.JPEG" for i in range(10)]
 
@@ -726,17 +690,6 @@ def test_cache_dir_of_several_sets(large, tmp_path, monkeypatch):
     assert test.where(10) == f"{own}/test/n00000003/n00000003_x.JPEG"
 
 
-def test_one_folder_as_two_sets(large, tmp_path):
-    (tmp_path / "own").mkdir()
-    for part in ("train", "test"):
-        (tmp_path / "own" / part).symlink_to(large / "imagenet-21K")
-    for _ in range(2):
-        whole(large, cache_dir=tmp_path / "cache")
-        name = f"folder:{tmp_path}/own"
-        dataset = data.load_dataset(name, cache_dir=tmp_path / "cache")
-        assert len(dataset) == 100 and (np.diff(dataset.labels) >= 0).all()
-
-
 def new_file(folder):
     (folder / "n00000003" / "n00000003_new.JPEG").write_bytes(jpeg(0))
 
@@ -770,17 +723,6 @@ def test_changed_files_are_noticed(large, change):
     assert new != old
 
 
-def test_a_renamed_link_to_a_class_is_noticed(large, tmp_path):
-    folder = large / "imagenet-21K"
-    (folder / "n02124075").rename(tmp_path / "elsewhere")
-    (folder / "n02124075").symlink_to(tmp_path / "elsewhere")
-    load_21k(large)
-    (folder / "n02124075").rename(folder / "n02124075b")
-    train = load_21k(large)
-    assert train.classes == ("n00000003", "n01440764", "n02124075b")
-    assert train.read(-1).shape == (3, 2, 2)  # its path holds
-
-
 @pytest.mark.parametrize(
     "size, time",
     [(True, True), (True, False), (False, True), (False, False)],
@@ -793,7 +735,7 @@ def test_replaced_tars_are_noticed(large, size, time):
     (old,) = kept(large)
     stat = tar.stat()
     names = [name.replace("_", "_1") for name in OWN]
-    more = [f"n00000003_x{i}.JPEG" for i in range(20 * size)]  # a tar is padded to 20 blocks
+    more = ["n00000003_x.JPEG"] if size else []
     write_tar(tar, dict.fromkeys(names + more, jpeg(7, 3, 3)))
     assert (tar.stat().st_size != stat.st_size) == size
     if not time:
@@ -875,9 +817,7 @@ def test_read_only_directories(large, tmp_path, monkeypatch, module, name):
     assert kept(tmp_path) == []
 
 
-# ------------------------------------------------------------------------------------------------
 # Several processes, and processes that die
-# ------------------------------------------------------------------------------------------------
 
 FORK = multiprocessing.get_context("fork")
 

@@ -10,7 +10,7 @@ import torch
 from conftest import refuses
 from PIL import Image
 from torchvision.transforms import v2
-from trees import Trees, noise, save
+from trees import Trees, noise, save, write_photos
 
 import data
 from readers import inspect, xrays
@@ -37,14 +37,7 @@ def nih(tmp_path, rng):
 
 @pytest.fixture
 def photos(tmp_path, rng):
-    """Three classes of RGB images, wide and tall, one smaller than the packs made of it."""
-    shapes = {"cat": (40, 60), "dog": (61, 33), "newt": (12, 15)}
-    for split, count in (("train", 3), ("test", 2)):
-        for cls, (height, width) in shapes.items():
-            for i in range(count):
-                path = tmp_path / "photos" / split / cls / f"{i}.png"
-                save(path, noise(rng, height + i, width, 3))
-    return tmp_path / "photos"
+    return write_photos(tmp_path / "photos", rng)
 
 
 @pytest.fixture

@@ -235,9 +235,7 @@ def test_union_with_packs(four, capsys):
     assert len(four.load(name, labels="union").classes) == 27
 
 
-# ------------------------------------------------------------------------------------------------
 # One label an image
-# ------------------------------------------------------------------------------------------------
 
 MORE = "not exactly one positive label"
 
