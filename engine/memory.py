@@ -44,6 +44,11 @@ def peak_flops(device, precision):
     peak = next((peak for known, peak in PEAKS.items() if known in name), None)
     if peak and precision != "fp32":
         return peak if precision == "bf16" else peak / 2
+    return measured_flops(device, precision)
+
+
+def measured_flops(device, precision):
+    """The best of five products, in floating-point operations a second."""
     side, best = 8192 if device.type == "cuda" else 1024, 0.0
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     matrix = torch.ones(side, side, dtype=dtype, device=device)
