@@ -16,6 +16,7 @@ All arms of a benchmark take turns in one process, so that noise of the machine 
 
 import sys
 from collections.abc import Callable
+from inspect import getdoc
 from typing import NamedTuple
 
 import torch
@@ -88,12 +89,13 @@ BENCHMARKS = {
 
 
 def main():
-    parser = Parser(f"{__doc__}\nBENCHMARK --help states its options.")
+    about = f"{__doc__}\nBENCHMARK --help states its options."
+    parser = Parser(about, prog="python -m benchmarks")
     names = {"default": "train", "help": ", ".join(BENCHMARKS)}
     parser.add_argument("benchmark", nargs="?", type=one_of(*BENCHMARKS), **names)
     name = parser.parse_args(sys.argv[1:2]).benchmark
     measure, options = BENCHMARKS[name]
-    parser = Parser(measure.__doc__, prog=f"{parser.prog} {name}")
+    parser = Parser(getdoc(measure), prog=f"{parser.prog} {name}")
     for flag, default in (options | {"--json": None}).items():
         several = {"nargs": "+"} if isinstance(default, list) else {}
         parser.add_argument(flag, default=default, **OPTIONS[flag], **several)

@@ -77,11 +77,8 @@ def distances(network, model, size, seeds, env):
             options = {"seed": seed, "size": size, "gap": GAPS[row]}
             target = data.load_dataset(TARGETS[network.domain], **options)
             target = target.subset(sample(len(target), SAMPLE // 2))
-            stream, width = (
-                in_order(target, Pipeline(keep, keep), 256),
-                model.head.conv.in_channels,
-            )
-            about = width, stream, len(target), env, network.normalization
+            stream = in_order(target, Pipeline(keep, keep), 256)
+            about = model.head.conv.in_channels, stream, len(target), env, network.normalization
             result = compare(network.sample, project(predict(model.features, *about)))
             for measure in MEASURES:
                 found[measure][row, seed] = result[measure]

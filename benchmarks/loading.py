@@ -1,6 +1,6 @@
 """From files to batches: decoding, packs and folders, beside the study's way and torchvision."""
 
-import importlib
+import importlib.util
 import itertools
 import tempfile
 import time

@@ -28,10 +28,10 @@ REQUIRED = (("ours, defaults", "timm, eager, fp32", 1.15), ("ours", "timm", 1.0)
 PEERS_REQUIRED = (("ours, defaults", "timm, defaults", 1.4), ("ours", "timm", 1.15))
 # The arms of --peers: a package and its options. timm's are those of its training script: --amp,
 # --opt-kwargs fused=True, --channels-last and --torchcompile.
-FROM_FILES = ("ours, defaults", "ours, fp32", "ours, fp32, compiled", "ours, bf16")
-FROM_FILES += ("ours, bf16, compiled", "timm, defaults", "timm, bf16", "timm, bf16, fused")
-FROM_FILES += ("timm, bf16, channels_last", "timm, bf16, compiled")
-FROM_FILES += ("timm, bf16, channels_last, compiled", "timm, bf16, channels_last, compiled, fused")
+FROM_FILES = """ours, defaults | ours, fp32 | ours, fp32, compiled | ours, bf16 |
+    ours, bf16, compiled | timm, defaults | timm, bf16 | timm, bf16, fused |
+    timm, bf16, channels_last | timm, bf16, compiled | timm, bf16, channels_last, compiled |
+    timm, bf16, channels_last, compiled, fused"""
 
 
 def train(args, env):
@@ -87,7 +87,7 @@ def arms_on_one_batch(args, env, classes):
 def arms_from_files(args, env, dataset):
     """{arm: iterator of steps}, each package with its own loader and optimiser."""
     arms = {}
-    for name in FROM_FILES:
+    for name in map(str.strip, FROM_FILES.split("|")):
         package, *options = name.split(", ")
         training = our_training if package == "ours" else timm_training
         if not ("compiled" in options and args.no_compile):

@@ -30,11 +30,6 @@ AXES = {  # distance -> name at the axis
 }
 
 
-# ------------------------------------------------------------------------------------------------
-# Paired differences
-# ------------------------------------------------------------------------------------------------
-
-
 def draw_bands(ax, rows, gains):
     """Band and count of each regime of shots; rows: [(shots, target)] from the top."""
     regimes = [numbers.regime(shots) for shots, _ in rows]
@@ -42,7 +37,7 @@ def draw_bands(ax, rows, gains):
         inside = [y for y, other in enumerate(regimes) if other == name]
         if place % 2 == 0:
             ax.axhspan(inside[0] - 0.5, inside[-1] + 0.5, color="#ececec", linewidth=0, zorder=0)
-        part = [gain for gain in gains if gain.regime == name]
+        part = [gain for gain in gains if numbers.regime(gain.shots) == name]
         found = numbers.counts(part)
         known = len(part) - found["no interval"]
         text = f"{found['above']} of {known}" if known else "–"
@@ -159,29 +154,10 @@ def draw_gains(gains, styles, title="", notes=()):
     return fig
 
 
-# ------------------------------------------------------------------------------------------------
-# Gain against distance
-# ------------------------------------------------------------------------------------------------
-
-
-def draw_fit(ax, points, kind, distance):
-    """The fitted line, its confidence band, and its slope in words."""
-    line = numbers.fit(*numbers.axis_points(points, kind, distance))
-    text = "too few points for a line"
-    if line:
-        log = distance == "frechet_relative"
-        x = 10**line.grid if log else line.grid
-        ax.plot(x, line.line, color="black", linewidth=1, zorder=2)
-        low, high = line.line - line.band, line.line + line.band
-        ax.fill_between(x, low, high, color="#cccccc", alpha=0.6, linewidth=0, zorder=1)
-        unit = "for ten times the distance" if log else "from 0 to 1"
-        text = f"slope {line.slope:+.3f} ± {line.ci95:.3f}\n{unit}".replace("-", "−")
-    ax.text(0.98, 0.97, text, transform=ax.transAxes, ha="right", va="top", fontsize=7)
-    ax.set_title(f"larger {kind}", fontsize=8)
-
-
 def draw_distance_panel(ax, points, kind, distance, colours, markers):
-    """The points of one kind of gain over one distance."""
+    """The points of one kind of gain over one distance; the fitted line, its confidence band, and
+    its slope in words."""
+    log = distance == "frechet_relative"
     for point in points:
         if point.gain.line.kind == kind:
             hue = colours[point.larger]
@@ -189,9 +165,19 @@ def draw_distance_panel(ax, points, kind, distance, colours, markers):
             look = {"color": hue, "markerfacecolor": face, "markersize": 4}
             marker = markers[point.gain.target.name]
             ax.plot(point.distances[distance], point.value, marker=marker, **look)
-    draw_fit(ax, points, kind, distance)
+    line = numbers.fit(*numbers.axis_points(points, kind, distance))
+    text = "too few points for a line"
+    if line:
+        x, low, high = line.grid, line.line - line.band, line.line + line.band
+        x = 10**x if log else x
+        ax.plot(x, line.line, color="black", linewidth=1, zorder=2)
+        ax.fill_between(x, low, high, color="#cccccc", alpha=0.6, linewidth=0, zorder=1)
+        unit = "for ten times the distance" if log else "from 0 to 1"
+        text = f"slope {line.slope:+.3f} ± {line.ci95:.3f}\n{unit}".replace("-", "−")
+    ax.text(0.98, 0.97, text, transform=ax.transAxes, ha="right", va="top", fontsize=7)
+    ax.set_title(f"larger {kind}", fontsize=8)
     ax.axhline(0, color="black", linewidth=0.7, linestyle=":", zorder=1)
-    if distance == "frechet_relative":
+    if log:
         ax.set_xscale("log")
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))

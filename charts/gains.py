@@ -59,11 +59,6 @@ class Gain(Cell):
         return f"{relation}, {source} to {target}"
 
     @property
-    def regime(self):
-        """The one of REGIMES that its number of shots lies in."""
-        return regime(self.shots)
-
-    @property
     def verdict(self):
         """Where its interval lies: one of VERDICTS."""
         return self.verdict_by("ci95")

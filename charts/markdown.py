@@ -6,7 +6,7 @@ import math
 from operator import attrgetter
 
 from charts import results
-from charts.gains import KINDS, REGIMES, VERDICTS, axis_points, counts, fit
+from charts.gains import KINDS, REGIMES, VERDICTS, axis_points, counts, fit, regime
 from charts.results import DISTANCES, METRICS, group, mark, shots_words
 
 RULE = """\
@@ -115,10 +115,10 @@ def count_table(gains):
     rows = []
     for members in group(gains, "line", "target.domain", "target.origin").values():
         line = members[0].line
-        for regime in (*REGIMES, "all"):
-            part = [gain for gain in members if regime in (gain.regime, "all")]
+        for name in (*REGIMES, "all"):
+            part = [gain for gain in members if name in (regime(gain.shots), "all")]
             row = {"gain": f"larger {line.kind}", "group": members[0].group, **line._asdict()}
-            row |= {"origin": members[0].target.origin, "shots": regime, "cells": len(part)}
+            row |= {"origin": members[0].target.origin, "shots": name, "cells": len(part)}
             row |= {VERDICTS[verdict]: count for verdict, count in counts(part).items()}
             for interval, head in OTHERS.items():
                 found = counts(part, interval)
@@ -194,10 +194,6 @@ def shared(pairs):
         rows.append([*row, shots_words(own.shots), score(own), score(published), AGREE[agree]])
     return "\n".join(["### own against published\n", *table(rows), "", SHARED_RULE, ""])
 
-
-# ------------------------------------------------------------------------------------------------
-# CSV: columns are {heading: attribute}
-# ------------------------------------------------------------------------------------------------
 
 TARGET = {"target": "target.name", "target_domain": "target.domain", "origin": "target.origin"}
 LINE = {key: f"line.{key}" for key in results.Line._fields}

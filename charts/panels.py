@@ -18,11 +18,6 @@ A point is a cell: target, source, network, shots; fine-tuned. Bars: 95 % interv
 (Student t). Agree: means no further apart than √(a² + b²) of the half-widths."""
 
 
-# ------------------------------------------------------------------------------------------------
-# Few-shot curves
-# ------------------------------------------------------------------------------------------------
-
-
 def draw_shots_axis(ax, cells):
     """Log axis of shots, full-shot set apart at its end; returns {shots: place on the axis}."""
     shots = sorted({cell.shots for cell in cells if cell.shots})
@@ -45,21 +40,16 @@ def draw_shots_axis(ax, cells):
     return places
 
 
-def chance(cells):
-    """Score of guessing as (fraction, its name); None for average precision, and for accuracy
-    when the runs of the target do not agree on its number of classes."""
-    classes = {cell.classes for cell in cells}
-    if cells[0].metric == "accuracy" and len(classes) == 1 and 0 not in classes:
-        return 1 / cells[0].classes, f"1/{cells[0].classes}"
-    return (0.5, "0.5") if cells[0].metric == "mean_auc" else None
-
-
 def draw_few_shot_panel(ax, target, cells, styles):
     """Draw the lines of one target, each moved sideways a little so that the intervals part."""
     words = f"{textwrap.fill(target.name, 40)}\n{target.domain} target{results.mark(target.origin)}"
     ax.set_title(words, color=LOOKS[target.domain].hues[-1], fontsize=8.5)
     places = draw_shots_axis(ax, cells)
-    style.draw_y_axis(ax, cells, chance(cells))
+    chance = (0.5, "0.5") if cells[0].metric == "mean_auc" else None  # of precision: unknown
+    classes = {cell.classes for cell in cells}
+    if cells[0].metric == "accuracy" and len(classes) == 1 and 0 not in classes:
+        chance = 1 / cells[0].classes, f"1/{cells[0].classes}"
+    style.draw_y_axis(ax, cells, chance)
     factor = results.METRICS[cells[0].metric].factor
     lines = results.group([cell for cell in cells if cell.n], "line")
     step = min(0.008, 0.06 / len(lines)) if lines else 0  # of the axis, 6 % for them all
@@ -111,11 +101,6 @@ def line_columns(cells, styles):
 def network_name(line, differ):
     """The network of a line, with its method and recipe where lines differ in them."""
     return ", ".join([line.model, *(getattr(line, key) or "–" for key in differ)])
-
-
-# ------------------------------------------------------------------------------------------------
-# Full-shot bars and lines
-# ------------------------------------------------------------------------------------------------
 
 
 def bar_style(line, styles):
@@ -216,11 +201,6 @@ def draw_full_shot(cells, styles, title="", notes=()):
         note += " Bars do not start at zero."
     style.draw_foot(fig, columns, [note, *notes])
     return fig
-
-
-# ------------------------------------------------------------------------------------------------
-# Own against published
-# ------------------------------------------------------------------------------------------------
 
 
 def draw_shared_panel(ax, pairs, styles):

@@ -73,6 +73,13 @@ SCRATCH = "fewshot --checkpoint scratch"
         (f"{SCRATCH} --shots 7 9999", "--shots 9999: class"),
         (f"{SCRATCH} --batch-size 1", "--batch-size 1"),
         (f"{SCRATCH} --method lineal", "did you mean linear?"),
+        (f"{SCRATCH} --method linear", "--method linear: scratch has no features; leave it out"),
+        (f"{SCRATCH} --target synthetic-natural-target --single-label", "--single-label means not"),
+        ("fewshot --checkpoint runs/none --scratch-steps 3", "--scratch-steps: name scratch"),
+        *(
+            (f"fewshot --method linear {option}", f"{option.split()[0]} means nothing for --method")
+            for option in ("--steps 3", "--batch-size 3", "--balanced", "--recipe bit", "--lr 1")
+        ),
     ],
 )
 def test_options(refuse, line, words):

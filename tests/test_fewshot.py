@@ -340,21 +340,3 @@ def test_a_dry_run_prints_the_grid_and_writes_nothing(
     assert counts == [("1", "3", "1"), ("1", "3", "0"), ("2", "3", "0"), ("2", "3", "0")]
     assert re.search(r"about \d\d:\d\d on one process", output)
     assert set(tmp_path.rglob("*")) == before
-
-
-@pytest.mark.parametrize(
-    "checkpoints, options, message",
-    [
-        ("", "--steps 3", "--steps means nothing for --method linear"),
-        ("", "--batch-size 3", "--batch-size means nothing for --method linear"),
-        ("", "--balanced", "--balanced means nothing for --method linear"),
-        ("", "--recipe bit", "--recipe means nothing for --method linear"),
-        ("", "--scratch-steps 3", "--scratch-steps: name scratch"),
-        ("", "--single-label", "--single-label means nothing for folder:"),
-        ("scratch", "", "--method linear: scratch has no features"),
-    ],
-)
-def test_options_that_mean_nothing(folder, checkpoint, checkpoints, options, message):
-    with pytest.raises(ValueError, match=message):
-        run_grid(folder, (checkpoint, *checkpoints.split()), *options.split(), method="linear")
-    assert not found()

@@ -1,5 +1,6 @@
 """Which networks are transferred, and how one is fine-tuned on all images of a target."""
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from grids import QUICK, call, pretrained, results
 
+import fewshot
 import models
 import transfer
 from engine.grid import open_networks
@@ -122,3 +124,16 @@ def test_another_optimiser_takes_its_place(folder, checkpoint, tmp_path, monkeyp
     assert full_shot(folder, checkpoint, tmp_path, "--steps", 3, "--log-every", 1) == 0
     (record,) = results(tmp_path).values()
     assert record["train"]["steps"] == 3 and record["metrics"]["loss"] > 0
+
+
+def test_fewshot_on_all_images_is_the_same_run(folder, checkpoint, tmp_path, capsys):
+    words = ("--checkpoint", checkpoint, "--target", f"folder:{folder}", "--batch-size", 8, *QUICK)
+    words += ("--steps", 3, "--seeds", 2, "--out")
+    call(transfer, *words, tmp_path / "a")
+    call(fewshot, *words, tmp_path / "b", "--shots", "full")
+    one, other = results(tmp_path / "a"), results(tmp_path / "b")
+    assert one.keys() == other.keys() and len(one) == 2
+    for name, key in itertools.product(one, ("kind", "metrics", "distance", "config", "layout")):
+        assert one[name][key] == other[name][key]
+    call(fewshot, *words, tmp_path / "a", "--shots", "full")
+    assert "2 cells, 2 finished already" in capsys.readouterr().out

@@ -99,7 +99,7 @@ def test_when_one_process_stops_all_do(store):
     assert next(second).seed == 0
     with one.tolerating(next(first)):
         raise Stopped("stopped by SIGTERM")
-    assert list(first) == [] and seeds(second) == [1]  # of the job in hand
+    assert seeds(second) == [1] and list(first) == []  # that is, the job in hand is done
 
 
 # ------------------------------------------------------------------------------------------------

@@ -109,18 +109,6 @@ def test_gradient_vanishes_at_the_fit(rng, shape):
             assert gradient(features, labels, *fitted, l2) < 1.01 * linear.GRADIENT
 
 
-def test_each_label_is_a_regression_without_its_unknowns(rng):
-    for images, width in ((40, 150), (200, 15)):
-        features, labels = findings(rng, images, width)
-        weights, bias = linear.fit(features, labels, 4, 1e-2)
-        for c in range(4):
-            known = ~np.isnan(labels[:, c])
-            expected, intercept = peer(features[known], labels[known, c], 1e-2, scale_of(features))
-            theirs = features.double().numpy() @ expected[0] + intercept
-            ours = (features.double() @ weights[c] + bias[c]).numpy()
-            assert np.abs(ours - theirs).max() < 1e-3 * np.abs(theirs).max()
-
-
 def test_labels_of_one_value_are_constant(rng):
     features, labels = findings(rng, 60, 30, 5)
     labels[:, 1], labels[:, 2], labels[:, 3] = 1, 0, np.nan
@@ -162,16 +150,13 @@ def test_held_out_folds(rng):
 
 def test_held_out_folds_of_findings(rng):
     for _ in range(20):
-        labels = (rng.random((50, 6)) < [0.5, 0.1, 0.2, 0.1, 0.3, 0]).astype(np.float32)
+        labels = (rng.random((50, 6)) < [0.5, 0.1, 0.2, 0.1, 0, 0]).astype(np.float32)
         labels[rng.random(labels.shape) < 0.1] = np.nan
-        labels[:4, 3] = 1
-        labels[:, 4] = 0
-        labels[7, 4] = 1  # the only one
+        labels[:4, 3] = labels[7, 4] = 1  # of the fifth there is one image alone
         folds = linear.held_out_folds(labels)
         assert len(folds) >= 2 and not folds[:, 7].any()
         assert (folds.sum(0)[np.arange(50) != 7] == 1).all()
-        for fold in folds:
-            assert ((labels[~fold] == 1).sum(0)[:5] > 0).all()
+        assert all(((labels[~fold] == 1).sum(0)[:5] > 0).all() for fold in folds)
     assert linear.held_out_folds(np.eye(5, dtype=np.float32)) is None
 
 
@@ -226,7 +211,6 @@ def test_one_shot_takes_the_default(rng):
     logits, chosen = linear.linear(features, labels, features, 4)
     assert chosen["l2"] == linear.ONE_SHOT_STRENGTH == 0.01
     assert chosen["folds"] == 0 and chosen["held_out"] is None
-    assert (logits.argmax(1).numpy() == labels).all()
     weights, bias = peer(features, labels, 0.01)
     theirs = features.double().numpy() @ weights.T + bias
     assert np.abs(centred(logits.double().numpy()) - centred(theirs)).max() < 1e-3
@@ -238,13 +222,14 @@ def test_shift_scale_and_order_change_nothing(rng):
     features, test = ((1024 * t).round() / 1024 for t in (features, test))  # shifts are exact
     logits, chosen = linear.linear(features, labels, test, 3)
     near = linear.nearest_mean(features, labels, test, 3)
-    for factor, shift in ((1, 64), (32, -7), (1 / 64, 0)):
+    for factor, shift in ((1, 64), (32, -7), (1 / 64, 0), (1, 0)):
         moved, moved_test = (factor * t + shift for t in (features, test))
         again, same = linear.linear(moved, labels, moved_test, 3)
         assert same["l2"] == chosen["l2"]
         torch.testing.assert_close(again, logits, rtol=1e-3, atol=2e-3)
         again = linear.nearest_mean(moved, labels, moved_test, 3)
         torch.testing.assert_close(again, near, rtol=1e-3, atol=1e-3)
+    assert same == chosen  # the last: the same once more
     order = rng.permutation(60)
     for l2 in (0.1, 1e-4):
         weights, bias = linear.fit(features, labels, 3, l2)
@@ -252,8 +237,6 @@ def test_shift_scale_and_order_change_nothing(rng):
         assert (weights - permuted).abs().max() < 1e-3 * weights.abs().max()
     again = linear.nearest_mean(features[order], labels[order], test, 3)
     torch.testing.assert_close(again, near)
-    repeated, same = linear.linear(features, labels, test, 3)
-    assert (repeated == logits).all() and same == chosen
 
 
 def test_odd_features(rng):

@@ -1,0 +1,125 @@
+"""charts.gain_figures: the gains and points as drawn, and what is said of them."""
+
+import math
+import re
+from collections import Counter
+
+import pytest
+from conftest import ROOT
+from result_files import read_csv, texts, write_seeds, write_worlds
+from scipy import stats
+
+from charts import gain_figures, gains, results
+
+PUBLISHED = ROOT / "published.json"
+
+
+def drawn(folder):
+    """The axes of the only panel of the network gains of a folder."""
+    found, _ = gains.paired_gains(results.load([folder])[0], "auto")
+    (ax,) = gain_figures.draw_gains(found, {}).axes
+    return ax
+
+
+def test_gain_panels_hold_the_differences_the_marks_and_the_counts(tmp_path):
+    for shots, gain in ((1, -0.2), (100, 0.0), (None, 0.3)):
+        write_seeds(tmp_path, [0.5, 0.5], model="R26x1", shots=shots)
+        write_seeds(tmp_path, [0.49 + gain, 0.51 + gain], model="R50x1", shots=shots)
+    ax = drawn(tmp_path)
+    places = [bar.lines[0].get_xydata()[0].tolist() for bar in ax.containers]
+    assert places == [pytest.approx(p) for p in ([-20, 0], [0, 1], [30, 2])]
+    assert [bar.lines[0].get_marker() for bar in ax.containers] == ["v", "o", "^"]
+    half = 100 * stats.t.ppf(0.975, 1) * 0.01
+    ends = [bar.lines[2][0].get_segments()[0][:, 0].tolist() for bar in ax.containers]
+    assert ends[2] == pytest.approx([30 - half, 30 + half])
+    assert ax.get_title() == "larger network better\nin 1 of 3 cells\n▲ 1   ○ 1   ▼ 1"
+    assert [text.get_text() for text in ax.texts] == ["0 of 1", "0 of 1", "1 of 1"]
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    assert names == [f"synthetic-natural-target, {s}" for s in ("1-shot", "100-shot", "full")]
+
+
+def test_cells_without_interval_are_not_in_the_counts(tmp_path):
+    for shots, seeds in ((1, [0]), (5, [0, 1])):
+        for model, score in (("R26x1", 0.4), ("R50x1", 0.5)):
+            write_seeds(tmp_path, dict.fromkeys(seeds, score), model=model, shots=shots)
+    ax = drawn(tmp_path)
+    assert ax.get_title() == "larger network better\nin 1 of 1 cells\n▲ 1   ○ 0   ▼ 0   × 1"
+    assert [text.get_text() for text in ax.texts] == ["1 of 1\nup to 10 shots"]
+
+
+def test_seeds_missing_in_an_arm_are_left_out_of_both_and_named(call, tmp_path):
+    folder = tmp_path / "results"
+    write_seeds(folder, [0.5, 0.5, 0.9], source="a", model="R26x1")
+    write_seeds(folder, [0.6, 0.7], source="a", model="R50x1")
+    write_seeds(folder, [0.4, 0.4, 0.4], source="b", model="R26x1")
+    write_seeds(folder, [0.5, 0.5, 0.5], source="b", model="R50x1")
+    assert call("--figure", "gain")[2] == (
+        "synthetic-natural-target, 10-shot, larger network: R50x1 with a lacks seed 2\n"
+        "seeds left out of paired differences, in so many places: 1\n"
+    )
+    (row,) = read_csv("figures/gain.csv")
+    assert (row["n"], row["pairs"], row["partners"]) == ("2", "4", "a;b")
+    mean = (0.10 + 0.15) / 2  # seed 2 of b would pull it down
+    assert float(row["mean"]) == pytest.approx(mean)
+    assert "lacks counts in neither (1 cell)" in " ".join(texts("figures/gain.svg"))
+
+
+def test_one_pair_has_no_interval_and_that_is_said(call, tmp_path):
+    write_seeds(tmp_path / "results", [0.5], model="R26x1")
+    write_seeds(tmp_path / "results", [0.6], model="R50x1")
+    status, out, err = call("--figure", "gain")
+    assert status == 0 and "+10.0 (1)" in out
+    assert "one seed, no interval: synthetic-natural-target, 10-shot, R50x1 minus R26x1" in err
+    words = texts("figures/gain.svg")
+    assert "no interval in 1 cell" in words and "0 of 1" not in words
+    assert "×: one seed, no interval." in " ".join(words)
+    (row,) = read_csv("figures/gain.csv")
+    assert (row["ci95"], row["verdict"]) == ("", "no interval")
+
+
+def test_published_file_alone_is_drawn_and_named(call):
+    status, out, err = call(PUBLISHED, "--figure", "gain")
+    assert status == 0 and "within domain, natural to natural" in out
+    assert "pets, 1-shot, larger network: R50x1 with imagenet1k lacks seed 4" in err
+    words = texts("figures/gain.svg")
+    assert "in 20 of 20 cells" in words and "0 of 9" in words
+    assert "within domain, natural to natural, published" in words
+    assert "A seed that one arm lacks counts in neither (9 cells)." in " ".join(words)
+    rows = read_csv("figures/gain.csv")
+    assert len(rows) == 104 and {row["origin"] for row in rows} == {"published"}
+    assert Counter(row["n"] for row in rows) == {"5": 95, "4": 9}
+
+
+def test_own_and_published_stand_side_by_side(call, tmp_path):
+    write_worlds(tmp_path / "results")
+    status, out, _ = call("results", PUBLISHED, "--figure", "gain", "--target", "t-natural", "pets")
+    assert status == 0 and "| own " in out and "| published " in out
+    words = texts("figures/gain.svg")
+    assert "within domain, natural to natural" in words
+    assert "within domain, natural to natural, published" in words
+    about = {(row["origin"], row["target"]) for row in read_csv("figures/gain.csv")}
+    assert about == {("own", "t-natural"), ("published", "pets")}
+
+
+def test_distance_points_and_line_are_those_of_scipy(call, tmp_path):
+    write_worlds(tmp_path / "results")
+    status, out, err = call("--figure", "distance")
+    assert (status, err) == (0, "")
+    rows = read_csv("figures/distance.csv")
+    assert Counter(row["kind"] for row in rows) == {"network": 16, "source": 8}
+    pair = [row for row in rows if row["source"] == "nat-0.1 to nat"][0]
+    assert float(pair["energy"]) == pytest.approx(-0.01 + (900 + 90) / 2e4)
+    for kind in ("network", "source"):
+        known = [row for row in rows if row["kind"] == kind]
+        y = [float(row["gain"]) for row in known]
+        for key, x in (
+            ("log10", [math.log10(float(row["frechet_relative"])) for row in known]),
+            ("energy", [float(row["energy"]) for row in known]),
+        ):
+            line = stats.linregress(x, y)
+            half = stats.t.ppf(0.975, len(x) - 2) * line.stderr
+            slope = f"{line.slope:+.3f}"
+            cells = rf"larger {kind} +\| {key}.*\| {len(x)} +\| {re.escape(slope)} \| ± {half:.3f}"
+            assert re.search(cells, out)
+            text = f"slope {slope} ± {half:.3f}".replace("-", "−")
+            assert text in texts("figures/distance.svg")

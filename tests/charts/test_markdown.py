@@ -1,0 +1,144 @@
+"""charts.markdown: numbers in tables and CSV, what is bold, verdicts counted."""
+
+import math
+import re
+
+import pytest
+from conftest import ROOT
+from result_files import read_csv, texts, write, write_seeds
+from scipy import stats
+
+from charts import gains, markdown, results
+
+PUBLISHED = ROOT / "published.json"
+
+
+def test_table_and_csv_hold_mean_deviation_interval_and_count(call, tmp_path):
+    write_seeds(tmp_path / "results", [0.50, 0.60, 0.70, 0.40])  # mean 0.55
+    status, out, err = call()
+    assert (status, err) == (0, "")
+    assert "55.0 ± 12.9 (4)" in out
+    assert out.startswith("### synthetic-natural-target (natural target): accuracy (%)")
+    (row,) = read_csv()
+    sd = math.sqrt(0.05 / 3)  # the sum of squared deviations is 0.05
+    low, high = stats.t.interval(0.95, 3, loc=0.55, scale=sd / 2)
+    numbers = [float(row.pop(key)) for key in ("mean", "sd", "ci95")]
+    assert numbers == pytest.approx([0.55, sd, (high - low) / 2])
+    assert row == {
+        "target": "synthetic-natural-target",
+        "target_domain": "natural",
+        "source": "synthetic-natural",
+        "source_domain": "natural",
+        "model": "R14x0.5",
+        "method": "finetune",
+        "recipe": "paper",
+        "shots": "10",
+        "metric": "accuracy",
+        "n": "4",
+    }
+
+
+def test_medical_targets_show_auc_with_three_decimals_unless_told(call, tmp_path):
+    write_seeds(tmp_path / "results", [0.8, 0.9], "mean_auc", target_domain="medical", shots=None)
+    out = call()[1]
+    assert "mean AUC" in out and "0.850 ± 0.071 (2)" in out
+    assert re.search(r"\| source +\| model +\| full +\|", out)
+    assert "40.0" not in out and "0.400 ± 0.000 (2)" in call("--metric", "mean_ap")[1]
+
+
+def test_one_seed_has_no_interval(call, tmp_path):
+    write(tmp_path / "results")
+    assert "| 50.0 (1) |" in call()[1]
+    (row,) = read_csv()
+    assert (row["mean"], row["sd"], row["ci95"], row["n"]) == ("0.5", "", "", "1")
+    assert any("no interval with one seed" in text for text in texts("figures/fewshot.svg"))
+
+
+def test_null_metrics_are_left_out_and_not_counted(call, tmp_path):
+    write_seeds(tmp_path / "results", [0.2, None, 0.4])
+    write_seeds(tmp_path / "results", [None, None], source="synthetic-xray")
+    out = call()[1]
+    assert "30.0 ± 14.1 (2)" in out and "undefined (0)" in out
+    found = {row["source"]: (row["n"], row["mean"]) for row in read_csv()}
+    assert found["synthetic-natural"][0] == "2" and found["synthetic-xray"] == ("0", "")
+
+
+def bold_rows(text):
+    return [line.split("|")[1].strip() for line in text.splitlines() if "**" in line]
+
+
+def test_bold_marks_the_best_and_what_its_noise_covers(call, tmp_path):
+    folder = tmp_path / "results"
+    write_seeds(folder, [0.70, 0.72, 0.74], source="best")
+    write_seeds(folder, [0.66, 0.70, 0.74], source="near")  # gap 0.02 < sqrt(0.05² + 0.10²)
+    write_seeds(folder, [0.51, 0.52, 0.53], source="far")  # gap 0.20 > sqrt(0.05² + 0.02²)
+    write_seeds(folder, [0.719], source="single")  # nearest of all, but its noise is unknown
+    assert sorted(bold_rows(call()[1])) == ["best", "near"]
+    assert "Bold: the best mean of a column" in (tmp_path / "figures/fewshot.md").read_text()
+
+
+def test_a_single_seed_is_bold_only_as_the_best(call, tmp_path):
+    write_seeds(tmp_path / "results", [0.9], source="single")
+    write_seeds(tmp_path / "results", [0.1, 0.99], source="noisy")
+    assert bold_rows(call()[1]) == ["single"]
+
+
+@pytest.mark.parametrize("field", ["method", "recipe"])
+def test_methods_and_recipes_part_lines_and_are_named_only_when_they_differ(call, tmp_path, field):
+    write(tmp_path / "results", "a.json", {"accuracy": 0.2})
+    assert f"| {field}" not in call()[1]
+    assert not any("R14x0.5, " in text for text in texts("figures/fewshot.svg"))
+    write(tmp_path / "results", "b.json", {"accuracy": 0.6}, **{field: "other"})
+    out = call()[1]
+    assert f"| {field}" in out and "20.0 (1)" in out and "60.0 (1)" in out
+    assert "synthetic-natural, R14x0.5, other" in texts("figures/fewshot.svg")
+
+
+@pytest.fixture(scope="module")
+def published():
+    return results.load([PUBLISHED])[0]
+
+
+def test_counts_of_the_study(published):
+    head, _, *lines = markdown.count_table(gains.paired_gains(published, "auto")[0])
+    names, *rows = ([cell.strip() for cell in line[1:-1].split("|")] for line in (head, *lines))
+    rows = [dict(zip(names, row)) for row in rows]
+    found = {
+        (row["gain"], row["group"].split(", ")[1], row["shots"]): " ".join(
+            row[name]
+            for name in (
+                "above zero",
+                "not off zero",
+                "below zero",
+                "t over pairs",
+                "1.96 over pairs",
+            )
+        )
+        for row in rows
+    }
+    network, source = "larger network", "larger source"
+    assert found[network, "natural to natural", "all"] == "20 0 0 20/0/0 20/0/0"
+    assert found[network, "natural to medical", "up to 10 shots"] == "0 8 1 0/6/3 0/6/3"
+    assert found[network, "natural to medical", "full"] == "2 1 0 3/0/0 3/0/0"
+    assert found[network, "medical to medical", "all"] == "8 8 0 8/8/0 9/7/0"
+    assert found[source, "natural to natural", "all"] == "17 0 3 17/0/3 17/0/3"
+    assert found[source, "medical to medical", "all"] == "9 7 0 9/7/0 11/5/0"
+    assert found[source, "natural to medical", "full"] == "3 0 0 3/0/0 3/0/0"
+    assert sum(int(row["cells"]) for row in rows if row["shots"] != "all") == 2 * 52
+
+
+def test_full_shot_table_has_a_column_a_target_and_the_best_in_bold(published):
+    cells = results.full_shot(results.summarise(published, "auto"))
+    out = markdown.full_shot(cells)
+    head = next(line for line in out.splitlines() if line.startswith("| source"))
+    assert head.count("accuracy (%)") == 4
+    assert "padchest, mean AUC" in head
+    (row,) = [line for line in out.splitlines() if re.match(r"\| imagenet21k +\| R152x4", line)]
+    assert "**0.840 ± 0.002 (5)**" in row and "0.928 ± 0.011 (5)" in row
+    assert "**0.928" not in row
+    _, *rows = markdown.csv_text(cells, markdown.CELL_COLUMNS).splitlines()
+    assert len(rows) == 55 and all(",full," in row for row in rows)
+
+
+def test_a_bar_in_a_name_stays_in_its_cell():
+    assert markdown.table([["a|b"], [None]]) == [r"| a\|b |", "| ---- |", "| –    |"]

@@ -1,0 +1,134 @@
+"""charts.results: what is read, what is refused, averages and intervals."""
+
+import json
+import math
+from collections import Counter
+
+import pytest
+from conftest import ROOT
+from result_files import write, write_seeds
+from scipy import stats
+
+from charts import results
+
+PUBLISHED = ROOT / "published.json"
+NATURAL = {"cifar10", "cifar100", "pets", "flowers102"}
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 6, 9, 10, 29, 100, 999])
+def test_t_quantile_is_that_of_scipy(degrees):
+    assert results.t_quantile(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "values"),
+    [
+        ({"accuracy": math.nan}, {}),
+        ({"accuracy": True}, {}),
+        ({"accuracy": 55.0}, {}),
+        ({}, {"metrics": {"loss": 0.5}}),
+        ({}, {"metrics": None}),
+        ({}, {"kind": "pretrain"}),
+        ({}, {"shots": 0}),
+        ({}, {"shots": "10"}),
+        ({}, {"seed": True}),
+        ({}, {"target_domain": "satellite"}),
+        ({}, {"source": None}),
+        ({}, {"distance": {"energy": 1e301}}),
+        ({}, {"distance": {"frechet_relative": "3"}}),
+        ({}, {"distance": [1]}),
+        ({}, {"distance": {"energy": True}}),
+    ],
+)
+def test_each_fault_is_found(tmp_path, metrics, values):
+    assert results.read_result(write(tmp_path)).metrics["accuracy"] == 0.5
+    with pytest.raises((TypeError, ValueError)):
+        results.read_result(write(tmp_path, metrics=metrics, **values))
+
+
+def test_results_older_than_a_metric_or_without_distance_stay_readable(tmp_path, monkeypatch):
+    monkeypatch.setitem(results.METRICS, "f1", results.Metric("F1", 1, 2))
+    write_seeds(tmp_path, [0.25, 0.75])
+    write(tmp_path, metrics={"f1": 0.5}, seed=2, distance={"energy": 0.25})
+    runs, skipped, doubled = results.load([tmp_path])
+    assert (len(runs), skipped, doubled) == (3, [], [])
+    assert [run.metrics["f1"] for run in sorted(runs, key=lambda run: run.seed)] == [None] * 2 + [
+        0.5
+    ]
+    assert {run.distances["energy"] for run in runs} == {None, 0.25}
+    (cell,) = results.summarise(runs, "f1")
+    assert (cell.mean, cell.n) == (0.5, 1)
+    (cell,) = results.summarise(runs, "auto")
+    assert (cell.mean, cell.n) == (0.5, 3)
+
+
+@pytest.fixture(scope="module")
+def published():
+    return results.load([PUBLISHED])[0]
+
+
+@pytest.mark.parametrize(
+    ("target", "source", "model", "shots", "mean"),
+    [
+        ("cifar10", "imagenet21k", "R152x4", 1, 0.6619),
+        ("cifar10", "imagenet1k", "R50x1", 1, 0.4893),
+        ("tuberculosis", "chexpert+mimic+nih+padchest", "R152x4", None, 0.9588),
+        ("padchest", "imagenet21k", "R152x4", None, 0.8402),
+    ],
+)
+def test_published_means(published, target, source, model, shots, mean):
+    cells = results.summarise(published, "auto")
+    found = results.group(cells, "target.name", "line.source", "line.model", "shots")
+    (cell,) = found[target, source, model, shots]
+    assert round(cell.mean, 4) == mean and cell.n == 5
+
+
+def test_published_runs_have_domains_sizes_and_places_as_seeds(published):
+    assert len(results.group(published, "target", "line", "shots")) == 289
+    about = {run.line.source: (run.line.source_domain, run.source_images) for run in published}
+    assert about["imagenet21k"] == ("natural", 14_197_122)
+    assert about["chexpert+mimic"] == ("medical", 224_316 + 377_110)
+    assert about["chexpert+mimic+nih+padchest"] == ("medical", 874_407)
+    natural = {run.target.name for run in published if run.target.domain == "natural"}
+    assert natural == NATURAL
+    assert Counter(run.seed for run in published) == {0: 289, 1: 289, 2: 289, 3: 289, 4: 284}
+    assert {(run.line.method, run.target.origin) for run in published} == {
+        ("finetune", "published")
+    }
+    assert "arXiv:2106.00116" in json.loads(PUBLISHED.read_text())["about"]
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"source": "imagenet22k"}, "'imagenet22k' is not known"),
+        ({"target": "mnist"}, "'mnist' is not known"),
+        ({"shots": 0}, "shots is 0"),
+        ({"metrics": {"accuracy": [0.5, 1.5]}}, "accuracy is 1.5, not a fraction"),
+        ({"metrics": {"accuracy": [0.5], "mean_ap": [0.5, 0.5]}}, "number of seeds"),
+        ({"metrics": {}}, "number of seeds"),
+        ({"source": "imagenet1k+nih"}, "joins domains"),
+        ({"metrics": None}, "skipped"),
+    ],
+)
+def test_bad_published_records_are_skipped_and_named(call, tmp_path, change, fault):
+    entry = {"target": "pets", "source": "imagenet1k", "model": "R50x1", "shots": 1}
+    entry["metrics"] = {"accuracy": [0.5, 0.6]}
+    (tmp_path / "p.json").write_text(json.dumps({"records": [entry, {**entry, **change}]}))
+    status, out, err = call("p.json", "--figure", "fewshot")
+    assert status == 0 and "55.0 ± 7.1 (2)" in out
+    assert "skipped p.json record 2: " in err and fault in err and err.count("\n") == 2
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"about": 1}', '{"records": 3}'])
+def test_a_file_without_published_numbers_is_refused(call, tmp_path, text):
+    (tmp_path / "p.json").write_text(text)
+    status, out, err = call("p.json")
+    assert (status, out) == (2, "") and err.startswith("error: p.json holds no published numbers")
+
+
+def test_a_missing_published_file_is_named(call):
+    assert call("p.json")[0::2] == (
+        2,
+        "error: no file p.json: give published.json, or a folder of result files\n",
+    )
