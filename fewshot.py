@@ -5,9 +5,10 @@
         --shots 1 5 10 full --seeds 5
     python fewshot.py --method linear     # logistic regression on frozen features instead
 
-Each cell writes results/TARGET/SOURCE-MODEL/Nshot-seedS.json when it is finished; started again,
-the script does what is missing. The processes of torchrun share the cells out, the longest first;
-a cell that fails is named at the end and stops no other.
+Each cell writes results/TARGET/SOURCE-MODEL/Nshot-seedS.json (…-seedS-METHOD.json on frozen
+features, full-seedS.json on all images) when it is finished; started again, the script does what is
+missing. The processes of torchrun share the cells out, the longest first. At its end it prints means
+and standard deviations over seeds, and which cells failed, and leaves with status 1 if any did.
 """
 
 import time
@@ -61,7 +62,8 @@ def classify(cell, signals, args, env):
     train, test, seconds = target.features[network.name]
     began, rows = time.monotonic(), target.rows(cell)
     fit = linear.CLASSIFIERS[cell.method]
-    logits, facts = fit(train[rows], target.train[0].labels[rows], test, len(test_set.classes))
+    labels, classes = target.train[0].labels[rows], len(test_set.classes)
+    logits, facts = fit(train_features[rows], labels, test_features, classes)
     metrics = compute_metrics(logits, test_set.labels, test_set.classes)
     about = {"images": len(rows), "steps": None, "seconds": time.monotonic() - began}
     return metrics, about | {"images_per_second": None, **facts, "features_seconds": seconds}
@@ -79,8 +81,8 @@ def main():
     }
     args = options.parse(__doc__, f"{FLAGS} --shots --method", **DEFAULTS | changes)
     frozen = args.method != "finetune"
-    for option in TRAINING if frozen else ():
-        if getattr(args, option):
+    for option in TRAINING:
+        if frozen and getattr(args, option):
             name = option.replace("_", "-")
             raise ValueError(f"--{name} means nothing for --method {args.method}; leave it out")
     if args.model:
@@ -88,11 +90,14 @@ def main():
     env = setup(args.precision, PATIENCE)
     alone = env.alone()  # each cell is run by one process
     shot_counts = sorted({shots for shots in args.shots if shots != "full"})
-    targets = open_targets(args, env, few_shot=bool(shot_counts))
+    few_shot = bool(shot_counts)
+    if "full" in args.shots:
+        shot_counts.append(None)
+    targets = open_targets(args, env, few_shot)
     networks, cells = open_networks(args, open_network), []
     for target in targets:
         labels, classes = target.train_set.labels, target.train_set.classes
-        for shots in [*shot_counts, None] if "full" in args.shots else shot_counts:
+        for shots in shot_counts:  # None: all images
             for seed in range(args.seed, args.seed + args.seeds):
                 chosen = np.arange(len(labels))
                 if shots:

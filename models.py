@@ -22,13 +22,13 @@ from engine.checkpoint import read_tensors
 
 
 class Size(NamedTuple):
-    """blocks: units of each stage. width: factor of the channels. recipe: of pre-training, that of
-    "small" networks (the study's R50x1) or of "large" ones (its R152x4).
+    """blocks: units of each stage. width: factor of the channels, a multiple of 0.5. size_class:
+    pre-trained like the "small" networks (the study's R50x1) or the "large" ones (its R152x4).
     """
 
     blocks: tuple
     width: float
-    recipe: str
+    size_class: str
 
 
 # Those below R50x1 are ours, for tests and for laptops.

@@ -34,7 +34,8 @@ from readers.workers import in_order, loader
 
 class Recipe(NamedTuple):
     """lr: at a batch of 256, scaled linearly with the batch. warmup: epochs. clipping: of AGC, or
-    None for plain SGD. worker_batch: warm-up starts from the learning rate of this batch.
+    None for plain SGD. worker_batch: the warm-up rises from the learning rate that this batch would
+    have to that of batch_size.
     """
 
     lr: float
@@ -51,7 +52,7 @@ class Recipe(NamedTuple):
 
 WORLD = Recipe(0.12, None, 0.3, 6, "cosine", 64, image_size=None)
 # {recipe: {(source, size class of the network in models.MODELS): Recipe}}; "natural" and "medical"
-# are all other sources of the domain.
+# stand for every source of that domain that has no recipe of its own.
 RECIPES = {
     "paper": {
         ("imagenet21k", "small"): Recipe(0.01, 0.01, 2, 90),
@@ -82,7 +83,7 @@ def choose_recipe(name, source, domain, model):
     if family not in families:
         known = ", ".join(sorted(families, reverse=True))
         raise ValueError(f"--recipe {name} is for {known} sources, not {source}")
-    return name, RECIPES[name][family, models.MODELS[model].recipe]
+    return name, RECIPES[name][family, models.MODELS[model].size_class]
 
 
 def learning_rate(epoch, lr, start_lr, warmup, epochs, schedule):
@@ -100,8 +101,9 @@ def learning_rate(epoch, lr, start_lr, warmup, epochs, schedule):
 def choose_pipeline(source, size, train, rand_augment=False):
     """The transforms of a source's images (an ImageDataset), to size x size pixels.
 
-    Made images have that size already, and are only shifted. X-rays: the study's pipeline. Natural
-    images: Inception's crop and flip, after RandAugment if wanted; ImageNet's central crop to test.
+    Synthetic images have that size already, and are only shifted and flipped. X-rays: the central
+    square, area-resized; shifted, turned, scaled and flipped. Natural images: Inception's crop and
+    flip, after RandAugment if wanted; to test, ImageNet's central crop.
     """
     if source.size is not None:
         return transforms.Pipeline(
@@ -133,7 +135,7 @@ DEFAULTS = {
     "batch_size": options.number_or("auto"),
     "accumulate": dict(default=1),
 }
-# What may differ between a run and its continuation, because it changes no result.
+# What is noted of a run beside its config: these change no result, and may differ when it goes on.
 LAYOUT = ("checkpoint_activations", "workers")
 
 
@@ -230,6 +232,8 @@ def pretrain(train_set, test_set, config, folder, args, env):
     optimizer = SGD_AGC(
         model.parameter_groups(),
         config["lr"],
+        momentum=0.9,
+        nesterov=True,
         weight_decay=config["weight_decay"],
         clipping=config["clipping"],
     )
@@ -248,6 +252,8 @@ def pretrain(train_set, test_set, config, folder, args, env):
     tested = preload(test_set, choose_pipeline(test_set, size, False))
     at_once = 256 * env.ranks
     tested = in_order(*tested, at_once, env.rank, env.ranks, args.workers, env.device)
+    # Shuffled anew each epoch by (seed, epoch) alone; a batch may span two epochs, and each rank has
+    # every ranks-th image of it.
     sampling = "balanced" if config["balanced"] else "shuffle"
     batches = data.Batches(decoded, pipeline, batch_size, args.seed, sampling, env.rank, env.ranks)
     last = math.ceil(config["epochs"] * len(train_set) / batch_size)
@@ -260,7 +266,7 @@ def pretrain(train_set, test_set, config, folder, args, env):
     log_path, title = folder / "log.jsonl", f"{train_set.name} {args.model}"
     with Log(env, run.step, last, batch_size, args.log_every, log_path, title) as log:
         while True:
-            if ends_epoch(run.step, last, config):
+            if ends_epoch(run.step, last, config):  # also when the run goes on just there
                 run.save(wait=False)
                 metrics = evaluate(
                     model, tested, test_set.labels, test_set.classes, env, normalization
@@ -277,6 +283,7 @@ def pretrain(train_set, test_set, config, folder, args, env):
             for images, labels in parts(network, batch, targets, accumulate, env):
                 with env.autocast():
                     logits = network(to_input(images, normalization, env.device))
+                # Cross-entropy, or binary cross-entropy over the labels that are not NaN.
                 part_loss = loss_sum(logits, labels, train_set.task)
                 # DDP averages over ranks; the mean over the global batch is a sum over ranks.
                 (part_loss * (env.ranks / max(count, 1))).backward()

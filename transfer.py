@@ -91,9 +91,9 @@ RECIPES = {
     "bit": Recipe(512, 0.003, None, nesterov=False, zero_head=True, square=True),
     "synthetic": Recipe(32, 0.02, 0.01, steps=40),
 }
-# Their full training sets are drawn with probability inverse to class frequency (study, appendix).
+# Targets whose full training set is drawn with probability inverse to class frequency (study,
+# appendix), and those whose few-shot images have exactly one label each (PadChest-Cl of the study).
 BALANCED = ("covidx", "flowers102")
-# Their few-shot images have exactly one label each (PadChest-Cl of the study).
 SINGLE_LABEL = ("padchest",)
 
 
@@ -174,8 +174,8 @@ def open_network(path, args):
         model, source, images = args.model, args.source, None
         if not model or not source:
             raise ValueError(f"{file}: not written by pretrain.py; say --model and --source of it")
-        parts = [data.base_name(part) for part in source.split("+")]
-        domains = {data.DATASETS[p].domain if p in data.DATASETS else "natural" for p in parts}
+        known = [data.DATASETS.get(data.base_name(member)) for member in source.split("+")]
+        domains = {dataset.domain if dataset else "natural" for dataset in known}
         domain = "medical" if domains == {"medical"} else "natural"
         # BiT's own .npz networks take pixels in [-1,1], whatever the source.
         normalization = transforms.NORMALIZATION["medical" if file.suffix == ".npz" else domain]
@@ -194,9 +194,9 @@ class Target:
     def __init__(self, name, train_set, test_set, recipe):
         self.name, self.train_set, self.test_set, self.recipe = name, train_set, test_set, recipe
         self.image_size = tuple(train_set.read(0).shape[-2:])  # of the first image, as of all
-        findings = train_set.task == "multilabel" or train_set.options.get("single_label")
-        # Multi-label X-ray sets take it, also when each image was left a single label.
-        self.xray_pipeline = train_set.domain == "medical" and findings and not train_set.size
+        # Multi-label X-ray sets take the X-ray pipeline, also when each image was left one label.
+        multilabel = train_set.task == "multilabel" or train_set.options.get("single_label")
+        self.xray_pipeline = train_set.domain == "medical" and multilabel and not train_set.size
         self.distances, self.features = {}, {}  # by network, as they are measured
 
     def decode(self, cells, args, env):
