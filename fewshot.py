@@ -6,8 +6,8 @@
     python fewshot.py --method linear     # logistic regression on frozen features instead
 
 Each cell writes results/TARGET/SOURCE-MODEL/Nshot-seedS.json (…-seedS-METHOD.json on frozen
-features, full-seedS.json on all images) when it is finished; started again, the script does what is
-missing. The processes of torchrun share the cells out, the longest first. At its end it prints means
+features, full-seedS.json on all images) when it is finished; started again, the script does what
+is missing. The processes of torchrun share the cells out, the longest first. At its end it prints means
 and standard deviations over seeds, and which cells failed, and leaves with status 1 if any did.
 """
 
@@ -55,11 +55,9 @@ def classify(cell, signals, args, env):
         if network.sample is not None and network.name not in target.distances:
             features = distance.project(extract(model, cell, target.sample, args, env))
             target.distances[network.name] = distance.compare(network.sample, features)
-        train, test = (
-            extract(model, cell, part, args, env) for part in (target.train, target.test)
-        )
-        target.features = {network.name: (train, test, time.monotonic() - began)}
-    train, test, seconds = target.features[network.name]
+        found = [extract(model, cell, part, args, env) for part in (target.train, target.test)]
+        target.features = {network.name: (*found, time.monotonic() - began)}  # of one at a time
+    train_features, test_features, seconds = target.features[network.name]
     began, rows = time.monotonic(), target.rows(cell)
     fit = linear.CLASSIFIERS[cell.method]
     labels, classes = target.train[0].labels[rows], len(test_set.classes)
