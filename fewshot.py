@@ -7,8 +7,9 @@
 
 Each cell writes results/TARGET/SOURCE-MODEL/Nshot-seedS.json (…-seedS-METHOD.json on frozen
 features, full-seedS.json on all images) when it is finished; started again, the script does what
-is missing. The processes of torchrun share the cells out, the longest first. At its end it prints means
-and standard deviations over seeds, and which cells failed, and leaves with status 1 if any did.
+is missing. The processes of torchrun share the cells out, the longest first. At its end it prints
+means and standard deviations over seeds, names the cells that failed, and leaves with status 1 if
+any did.
 """
 
 import time
