@@ -82,7 +82,7 @@ def _sum_by_batches(model, stream, labels, num_classes, env, normalization):
     for rows, images in stream:
         with env.autocast():
             logits = model(to_input(images, normalization, env.device)).float()
-        own = labels[torch.from_numpy(rows).to(env.device)]
+        own = labels[torch.as_tensor(rows).to(env.device)]
         right, in_top5 = answers(logits, own)
         bad = (~logits.isfinite()).sum()
         loss = loss_sum(logits, own, task)
