@@ -84,8 +84,6 @@ def main():
         if frozen and getattr(args, option):
             name = option.replace("_", "-")
             raise ValueError(f"--{name} means nothing for --method {args.method}; leave it out")
-    if args.model:
-        models.check_name(args.model)
     env = setup(args.precision, PATIENCE)
     alone = env.alone()  # each cell is run by one process
     shot_counts = sorted({shots for shots in args.shots if shots != "full"})

@@ -201,15 +201,6 @@ class ResNetV2(nn.Module):
         return self.head.conv(self._pooled(images)).flatten(1)
 
 
-def check_name(name):
-    """Raises ValueError for a name that is not in MODELS; it says the nearest."""
-    if name not in MODELS:
-        near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0)[0]
-        raise ValueError(
-            f"unknown model {name!r}; did you mean {near!r}? known: {', '.join(MODELS)}"
-        )
-
-
 def create_model(name, num_classes, checkpoint_activations=False, device=None):
     """A freshly initialised network, on the CPU, or brought to a device as `place` does.
 
@@ -217,7 +208,10 @@ def create_model(name, num_classes, checkpoint_activations=False, device=None):
     block's activations in the backward pass, which trades about a third more arithmetic for memory.
     Raises ValueError for an unknown name.
     """
-    check_name(name)
+    if name not in MODELS:
+        near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0)[0]
+        known = ", ".join(MODELS)
+        raise ValueError(f"unknown model {name!r}; did you mean {near!r}? known: {known}")
     size = MODELS[name]
     model = ResNetV2(size.blocks, size.width, num_classes, checkpoint_activations)
     return model if device is None else place(model, device)
@@ -320,11 +314,9 @@ def matching_state(model, path, content=None, head=True):
         state |= {key: own[key] for key in heads}
     differences = [f"{key} is missing" for key in own if key not in state]
     differences += [f"{key} is unexpected" for key in state if key not in own]
-    differences += [
-        f"{key} is {tuple(state[key].shape)} for {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
+    for key in [key for key in own if key in state]:
+        if state[key].shape != own[key].shape:
+            differences.append(f"{key} is {tuple(state[key].shape)} for {tuple(own[key].shape)}")
     if differences:
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise ValueError(

@@ -33,15 +33,14 @@ from typing import NamedTuple
 
 import matplotlib
 
-from charts import curves, gain_figures, markdown, panels, results, style
-from charts import gains as paired
+from charts import curves, gain_figures, gains, markdown, panels, results, style
 from engine import console
 
 NAMED = 5  # files named in a notice; of the others the number is said
 
 
 class Figure(NamedTuple):
-    choose: Callable  # (results, their cells, their gains) -> what is shown, empty if nothing is
+    choose: Callable  # (results, their cells, their gains) -> what is shown, if anything is
     draw: Callable  # (what is shown, styles, title, notes) -> matplotlib's Figure
     markdown: Callable  # what is shown -> text
     columns: dict  # of the CSV, as markdown.csv_text takes them
@@ -50,35 +49,35 @@ class Figure(NamedTuple):
 
 FIGURES = {
     "fewshot": Figure(
-        lambda runs, cells, gains: cells,
+        lambda runs, cells, pairs: cells,
         panels.draw_few_shot,
         markdown.few_shot,
         markdown.CELL_COLUMNS,
         "no result",
     ),
     "fullshot": Figure(
-        lambda runs, cells, gains: results.full_shot(cells),
+        lambda runs, cells, pairs: results.full_shot(cells),
         panels.draw_full_shot,
         markdown.full_shot,
         markdown.CELL_COLUMNS,
         "no full-shot result",
     ),
     "gain": Figure(
-        lambda runs, cells, gains: gains,
+        lambda runs, cells, pairs: pairs,
         gain_figures.draw_gains,
         markdown.gains,
         markdown.GAIN_COLUMNS,
         "no two networks with a common source, and no two sources with a common network",
     ),
     "distance": Figure(
-        lambda runs, cells, gains: paired.distance_points(runs, gains),
+        lambda runs, cells, pairs: gains.distance_points(runs, pairs),
         gain_figures.draw_distance,
         markdown.distance,
         markdown.POINT_COLUMNS,
         "no paired result has a distance",
     ),
     "published": Figure(
-        lambda runs, cells, gains: paired.shared_cells(cells),
+        lambda runs, cells, pairs: gains.shared_cells(cells),
         panels.draw_shared,
         markdown.shared,
         markdown.SHARED_COLUMNS,
@@ -114,8 +113,8 @@ def parse(argv):
 
 def tell(notices, closing):
     """Print the first notices and the closing line to stderr; nothing if there is none."""
-    for line in [*notices[:NAMED], closing] if notices else []:
-        print(line, file=sys.stderr)
+    if notices:
+        print(*notices[:NAMED], closing, sep="\n", file=sys.stderr)
 
 
 def save(folder, stem, figure, **texts):
@@ -127,61 +126,56 @@ def save(folder, stem, figure, **texts):
         figure.savefig(file, format=ending, bbox_inches="tight", dpi=200, metadata=metadata)
         contents[ending] = file.getvalue()
     contents |= {ending: text.encode() for ending, text in texts.items()}
-    paths = [folder / f"{stem}.{ending}" for ending in contents]
-    for path, content in zip(paths, contents.values()):
+    for ending, content in contents.items():
+        path = folder / f"{stem}.{ending}"
         console.write_atomically(path, lambda beside, content=content: beside.write_bytes(content))
-    return paths
+    return [folder / f"{stem}.{ending}" for ending in contents]
 
 
 def read(args):
     """Command line -> (results of the wanted targets, notes for the footnotes of the figures);
     says on stderr what it left out. Raises ValueError where nothing is left."""
-    found, skipped, doubled = results.load(args.paths)
+    runs, skipped, doubled = results.load(args.paths)
     tell(skipped, f"files skipped: {len(skipped)}")
     tell(doubled, f"runs of which two files differ, the newest counts: {len(doubled)}")
-    if not found:
+    if not runs:
         fill = f"no usable result file in {', '.join(map(str, args.paths))}: "
         raise ValueError(f"{fill}`python fewshot.py --out {args.paths[0]}` writes some")
-    targets = sorted({result.target.name for result in found})
+    targets = sorted({run.target.name for run in runs})
     for name in args.target or []:
         try:
             console.one_of(*targets)(name)
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"argument --target: {error}") from None
     notes = [f"Left out, unreadable or of another schema: {len(skipped)}."] if skipped else []
-    if doubled:
-        notes.append(f"Runs with two results, of which the newer counts: {len(doubled)}.")
-    return [result for result in found if result.target.name in (args.target or targets)], notes
+    newer = f"Runs with two results, of which the newer counts: {len(doubled)}."
+    notes += [newer] if doubled else []
+    return [run for run in runs if run.target.name in (args.target or targets)], notes
 
 
 def run(args):
-    """Read, average, draw, write; raises OSError or ValueError with one line for the user."""
+    """Read, average, draw, write; raises OSError or ValueError."""
     if args.curves:
         figure = curves.draw_logs(curves.load_logs(args.curves), args.title)
         print(*(f"wrote {path}" for path in save(args.out, "curves", figure)), sep="\n")
         return
-    found, notes = read(args)
-    gains, lacking = paired.paired_gains(found, args.metric)
-    cells = results.summarise(found, args.metric)
-    styles = style.line_styles(cells)
-    shown = {name: FIGURES[name].choose(found, cells, gains) for name in args.figure or FIGURES}
+    runs, notes = read(args)
+    cells = results.summarise(runs, args.metric)
+    pairs, lacking = gains.paired_gains(runs, args.metric)
+    shown = {name: FIGURES[name].choose(runs, cells, pairs) for name in args.figure or FIGURES}
     missing = [f"no figure {name}: {FIGURES[name].missing}" for name in shown if not shown[name]]
     if args.figure and missing:
         raise ValueError("; ".join(missing))
     if "gain" in shown:
         tell(lacking, f"seeds left out of paired differences, in so many places: {len(lacking)}")
-        single = [
-            f"one seed, no interval: {gain.target.name}, {results.shots_words(gain.shots)}, "
-            f"{gain.large} minus {gain.small}"
-            for gain in gains
-            if gain.n == 1
-        ]
+        single = []
+        for gain in [gain for gain in pairs if gain.n == 1]:
+            where = f"{gain.target.name}, {results.shots_words(gain.shots)}"
+            single.append(f"one seed, no interval: {where}, {gain.large} minus {gain.small}")
         tell(single, f"gains without interval: {len(single)}")
-    written = []
-    for name, content in shown.items():
-        if not content:
-            continue
-        figure = FIGURES[name]
+    styles, written = style.line_styles(cells), []
+    for name in [name for name in shown if shown[name]]:
+        figure, content = FIGURES[name], shown[name]
         text, rows = figure.markdown(content), markdown.csv_text(content, figure.columns)
         drawing = figure.draw(content, styles, args.title, notes)
         written += save(args.out, name, drawing, md=text, csv=rows)

@@ -129,7 +129,7 @@ FLAGS = """--epochs --warmup --schedule --weight-decay --clipping --fraction --a
     --checkpoint-activations"""
 DEFAULTS = {
     "source": dict(default="synthetic-natural"),
-    "model": dict(default="R14x0.5", help=f"network: {', '.join(models.MODELS)}"),
+    "model": dict(default="R14x0.5", **options.words(*models.MODELS)),
     "out": dict(default="runs"),
     "recipe": options.words(*RECIPES),
     "batch_size": options.number_or("auto"),
@@ -194,7 +194,6 @@ def make_config(args, env, source):
 def main():
     args = options.parse(f"{__doc__}\n{recipe_table()}", FLAGS, **DEFAULTS)
     env = setup(args.precision)
-    models.check_name(args.model)  # before a dataset is read
     if args.batch_size == "auto" and args.accumulate != 1:
         raise ValueError("--accumulate: --batch-size auto chooses it; leave out one of them")
     data.refuse_options([args.source], args)

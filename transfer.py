@@ -141,7 +141,8 @@ FLAGS = """--checkpoint --target --seeds --steps --scratch-steps --dry-run --acc
 DEFAULTS = {
     "target": dict(default=["synthetic-natural-target", "synthetic-xray-target"]),
     "out": dict(default="results"),
-    "model": dict(help="network of scratch, or of a weight file that pretrain.py did not write"),
+    "model": options.words(*models.MODELS)
+    | dict(help="network of scratch, or of a weight file that pretrain.py did not write"),
     "source": dict(help="what such a weight file was trained on"),
     "recipe": options.words(*RECIPES),
     "seeds": dict(default=1),
@@ -272,8 +273,6 @@ def make_cell(network, target, shots, seed, indices, args, env):
 def main():
     args = options.parse(__doc__, FLAGS, **DEFAULTS)
     args.method = "finetune"
-    if args.model:
-        models.check_name(args.model)
     env = setup(args.precision)
     targets, networks, cells = open_targets(args, env), open_networks(args, open_network), []
     for target in targets:

@@ -195,28 +195,38 @@ def shared(pairs):
     return "\n".join(["### own against published\n", *table(rows), "", SHARED_RULE, ""])
 
 
-TARGET = {"target": "target.name", "target_domain": "target.domain", "origin": "target.origin"}
-LINE = {key: f"line.{key}" for key in results.Line._fields}
-SHARED = {key: LINE[key] for key in ("source_domain", "method", "recipe")}  # by the arms of a gain
-POINT = {"shots": "shots", "metric": "metric"}
-SPREAD = {key: key for key in ("mean", "sd", "ci95", "n")}
+ATTRIBUTES = {  # of a cell or gain, by the name of their column where it is another
+    "target": "target.name",
+    "target_domain": "target.domain",
+    "origin": "target.origin",
+    "kind": "line.kind",
+    "partners": "by_partner",
+    **{key: f"line.{key}" for key in results.Line._fields},
+}
 
 
-CELL_COLUMNS = TARGET | LINE | POINT | SPREAD
-GAIN_COLUMNS = (
-    {"kind": "line.kind"} | TARGET | SHARED | POINT | {"small": "small", "large": "large"}
-)
-GAIN_COLUMNS |= {"partners": "by_partner", "pairs": "pairs"} | SPREAD
-GAIN_COLUMNS |= {key: key for key in ("verdict", *OTHERS)}
-POINT_COLUMNS = {"kind": "line.kind"} | TARGET | {"source": ""} | SHARED | POINT
-POINT_COLUMNS = {head: f"gain.{path}" for head, path in POINT_COLUMNS.items()}
-POINT_COLUMNS |= {"source": "source", "gain": "value"}
-POINT_COLUMNS |= {key: f"distances.{key}" for key in DISTANCES}
-SHARED_COLUMNS = {"target": "own.target.name"}
-SHARED_COLUMNS |= {key: f"own.line.{key}" for key in ("source", "model", "recipe")}
-SHARED_COLUMNS |= {key: f"own.{key}" for key in POINT}
-SHARED_COLUMNS |= {f"{k}_{side}": f"{side}.{k}" for side in ("own", "published") for k in SPREAD}
-SHARED_COLUMNS |= {"agree": "agree"}
+def columns(names, prefix="", **others):
+    """Names of columns of a CSV -> {name: attribute of an item}."""
+    return {name: others.get(name) or prefix + ATTRIBUTES.get(name, name) for name in names.split()}
+
+
+CELL_COLUMNS = columns("""
+    target target_domain origin source source_domain model method recipe shots metric mean sd ci95 n
+""")
+GAIN_COLUMNS = columns("""
+    kind target target_domain origin source_domain method recipe shots metric small large partners
+    pairs mean sd ci95 n verdict ci95_pairs ci95_normal
+""")
+POINT_COLUMNS = columns(
+    "kind target target_domain origin source source_domain method recipe shots metric gain",
+    "gain.",
+    source="source",
+    gain="value",
+) | {key: f"distances.{key}" for key in DISTANCES}
+SHARED_COLUMNS = columns("target source model recipe shots metric", "own.")
+SHARED_COLUMNS |= {f"{key}_own": f"own.{key}" for key in ("mean", "sd", "ci95", "n")}
+SHARED_COLUMNS |= {f"{key}_published": f"published.{key}" for key in ("mean", "sd", "ci95", "n")}
+SHARED_COLUMNS["agree"] = "agree"
 
 
 def csv_text(items, columns):

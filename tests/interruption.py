@@ -5,6 +5,7 @@ there before the script, may do what it likes at a step. torchrun starts a drive
 """
 
 import contextlib
+import faulthandler
 import functools
 import json
 import os
@@ -14,37 +15,31 @@ import sys
 import threading
 import time
 import traceback
-import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed.run
 from tqdm import tqdm
 
-import data
 import pretrain
-from engine import log, processes
+from engine import log, memory, processes
 from readers import workers
 
 ROOT = Path(__file__).parent.parent
-STEPS, BATCH, IMAGES = 23, 8, 60
-EPOCHS = (8, 15, 23)  # the steps after which they end, two of them within a batch
-OPTIONS = ("--batch-size", BATCH, "--epochs", 3, "--image-size", 16, "--lr", 0.05)
-OPTIONS += ("--clipping", 0.01)
-SAVE_EACH_STEP = ("--save-minutes", "1e-6")
-HANG = 900  # seconds, which only what hangs takes
-TIMES = ("seconds", "images_per_second", "flops_per_second", "peak_share")
+HANG = 900  # seconds after which a process ends itself and says where it is; only a hang takes them
 
 
 # ------------------------------------------------------------------------------------------------
-# Processes
+# Processes and moments
 # ------------------------------------------------------------------------------------------------
 
 
-def fork(call, log, settings):
-    """call() in a forked process of its own group, which ends as an interpreter does.
+def start(main, argv, home, patch=None, rank=0, ranks=1, port=0):
+    """Starts a script's main(), after patch(), as one of so many ranks; returns its number.
 
-    log: its output goes to log.out and log.err. settings: environment. Returns its number.
+    It is a forked process in a group of its own, which ends as an interpreter does. Its output goes
+    to files in `home`.
     """
     pid = os.fork()
     if pid:
@@ -52,15 +47,23 @@ def fork(call, log, settings):
     status = 1
     try:
         os.setsid()
-        for number, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        for number, end in ((1, "out"), (2, "err")):
+            file = os.open(home / f"rank{rank}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(file, number)
         sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
+        faulthandler.dump_traceback_later(HANG, exit=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         tqdm.set_lock(threading.RLock())  # the parent's is one for all, and one may die with it
+        settings = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0}
+        settings |= {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "OMP_NUM_THREADS": 1}
+        settings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        settings["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = 1
         os.environ |= {key: str(value) for key, value in settings.items()}
+        sys.argv = [str(word) for word in argv]
         processes.BEGAN = time.monotonic()
-        call()
-        status = 0
+        if patch:
+            patch()
+        processes.run_script(main)
     except SystemExit as leaving:
         status = leaving.code or 0
     except BaseException:
@@ -73,37 +76,16 @@ def fork(call, log, settings):
 
 
 def wait(pid):
-    """Its status, negative for a signal; what is left of its group ends too, and what hangs."""
-    # torchrun ends its own processes, which are in other groups, within 30 seconds.
-    ends = ((HANG, signal.SIGTERM), (HANG + 60, signal.SIGKILL))
-    timers = [threading.Timer(late, os.kill, (pid, number)) for late, number in ends]
-    for timer in timers:
-        timer.start()
+    """Its status, negative for a signal; what is left of its group ends too."""
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-    for timer in timers:
-        timer.cancel()
-        timer.join()
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def start(main, argv, home, patch=None, rank=0, ranks=1, port=0):
-    """Starts a script's main(), after patch(), as one of so many ranks; returns its number."""
-
-    def script():
-        sys.argv = [str(word) for word in argv]
-        if patch:
-            patch()
-        processes.run_script(main)
-
-    settings = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_RANK": 0}
-    settings |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-    return fork(script, home / f"rank{rank}", settings)
-
-
 def run_forked(main, argv, home, status=0, patch=None, ranks=1):
     """The same on all ranks, to the end, which has this status: [(stdout, stderr) of each]."""
+    memory.peak_flops(torch.device("cpu"), "fp32")  # measured once: the forked ones know it
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -117,11 +99,6 @@ def run_forked(main, argv, home, status=0, patch=None, ranks=1):
     return texts
 
 
-# ------------------------------------------------------------------------------------------------
-# Moments
-# ------------------------------------------------------------------------------------------------
-
-
 def at_step(step, act, rank=None):
     """A patch: act() once so many steps are done, before anything is said of the last of them."""
 
@@ -129,7 +106,7 @@ def at_step(step, act, rank=None):
         add = log.Log.add
 
         def acting(self, number, *rest):
-            if number == step and rank in (None, int(os.environ.get("RANK", 0))):
+            if number == step and rank in (None, int(os.environ["RANK"])):
                 act()
             add(self, number, *rest)
 
@@ -154,18 +131,24 @@ def until_asked():
         time.sleep(0.001)
 
 
-def an_hour_passes():
+def time_passes():
     real = time.monotonic
-    processes.time = types.SimpleNamespace(monotonic=lambda: real() + 3600)
+    processes.time = SimpleNamespace(monotonic=lambda: real() + 3600)
 
 
 # ------------------------------------------------------------------------------------------------
 # Pre-training
 # ------------------------------------------------------------------------------------------------
 
-DRIVER = """import os, signal, sys
+STEPS, BATCH, IMAGES = 23, 8, 60
+EPOCHS = (8, 15, 23)  # the steps after which they end, two of them within a batch
+OPTIONS = ("--batch-size", BATCH, "--epochs", 3, "--image-size", 16, "--lr", 0.05)
+OPTIONS += ("--clipping", 0.01)
+SAVE_EACH_STEP = ("--save-minutes", 1e-6)
+DRIVER = """import faulthandler, os, signal, sys
 sys.path[:0] = {paths!r}
 from interruption import *
+faulthandler.dump_traceback_later(HANG, exit=True)
 {patch}
 processes.run_script(pretrain.main)
 """
@@ -175,7 +158,7 @@ class Training:
     """A run of pretrain.py on the 60 images of `folder`, in the directory `home`."""
 
     def __init__(self, folder, home, *more, out=None, options=OPTIONS):
-        self.home, self.out = home, out or home / "out"
+        self.folder, self.home, self.out = folder, home, out or home / "out"
         words = ("--precision", "fp32", "--log-every", 1, "--out", self.out, *more)
         words = ("pretrain.py", "--source", f"folder:{folder}", *options, *words)
         self.argv = [str(word) for word in words]
@@ -191,23 +174,22 @@ class Training:
 
     def torchrun(self, patch, restarts=0, status=0):
         """On two ranks of torchrun, with a patch as of `driver`; returns its output."""
-        launch = ["--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}"]
-        call = functools.partial(torch.distributed.run.main, [*launch, *self.driver(patch)])
-        settings = {"OMP_NUM_THREADS": 1, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": 1}
-        found = wait(fork(call, self.home / "torchrun", settings))
-        said = "".join((self.home / f"torchrun.{end}").read_text() for end in ("out", "err"))
-        assert found == status, said
-        return said
-
-    # What it leaves
+        launch = ["torchrun", "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}"]
+        argv = [*launch, *self.driver(patch)]
+        return "".join(*run_forked(torch.distributed.run.main, argv, self.home, status))
 
     def paths(self, name):
-        """[path of this file], or [] while there is none."""
+        """[path of this file that it left], or [] while there is none."""
         return list(self.out.glob(f"*/{name}"))
 
     def load(self, name="checkpoint.pt"):
         (path,) = self.paths(name)
         return torch.load(path, weights_only=True)
+
+    @property
+    def step(self):
+        """That of the checkpoint, 0 without one."""
+        return self.load()["step"] if self.paths("checkpoint.pt") else 0
 
     def lines(self, kind="loss"):
         """The lines of log.jsonl that have "loss", or "test"."""
@@ -224,7 +206,7 @@ class Training:
         """result.json but for times, workers and the commit, which may come in between."""
         (path,) = self.paths("result.json")
         record = strict(path.read_text())
-        for key in TIMES:
+        for key in ("seconds", "images_per_second", "flops_per_second", "peak_share"):
             assert record["train"].pop(key) > 0
         del record["layout"]["workers"], record["environment"]["commit"]
         return record
@@ -232,13 +214,32 @@ class Training:
     def assert_same(self, other):
         """All that it left equals, bitwise, what another run did; and there is nothing else."""
         names = ["checkpoint.pt", "log.jsonl", "model.pt", "result.json"]
-        assert sorted(path.name for path in self.out.glob("*/*")) == names
+        assert sorted(path.name for path in self.paths("*")) == names
         assert_same_tensors(self.load("model.pt")["model"], other.load("model.pt")["model"])
         a, b = (run.load()["optimizer"]["state"] for run in (self, other))
         assert_same_tensors(*({i: s[i]["momentum_buffer"] for i in s} for s in (a, b)))
         assert self.losses() == other.losses()
         assert self.lines("test") == other.lines("test")
         assert self.result() == other.result()
+
+    def finish(self, ranks=1):
+        """Goes on to the end, and leaves what a run leaves that nothing interrupts."""
+        texts = self.go(ranks=ranks)
+        self.assert_same(undisturbed(self.folder, ranks))
+        return texts
+
+
+@functools.cache
+def undisturbed(folder, ranks):
+    """The Training that nothing interrupts."""
+    home = folder.with_name(f"undisturbed-{ranks}")
+    home.mkdir()
+    training = Training(folder, home)
+    training.go(ranks=ranks)
+    assert list(training.losses()) == list(range(1, STEPS + 1))
+    assert tuple(line["step"] for line in training.lines("test")) == EPOCHS
+    assert training.losses()[STEPS] < training.losses()[1]
+    return training
 
 
 def strict(text):
@@ -251,38 +252,3 @@ def strict(text):
 def assert_same_tensors(a, b):
     assert a.keys() == b.keys() and a
     assert all(torch.equal(a[key], b[key]) for key in a)
-
-
-def recording(path):
-    """A patch: each rank's training images go to a file, as (image, epoch), in order."""
-
-    def patch():
-        read, file = data.Batches._image, open(f"{path}-{os.environ['RANK']}", "a", buffering=1)
-
-        def recorded(batches, i, draw):
-            if batches.sampling != "sequential":
-                print(i, draw, file=file)
-            return read(batches, i, draw)
-
-        data.Batches._image = recorded
-
-    return patch
-
-
-def recorded(path, ranks=1):
-    """The images that `recording` noted, in the order of the global batch."""
-    parts = [open(f"{path}-{rank}").read().splitlines() for rank in range(ranks)]
-    return [tuple(map(int, line.split())) for lines in zip(*parts, strict=True) for line in lines]
-
-
-@functools.cache
-def undisturbed(folder, ranks=1):
-    """The Training that nothing interrupts, with its images in `order`."""
-    home = folder.with_name(f"undisturbed-{ranks}")
-    home.mkdir()
-    training = Training(folder, home)
-    training.go(patch=recording(training.home / "order"), ranks=ranks)
-    assert list(training.losses()) == list(range(1, STEPS + 1))
-    assert tuple(line["step"] for line in training.lines("test")) == EPOCHS
-    assert training.losses()[STEPS] < training.losses()[1]
-    return training

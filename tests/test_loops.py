@@ -61,18 +61,16 @@ def by_hand(images, share=1.0):
     partner = list(range(count))
     for i in range(0, count - 1, 2):
         partner[i], partner[i + 1] = i + 1, i
-    weights = [(share, range(count)), (1 - share, partner)]
     torch.manual_seed(0)
     model = models.create_model("R14x0.5", 4).double()
-    logits, loss = model(sum(weight * pixels[list(rows)] for weight, rows in weights)), 0
-    for weight, rows in weights:
-        for row, target in zip(logits, labels[list(rows)]):
+    logits, loss = model(share * pixels + (1 - share) * pixels[partner]), 0
+    for weight, targets in ((share, labels), (1 - share, labels[partner])):
+        for row, target in zip(logits, targets):
             if target.ndim == 0:
-                loss = loss - weight * row.log_softmax(0)[target]
-                continue
-            valid = ~target.isnan()
-            wanted = target[valid].double()
-            losses = F.binary_cross_entropy_with_logits(row[valid], wanted, reduction="sum")
+                losses = F.cross_entropy(row, target)
+            else:
+                valid, wanted = ~target.isnan(), target.double()[~target.isnan()]
+                losses = F.binary_cross_entropy_with_logits(row[valid], wanted, reduction="sum")
             loss = loss + weight * losses
     (loss / max(int((~labels.isnan()).sum()), 1)).backward()
     return float(loss.detach()), torch.cat([p.grad.flatten() for p in model.parameters()]).float()

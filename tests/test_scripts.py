@@ -1,15 +1,15 @@
-"""One script after the other, as in the study: pre-train, transfer, repair, continue."""
+"""One script after the other, as in the study: pre-train, transfer, continue."""
 
-import json
 import signal
 
 import pytest
-import torch
 from conftest import run
+from grids import results
 from interruption import Training, at_step, run_forked, send
 
 import fewshot
 import transfer
+from engine.checkpoint import read_tensors
 
 SMALL = ("--precision", "fp32", "--image-size", 16, "--batch-size", 8)
 
@@ -23,48 +23,29 @@ def networks(folder, nih_root, tmp_path_factory):
     return sorted(out.iterdir())
 
 
-def results(out):
-    return {path: path.read_text() for path in sorted(out.glob("*/*/*.json"))}
-
-
-def read(out, pattern):
-    (path,) = out.glob(pattern)
-    return json.loads(path.read_text())
-
-
 def test_few_shot_grid(networks, folder, nih_root, tmp_path):
-    """2 targets x 3 networks x 2 shot counts x 2 seeds; two processes share them, one repairs."""
+    """2 targets x 3 networks x 2 shot counts x 2 seeds, shared by two processes."""
     argv = ("fewshot.py", "--checkpoint", *networks, "scratch", "--target", f"folder:{folder}")
     argv += ("nih", "--data-dir", nih_root, "--shots", 1, 2, "--seeds", 2, "--steps", 4, *SMALL)
-    argv += ("--out", tmp_path / "out")
-    ((out, _), _) = run_forked(fewshot.main, argv, tmp_path, ranks=2)
-    files = results(tmp_path / "out")
-    assert len(files) == 24
-    assert out.count("(2)") == 12  # the closing table: means over two seeds
-    record = read(tmp_path / "out", "nih/folder*/1shot-seed0.json")
+    ((said, _), _) = run_forked(fewshot.main, (*argv, "--out", tmp_path), tmp_path, ranks=2)
+    assert len(results(tmp_path)) == 24
+    assert said.count("(2)") == 12  # the closing table: means over two seeds
+    (record,) = results(tmp_path, "nih/folder*/1shot-seed0.json").values()
     assert record["kind"] == "fewshot" and record["source_domain"] == "natural"
     assert record["target_domain"] == "medical" and record["method"] == "finetune"
     assert record["train"]["steps"] == 4 and 7 <= record["train"]["images"] <= 14
-    record = read(tmp_path / "out", "folder*/nih*/2shot-seed1.json")
+    (record,) = results(tmp_path, "folder*/nih*/2shot-seed1.json").values()
     assert record["train"]["images"] == 6 and record["config"]["sampling"] == "replacement"
-
-    lost = list(files)[7]
-    lost.unlink()
-    ((out, _),) = run_forked(fewshot.main, argv, tmp_path)
-    assert "24 cells, 23 finished already" in out
-    again, first = json.loads(lost.read_text()), json.loads(files.pop(lost))
-    assert again["metrics"] == first["metrics"]
-    assert all(path.read_text() == text for path, text in files.items())
 
 
 def test_single_label_few_shot(nih_root, tmp_path):
     argv = ("fewshot.py", "--checkpoint", "scratch", "--target", "nih", "--data-dir", nih_root)
     argv += ("--shots", 1, "--seeds", 1, "--steps", 2, "--single-label", *SMALL)
-    run_forked(fewshot.main, (*argv, "--out", tmp_path / "out"), tmp_path)
-    record = read(tmp_path / "out", "nih/*/1shot-seed0.json")
+    run_forked(fewshot.main, (*argv, "--out", tmp_path), tmp_path)
+    (record,) = results(tmp_path).values()
     assert record["config"]["target_options"] == {"single_label": True}
-    assert record["train"]["images"] == 14 and record["config"]["crop"] == 16
-    assert record["config"]["train_images"] == 34
+    assert (record["config"]["crop"], record["config"]["train_images"]) == (16, 34)
+    assert record["train"]["images"] == 14
 
 
 @pytest.mark.parametrize("ranks", (1, 2))
@@ -75,10 +56,10 @@ def test_full_shot_transfer_continues(ranks, networks, folder, tmp_path):
     argv, stop = (*argv, tmp_path / "b"), at_step(20, send(signal.SIGTERM), ranks - 1)
     run_forked(transfer.main, argv, tmp_path, 75, stop, ranks)
     (path,) = (tmp_path / "b").glob("*/*/*")
-    assert 20 <= torch.load(path, weights_only=True)["step"] <= 21
-    ((out, _), *_) = run_forked(transfer.main, argv, tmp_path, ranks=ranks)
-    assert "step 20/40" not in out and "step 25/40" in out
-    a, b = (read(tmp_path / name, "*/*/full-seed0.json") for name in "ab")
+    assert 20 <= read_tensors(path)["step"] <= 21
+    ((said, _), *_) = run_forked(transfer.main, argv, tmp_path, ranks=ranks)
+    assert "step 20/40" not in said and "step 25/40" in said
+    (a,), (b,) = (results(tmp_path / name).values() for name in "ab")
     assert a["metrics"] == b["metrics"] and a["shots"] is None and a["kind"] == "transfer"
     assert a["metrics"]["accuracy"] > 0.6  # chance is a third
     assert [path.name for path in (tmp_path / "b").glob("*/*/*")] == ["full-seed0.json"]
@@ -93,7 +74,7 @@ def test_real_images_end_to_end(real_data, tmp_path):
         run("pretrain.py", "--source", source, "--epochs", 1, *short, cwd=tmp_path)
     shots = ("--shots", 1, "--seeds", 1, "--steps", 3)
     run("fewshot.py", "--target", cifar, "nih", *shots, *short, cwd=tmp_path)
-    records = [json.loads(path.read_text()) for path in tmp_path.glob("results/*/*/*.json")]
+    records = results(tmp_path / "results").values()
     assert len(records) == 6
     counts = {record["source"]: record["source_images"] for record in records}
     assert counts == {cifar: 2000, "nih": 558, "scratch": 0}

@@ -14,43 +14,29 @@ import interruption
 import pytest
 import torch
 import torch.distributed as dist
-from interruption import (
-    BATCH,
-    EPOCHS,
-    HANG,
-    SAVE_EACH_STEP,
-    STEPS,
-    Training,
-    at_step,
-    die,
-    recorded,
-    send,
-    start,
-    wait,
-)
+from interruption import SAVE_EACH_STEP, STEPS, Training, at_step, die, send
 
+import data
 import pretrain
-from engine import checkpoint, processes
-
-
-@pytest.fixture(scope="module")
-def undisturbed(folder):
-    return interruption.undisturbed(folder)
-
+from engine import checkpoint, log, processes
 
 # ------------------------------------------------------------------------------------------------
 # SIGKILL
 # ------------------------------------------------------------------------------------------------
 
 
-def killed_at_file(count):
-    """A patch: dies when the count-th operation on a temporary file is about to happen."""
+def killed_at_file(name, count=1):
+    """A patch: dies when such a file is about to be opened, renamed or removed, the count-th time.
+
+    name: how it ends, or what it is renamed to.
+    """
 
     def patch():
         seen = []
 
         def hook(event, args):
-            if event in ("open", "os.rename", "os.remove") and str(args[0]).endswith(".tmp"):
+            names = [str(arg).endswith(name) for arg in args[:2]]
+            if event in ("open", "os.rename", "os.remove") and any(names):
                 seen.append(event)
                 if len(seen) == count:
                     die()
@@ -88,15 +74,14 @@ def killed_within(module, mode, count, size):
 def kills(rng):
     """20 ways to die as (patch, lines of the log after which a SIGKILL comes from outside)."""
     found = [(None, rng.randrange(9)) for _ in range(7)]
-    found += [(killed_at_file(rng.randint(1, 24)), None) for _ in range(6)]
+    for _ in range(6):
+        found.append((killed_at_file(".tmp", rng.randint(1, 24)), None))
     for _ in range(5):
-        found.append(
-            (killed_within(checkpoint, "wb", rng.randint(1, 6), rng.randrange(16 << 20)), None)
-        )
+        place = rng.randint(1, 6), rng.randrange(16 << 20)
+        found.append((killed_within(checkpoint, "wb", *place), None))
     for _ in range(2):
-        found.append(
-            (killed_within(interruption.log, "a", rng.randint(1, 9), rng.randrange(200)), None)
-        )
+        place = rng.randint(1, 9), rng.randrange(200)
+        found.append((killed_within(log, "a", *place), None))
     rng.shuffle(found)
     return found
 
@@ -106,50 +91,40 @@ def written(training):
     return sum(path.read_text().count("\n") for path in training.paths("log.jsonl"))
 
 
-def test_killed_at_20_moments(undisturbed, folder, tmp_path):
+def test_killed_at_20_moments(folder, tmp_path):
     """One run after the other, each killed and started again until it is through."""
     died, finished, halves = [], 0, 0
     for patch, lines in kills(random.Random(3)):
-        while True:
+        status = 0
+        while status == 0:
             out = tmp_path / f"out{finished}"
             training = Training(folder, tmp_path, *SAVE_EACH_STEP, out=out)
             before = written(training)
-            pid = start(pretrain.main, training.argv, tmp_path, patch)
+            pid = interruption.start(pretrain.main, training.argv, tmp_path, patch)
             if lines is not None:
                 ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
                 while not os.waitid(os.P_PID, pid, ended) and written(training) < before + lines:
                     pass
                 os.kill(pid, signal.SIGKILL)
-            status = wait(pid)
-            if status == -signal.SIGKILL:
-                break
-            assert status == 0, (tmp_path / "rank0.err").read_text()
-            training.assert_same(undisturbed)
-            finished += 1  # it was through before the blow fell: the next one gets it
+            status = interruption.wait(pid)
+            if status == 0:
+                training.assert_same(interruption.undisturbed(folder, 1))
+                finished += 1  # it was through before the blow fell: the next one gets it
+        assert status == -signal.SIGKILL, (tmp_path / "rank0.err").read_text()
         halves += bool(training.paths(".checkpoint.pt.tmp"))
-        died.append(training.load()["step"] if training.paths("checkpoint.pt") else 0)
-    training.go()
-    training.assert_same(undisturbed)
+        died.append(training.step)
+    training.finish()
     assert len(died) == 20 and halves >= 5  # unfinished checkpoints were left behind
     assert len(set(died)) >= 6 and min(died) < 5 and max(died) > 12, died
 
 
 @pytest.mark.parametrize("name", ("model.pt", "result.json"))
-def test_killed_after_the_last_step(name, undisturbed, folder, tmp_path):
+def test_killed_after_the_last_step(name, folder, tmp_path):
     """The last file's rename is what makes a run finished."""
-
-    def patch():
-        def hook(event, args):
-            if event == "os.rename" and str(args[1]).endswith(name):
-                die()
-
-        sys.addaudithook(hook)
-
     training = Training(folder, tmp_path)
-    training.go(-signal.SIGKILL, patch)
-    assert training.load()["step"] == STEPS and not training.paths("result.json")
-    training.go()
-    training.assert_same(undisturbed)
+    training.go(-signal.SIGKILL, killed_at_file(f"/{name}"))
+    assert training.step == STEPS and not training.paths("result.json")
+    training.finish()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -173,7 +148,7 @@ def slow_write(events, then=lambda: None):
         def slow(path, state):
             step = state["step"]
             note("begin", step)
-            assert step != 8 or done.wait(HANG)
+            assert step != 8 or done.wait(interruption.HANG)
             save(path, state)
             note("end", step)
             then()
@@ -185,27 +160,23 @@ def slow_write(events, then=lambda: None):
     return patch
 
 
-def test_steps_go_on_while_a_checkpoint_is_written(undisturbed, folder, tmp_path):
+def test_steps_go_on_while_a_checkpoint_is_written(folder, tmp_path):
+    """It holds the step it was asked for, of weights that have changed since. The run is killed
+    right after, and continues from it; the writes come one after the other, and none is left out.
+    """
     training = Training(folder, tmp_path)
-    training.go(patch=slow_write(tmp_path / "events"))
-    happened = (tmp_path / "events").read_text().splitlines()
-    writes = [event for event in happened if "step" not in event]
-    # One after the other, and none is left out.
-    assert writes == [f"{word} {step}" for step in EPOCHS for word in ("begin", "end")]
+    training.go(-signal.SIGKILL, slow_write(tmp_path / "killed", then=die))
+    happened = (tmp_path / "killed").read_text().splitlines()
     assert happened.index("step 9") < happened.index("step 10") < happened.index("end 8")
-    training.assert_same(undisturbed)
+    assert training.step == 8 and max(training.losses()) >= 9
+    training.go(patch=slow_write(tmp_path / "continued"))
+    training.assert_same(interruption.undisturbed(folder, 1))
+    happened = (tmp_path / "continued").read_text().splitlines()
+    writes = [event for event in happened if "step" not in event]
+    assert writes == [f"{word} {n}" for n in interruption.EPOCHS for word in ("begin", "end")]
 
 
-def test_a_late_write_holds_the_step_it_was_asked_for(undisturbed, folder, tmp_path):
-    """Of weights that have changed since. The run is killed right after, and continues from it."""
-    training = Training(folder, tmp_path)
-    training.go(-signal.SIGKILL, slow_write(tmp_path / "events", then=die))
-    assert training.load()["step"] == 8 and max(training.losses()) >= 9
-    training.go()
-    training.assert_same(undisturbed)
-
-
-def test_a_signal_waits_for_the_write_before(undisturbed, folder, tmp_path):
+def test_a_signal_waits_for_the_write_before(folder, tmp_path):
     """The state of the signal's step is written after it, not lost to it."""
 
     def patch():
@@ -216,29 +187,26 @@ def test_a_signal_waits_for_the_write_before(undisturbed, folder, tmp_path):
     training.go(75, patch)
     happened = (tmp_path / "events").read_text().splitlines()
     assert sorted(happened[-4:-2]) == ["end 8", "step 10"]
-    assert happened[-2:] == ["begin 10", "end 10"]
-    assert training.load()["step"] == 10
-    training.go()
-    training.assert_same(undisturbed)
+    assert happened[-2:] == ["begin 10", "end 10"] and training.step == 10
+    training.finish()
 
 
-def failing_write(path, state):
-    if state["step"] == 15:
-        raise OSError(f"{path}: the disk is on fire")
-    checkpoint.write_atomically(path, lambda temporary: checkpoint.torch.save(state, temporary))
-
-
-def test_a_failed_write_stops_the_run(undisturbed, folder, tmp_path):
+def test_a_failed_write_stops_the_run(folder, tmp_path):
     def patch():
-        checkpoint.save_tensors = failing_write
+        save = checkpoint.save_tensors
+
+        def fail(path, state):
+            if state["step"] == 15:
+                raise OSError(f"{path}: the disk is on fire")
+            save(path, state)
+
+        checkpoint.save_tensors = fail
 
     training = Training(folder, tmp_path)
     ((_, err),) = training.go(2, patch)
-    (path,) = training.paths("checkpoint.pt")
-    assert err == f"error: {path}: the disk is on fire\n"
-    assert training.load()["step"] == 8 and not training.paths("model.pt")
-    training.go()
-    training.assert_same(undisturbed)
+    assert err == f"error: {training.paths('checkpoint.pt')[0]}: the disk is on fire\n"
+    assert training.step == 8 and not training.paths("model.pt")
+    training.finish()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -254,18 +222,13 @@ def disk(tmp_path):
     mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no permission to mount")
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def fill(disk, size=None):
     """Takes so many bytes of the disk, or all."""
-    with (
-        open(disk / "filler", "wb", buffering=0) as file,
-        contextlib.suppress(OSError),
-    ):
+    with open(disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
         while size is None or file.tell() < size:
             file.write(bytes(4096))
 
@@ -278,18 +241,17 @@ def refused(training, name, patch=None):
         assert word in err
 
 
-def test_no_room_for_the_second_checkpoint(undisturbed, folder, tmp_path, disk):
+def test_no_room_for_the_second_checkpoint(folder, tmp_path, disk):
     fill(disk, 40 << 20)
     training = Training(folder, tmp_path, out=disk / "out")
     for _ in range(2):  # still full
         refused(training, "checkpoint.pt")
-        assert training.load()["step"] == 8 and not training.paths(".*")
+        assert training.step == 8 and not training.paths(".*")
     (disk / "filler").unlink()
-    training.go()
-    training.assert_same(undisturbed)
+    training.finish()
 
 
-def test_no_room_for_the_weights(undisturbed, folder, tmp_path, disk):
+def test_no_room_for_the_weights(folder, tmp_path, disk):
     """All is trained; the same command has only to write them."""
 
     def patch():
@@ -298,18 +260,17 @@ def test_no_room_for_the_weights(undisturbed, folder, tmp_path, disk):
 
     training = Training(folder, tmp_path, out=disk / "out")
     refused(training, "model.pt", patch)
-    assert training.load()["step"] == STEPS and not training.paths("result.json")
+    assert training.step == STEPS and not training.paths("result.json")
     (disk / "filler").unlink()
-    training.go()
-    training.assert_same(undisturbed)
+    training.finish()
 
 
 def test_no_room_for_the_log(folder, tmp_path, disk):
     """The line that did not fit is cut; the same command mends it."""
     training = Training(folder, tmp_path, "--batch-size", 2, "--epochs", 1, out=disk / "out")
     refused(training, "log.jsonl", at_step(3, lambda: fill(disk)))
-    (path,) = training.paths("log.jsonl")
-    assert 5 < path.read_text().count("\n") < 30 and not path.read_text().endswith("\n")
+    text = training.paths("log.jsonl")[0].read_text()
+    assert 5 < text.count("\n") < 30 and not text.endswith("\n")
     refused(training, "log.jsonl")
     (disk / "filler").unlink()
     training.go()
@@ -321,7 +282,7 @@ def test_no_room_for_the_log(folder, tmp_path, disk):
 # ------------------------------------------------------------------------------------------------
 
 
-def test_an_exception_that_nobody_expects(undisturbed, folder, tmp_path):
+def test_an_exception_that_nobody_expects(folder, tmp_path):
     """The checkpoint that was being written then is whole; only the same options continue it."""
 
     def fail():
@@ -333,16 +294,15 @@ def test_an_exception_that_nobody_expects(undisturbed, folder, tmp_path):
     ((_, err),) = Training(folder, tmp_path, "--seed", 1).go(2)
     (path,) = training.paths("checkpoint.pt")
     assert err.startswith(f"error: {path} was made with seed = 0, not 1; use the same options")
-    assert err.count("\n") == 1 and training.load()["step"] == 8
-    training.go()
-    training.assert_same(undisturbed)
+    assert err.count("\n") == 1 and training.step == 8
+    training.finish()
 
 
 @pytest.mark.parametrize("workers", (0, 2))
-def test_a_broken_image_reached_late(workers, undisturbed, folder, tmp_path):
+def test_a_broken_image_reached_late(workers, folder, tmp_path):
     """Where the dataset is too large to be read beforehand. Mended, the run goes on."""
     shutil.copytree(folder, tmp_path / "images")
-    i = recorded(undisturbed.home / "order")[5 * BATCH + 3][0]  # of the sixth step
+    i = data.batch_indices(5, interruption.IMAGES, interruption.BATCH, seed=0)[0][3]
     path = tmp_path / "images/train" / ("blue", "green", "red")[i // 20] / f"{i % 20:02d}.png"
     whole = path.read_bytes()
     path.write_bytes(whole[:200])
@@ -353,9 +313,10 @@ def test_a_broken_image_reached_late(workers, undisturbed, folder, tmp_path):
     training = Training(tmp_path / "images", tmp_path, "--workers", workers, *SAVE_EACH_STEP)
     ((_, err),) = training.go(2, patch)
     assert err.startswith("error: ") and err.count("\n") == 1 and str(path) in err
-    assert training.load()["step"] == 5
+    assert training.step == 5
     path.write_bytes(whole)
     training.go(patch=patch)
+    undisturbed = interruption.undisturbed(folder, 1)
     assert training.losses() == undisturbed.losses()
     a, b = (run.load("model.pt")["model"] for run in (training, undisturbed))
     interruption.assert_same_tensors(a, b)
@@ -369,9 +330,9 @@ def test_a_broken_image_reached_late(workers, undisturbed, folder, tmp_path):
 @pytest.mark.parametrize("ranks", (1, 2))
 def test_summary(ranks, monkeypatch):
     """A training step counts as three forward passes, and every rank has a device."""
-    env = processes.Env(0, ranks, torch.device("cpu"), "fp32")
     monkeypatch.setattr(checkpoint, "peak_flops", lambda device, precision: 1e6)
     monkeypatch.setattr(dist, "all_gather_object", lambda steps, step: steps.pop())
+    env = processes.Env(0, ranks, torch.device("cpu"), "fp32")
     run = checkpoint.Run(None, torch.nn.Linear(1, 1), None, {}, env)
     run.step, run.seconds = 30, 4.0
     assert run.summary(70, 16, 500) == {

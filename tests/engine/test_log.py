@@ -7,17 +7,14 @@ import types
 import interruption
 import pytest
 import torch
-from interruption import BATCH, SAVE_EACH_STEP, STEPS, Training
+from interruption import BATCH, SAVE_EACH_STEP, Training
 
-import data
-import models
 import pretrain
 from engine.checkpoint import Run, read_tensors
 from engine.log import Log, trim_log
 from engine.metrics import Diverged
 from engine.optimizer import SGD_AGC
 from engine.processes import Env
-from readers import transforms
 
 CPU = Env(0, 1, torch.device("cpu"), "fp32")
 OPTIMIZERS = {
@@ -25,11 +22,6 @@ OPTIMIZERS = {
     "SGD": lambda params: torch.optim.SGD(params, lr=0.1),
     "AdamW": lambda params: torch.optim.AdamW(params, lr=0.1),
 }
-
-
-@pytest.fixture(scope="module")
-def undisturbed(folder):
-    return interruption.undisturbed(folder)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -60,48 +52,25 @@ def test_readings_are_means_since_the_last(name, tmp_path):
     assert all(line["images_per_second"] > 0 and line["memory"] > 0 for line in lines)
 
 
-def test_lines(undisturbed, folder, tmp_path):
-    plain = Training(folder, tmp_path, "--clipping", 0)
-    plain.go()
-    lines, unclipped = undisturbed.lines(), plain.lines()
-    assert len(lines) == len(unclipped) == STEPS
-    for line in lines + unclipped:
+def test_lines_of_a_run(folder, tmp_path):
+    """One every third step, and at the end of each epoch."""
+    rare = Training(folder, tmp_path, "--log-every", 3, "--clipping", 0)
+    rare.go()
+    found, single = rare.lines(), interruption.undisturbed(folder, 1).lines()
+    assert [line["step"] for line in found] == [3, 6, 8, 9, 12, 15, 18, 21, 23]
+    for line in found + single:
         assert line.keys() == {
             *("step", "lr", "loss", "grad_norm", "clipped"),
             *("images_per_second", "data_wait", "memory"),
         }
         assert 0 < line["loss"] < 20 and 0 < line["grad_norm"] < 1e4
-        assert 0 <= line["data_wait"] < 1 and 0 < line["images_per_second"] < 1e5
+        assert 0 <= line["data_wait"] < 1 and line["images_per_second"] > 0
         assert 100e6 < line["memory"] < 16e9
-    assert all(line["clipped"] is None for line in unclipped)
-    assert all(0 <= line["clipped"] <= 1 for line in lines)
-    assert any(0 < line["clipped"] for line in lines)
-    assert lines[0]["lr"] == pytest.approx(0.05 * BATCH / 256)
-    assert lines[-1]["lr"] == pytest.approx(0.05 * BATCH / 256 / 1000)
-    # The first step is before any update: no clipping has changed anything yet.
-    assert lines[0]["grad_norm"] == pytest.approx(unclipped[0]["grad_norm"], rel=1e-5)
-    assert lines[0]["loss"] == unclipped[0]["loss"]
-
-
-def test_gradient_norm_of_a_run(folder, undisturbed):
-    """That of the first step, by autograd on the whole batch."""
-    dataset = data.load_dataset(f"folder:{folder}", split="train")
-    pipeline = pretrain.choose_pipeline(dataset, 16, True)
-    images, labels, _ = data.Batches(dataset, pipeline, BATCH)[0]
-    torch.manual_seed(0)
-    model = models.create_model("R14x0.5", 3)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in transforms.NORMALIZATION["natural"])
-    loss = torch.nn.functional.cross_entropy(model((images / 255 - mean) / std), labels)
-    gradients = torch.autograd.grad(loss, list(model.parameters()))
-    norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
-    line = undisturbed.lines()[0]
-    assert line["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
-    assert line["grad_norm"] == pytest.approx(norm, rel=1e-4)
-
-
-# ------------------------------------------------------------------------------------------------
-# Lines that a kill left behind
-# ------------------------------------------------------------------------------------------------
+    assert all(line["clipped"] is None for line in found)
+    assert all(0 <= line["clipped"] <= 1 for line in single)
+    assert any(0 < line["clipped"] for line in single)
+    assert single[0]["lr"] == pytest.approx(0.05 * BATCH / 256)
+    assert single[-1]["lr"] == found[-1]["lr"] == pytest.approx(0.05 * BATCH / 256 / 1000)
 
 
 def test_a_continued_run_writes_later_lines_again(tmp_path):
@@ -159,7 +128,7 @@ def test_divergence_is_named_on_every_rank(folder, tmp_path):
     assert not training.paths("result.json")
 
 
-@pytest.mark.parametrize("rate, log_every", ((1e9, 1), (1e9, 100), (1e39, 100)))
+@pytest.mark.parametrize("rate, log_every", ((1e9, 1), (1e39, 100)))
 def test_what_is_saved_is_finite(rate, log_every, folder, tmp_path):
     """Also where a finite gradient makes weights overflow, before any loss shows it."""
 
@@ -179,23 +148,20 @@ def test_what_is_saved_is_finite(rate, log_every, folder, tmp_path):
     assert all(tensor.isfinite().all() for tensor in [*state["model"].values(), *buffers])
 
 
-@pytest.mark.parametrize("bad, clipping", ((math.inf, None), (math.nan, 0.01)))
+@pytest.mark.parametrize("bad", (math.inf, math.nan))
 @pytest.mark.parametrize("log_every", (1, 10))
-def test_what_is_saved_is_from_before_a_bad_gradient(bad, clipping, log_every, tmp_path):
-    """At step 2 alone, with a finite loss: named, and what was saved is from before."""
-    torch.manual_seed(0)
-    model, inputs = torch.nn.Linear(3, 2), torch.randn(4, 3)
-    optimizer = SGD_AGC(model.parameters(), 0.1, clipping=clipping)
-    run = Run(tmp_path / "checkpoint.pt", model, optimizer, {}, CPU, save_minutes=1e-9)
-    unasked = types.SimpleNamespace(agreed=lambda: None)
-    path = tmp_path / "log.jsonl"
+def test_what_is_saved_is_from_before_a_bad_gradient(bad, log_every, tmp_path):
+    """At the third step alone, with a finite loss."""
+    model, unasked = torch.nn.Linear(3, 2), types.SimpleNamespace(agreed=lambda: None)
+    optimizer, path = SGD_AGC(model.parameters(), 0.1), tmp_path / "checkpoint.pt"
+    run = Run(path, model, optimizer, {}, CPU, save_minutes=1e-9)
     with (
-        Log(CPU, 0, 20, 4, log_every, path) as log,
+        Log(CPU, 0, 20, 4, log_every) as log,
         pytest.raises(Diverged, match=r"not finite at step 2, learning rate 0\.3;"),
     ):
         while run.step < 20:
             optimizer.zero_grad()
-            loss = model(inputs).square().sum()
+            loss = model(torch.ones(4, 3)).square().sum()
             loss.backward()
             if run.step == 2:
                 model.weight.grad[1, 1] *= bad
@@ -204,7 +170,5 @@ def test_what_is_saved_is_from_before_a_bad_gradient(bad, clipping, log_every, t
             log.add(run.step, run.step / 10, loss.detach(), 4, optimizer)
             run.save_or_stop(unasked, log)
     run.finish_saving()
-    lines = path.read_text().splitlines() if path.exists() else []
-    assert [json.loads(line)["step"] for line in lines] == ([1, 2] if log_every == 1 else [])
-    state = read_tensors(tmp_path / "checkpoint.pt")
+    state = read_tensors(path)
     assert state["step"] == 2 and state["model"]["weight"].isfinite().all()

@@ -12,32 +12,9 @@ import interruption
 import pytest
 import torch
 import torch.distributed as dist
-from interruption import (
-    BATCH,
-    HANG,
-    IMAGES,
-    SAVE_EACH_STEP,
-    STEPS,
-    Training,
-    an_hour_passes,
-    at_step,
-    recorded,
-    recording,
-    send,
-)
+from interruption import SAVE_EACH_STEP, STEPS, Training, at_step, send, undisturbed
 
 from engine import processes
-
-
-@pytest.fixture(scope="module")
-def undisturbed(folder):
-    return interruption.undisturbed(folder)
-
-
-@pytest.fixture(scope="module")
-def undisturbed_pair(folder):
-    return interruption.undisturbed(folder, ranks=2)
-
 
 # ------------------------------------------------------------------------------------------------
 # Signals
@@ -48,71 +25,29 @@ def undisturbed_pair(folder):
     "name, workers, step",
     (("SIGTERM", 2, 6), ("SIGUSR1", 0, 6), ("SIGINT", 2, 10), ("SIGTERM", 0, STEPS)),
 )
-def test_a_signal_saves_the_step_under_way(name, workers, step, undisturbed, folder, tmp_path):
+def test_a_signal_saves_the_step_under_way(name, workers, step, folder, tmp_path):
     training = Training(folder, tmp_path, "--workers", workers)
     ((_, err),) = training.go(75, at_step(step, send(signal.Signals[name])))
     assert err == f"stopped by {name} after step {step}; the same command continues\n"
-    assert training.load()["step"] == step
+    assert training.step == step
     assert list(training.losses()) == list(range(1, step + 1))
-    ((out, err),) = training.go()
+    ((out, err),) = training.finish()
     assert f"continues after step {step}\n" in out and err == ""
-    training.assert_same(undisturbed)
 
 
-@pytest.mark.parametrize("rank", (0, 1))
-def test_one_rank_is_asked_and_both_save(rank, undisturbed_pair, folder, tmp_path):
-    training = Training(folder, tmp_path, "--workers", 2)
-    texts = training.go(75, at_step(6, send(signal.SIGTERM), rank), ranks=2)
-    step = training.load()["step"]
-    assert 6 <= step <= 7  # the step under way, or the one after it
-    reason = ("SIGTERM", "a signal to another rank")[rank]
-    said = f"stopped by {reason} after step {step}; the same command continues\n"
-    assert [err for _, err in texts] == [said, ""]
-    training.go(ranks=2)
-    training.assert_same(undisturbed_pair)
-
-
-def test_sigterm_to_torchrun(undisturbed_pair, folder, tmp_path):
-    """It passes the signal on, and starts nothing again, though it might."""
-    patch = """
-def ask():
-    if os.environ["RANK"] == "1":
-        os.kill(os.getppid(), signal.SIGTERM)
-    until_asked()
-
-at_step(6, ask)()"""
-    training = Training(folder, tmp_path, "--workers", 2)
-    said = training.torchrun(patch, restarts=2, status=1)
-    step = training.load()["step"]
-    assert 6 <= step <= 7
-    assert f"stopped by SIGTERM after step {step}; the same command continues\n" in said
-    assert "continues after step" not in said
-    training.go(ranks=2)
-    training.assert_same(undisturbed_pair)
-
-
-@pytest.mark.parametrize("before, after", ((2, 1), (1, 2)))
-def test_continued_on_another_number_of_ranks(before, after, undisturbed, folder, tmp_path):
-    def patch():
-        recording(tmp_path / "before")()
-        at_step(6, send(signal.SIGTERM), before - 1)()
-
-    training = Training(folder, tmp_path)
-    training.go(75, patch, before)
-    step = training.load()["step"]
-    training.go(patch=recording(tmp_path / "after"), ranks=after)
-    shown = recorded(tmp_path / "before", before)
-    assert len(shown) == step * BATCH
-    shown += recorded(tmp_path / "after", after)
-    assert shown == recorded(undisturbed.home / "order")
-    assert sorted(shown[:IMAGES]) == [(i, 0) for i in range(IMAGES)]
-    assert training.losses() == pytest.approx(undisturbed.losses(), rel=1e-4)
-
-
-def test_the_order_is_the_same_on_two_ranks(undisturbed, undisturbed_pair):
-    order = recorded(undisturbed.home / "order")
-    assert recorded(undisturbed_pair.home / "order", 2) == order
-    assert undisturbed_pair.losses() == pytest.approx(undisturbed.losses(), rel=1e-4)
+@pytest.mark.parametrize("before, asked, after", ((2, 0, 2), (2, 1, 2), (2, 1, 1), (1, 0, 2)))
+def test_one_rank_is_asked_and_all_save(before, asked, after, folder, tmp_path):
+    """As many ranks continue bitwise; others, with the same images, to the same losses."""
+    training = Training(folder, tmp_path, "--workers", 2 * (before == after))
+    texts = training.go(75, at_step(6, send(signal.SIGTERM), asked), before)
+    assert 6 <= training.step <= 7  # the step under way, or the one after it
+    reason = "a signal to another rank" if asked else "SIGTERM"
+    said = f"stopped by {reason} after step {training.step}; the same command continues\n"
+    assert [err for _, err in texts] == [said, ""][:before]
+    training.go(ranks=after)
+    if before == after:
+        training.assert_same(undisturbed(folder, before))
+    assert training.losses() == pytest.approx(undisturbed(folder, 1).losses(), rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -120,47 +55,58 @@ def test_the_order_is_the_same_on_two_ranks(undisturbed, undisturbed_pair):
 # ------------------------------------------------------------------------------------------------
 
 
-def test_time_limit(undisturbed, folder, tmp_path):
+def test_time_limit(folder, tmp_path):
     """In minutes of the script, of which loading is a part; each start does one step at least."""
     training = Training(folder, tmp_path, "--time-limit", 1e-9)
     for step in (1, 2):
         ((_, err),) = training.go(75)
         assert err == f"stopped by --time-limit after step {step}; the same command continues\n"
-        assert training.load()["step"] == step
+        assert training.step == step
     training = Training(folder, tmp_path, "--time-limit", 30)
-    training.go(75, at_step(6, an_hour_passes))
-    assert training.load()["step"] == 6
-    training.go()
-    training.assert_same(undisturbed)
+    training.go(75, at_step(6, interruption.time_passes))
+    assert training.step == 6
+    training.finish()
 
 
-def test_time_limit_under_torchrun(undisturbed_pair, folder, tmp_path):
-    """torchrun is content and starts nothing again, though it might."""
+def test_time_limit_under_torchrun(folder, tmp_path):
+    """Both ranks leave with status 0, so that torchrun starts nothing again."""
+
+    def patch():
+        os.environ["TORCHELASTIC_RUN_ID"] = "none"
+        at_step(6, interruption.time_passes)()
+
     training = Training(folder, tmp_path, "--time-limit", 30)
-    said = training.torchrun("at_step(6, an_hour_passes)()", restarts=2)
-    step = training.load()["step"]
-    assert 6 <= step <= 7
-    assert said.count(f"stopped by --time-limit after step {step};") == 1
-    assert "continues after step" not in said and not training.paths("result.json")
-    ((said, _), _) = training.go(ranks=2)
-    assert said.count(f"continues after step {step}\n") == 1
-    training.assert_same(undisturbed_pair)
+    ((_, err), (_, silence)) = training.go(0, patch, ranks=2)
+    assert 6 <= training.step <= 7 and not training.paths("result.json")
+    said = f"stopped by --time-limit after step {training.step}; the same command continues\n"
+    assert (err, silence) == (said, "")
+    training.finish(ranks=2)
 
 
 # ------------------------------------------------------------------------------------------------
-# A rank dies
+# torchrun
 # ------------------------------------------------------------------------------------------------
 
 
-def test_a_dead_rank_is_started_again(undisturbed_pair, folder, tmp_path):
-    """torchrun starts both again from the checkpoint. Bitwise, for a sum of two has no order."""
+def test_a_dead_rank_is_started_again_and_sigterm_is_passed_on(folder, tmp_path):
+    """Both from the checkpoint; after SIGTERM nothing is started again, though it might be.
+    Bitwise, for a sum of two has no order.
+    """
     patch = """
+def ask():
+    if os.environ["RANK"] == "1":
+        os.kill(os.getppid(), signal.SIGTERM)
+    until_asked()
+
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    at_step(10, die, rank=0)()"""
-    training = Training(folder, tmp_path, *SAVE_EACH_STEP)
-    said = training.torchrun(patch, restarts=3)
+    at_step(10, die, rank=0)()
+at_step(14, ask)()"""
+    training = Training(folder, tmp_path, "--workers", 2, *SAVE_EACH_STEP)
+    said = training.torchrun(patch, restarts=3, status=1)
+    assert 14 <= training.step <= 15
+    assert f"stopped by SIGTERM after step {training.step}; the same command continues\n" in said
     assert said.count("continues after step") == 1
-    training.assert_same(undisturbed_pair)
+    training.finish(ranks=2)
 
 
 def test_restarts_that_would_not_meet_are_refused(monkeypatch):
@@ -193,17 +139,15 @@ once(10, die)"""
 
 
 def ip(*args):
-    """Skips the test where `ip` cannot do that here."""
-    done = subprocess.run(("ip", *args), capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"no network namespaces here: ip {' '.join(args)}: {done.stderr.strip()}")
+    """Skips the test where `ip` (iproute2) is missing or may not do that."""
+    done = shutil.which("ip") and subprocess.run(("ip", *args), capture_output=True, text=True)
+    if not done or done.returncode:
+        pytest.skip(f"no network namespaces here: ip {' '.join(args)}: {done and done.stderr}")
 
 
 @pytest.fixture
 def nodes():
     """The names of two network namespaces: nothing but a loopback and an end of the cable."""
-    if not shutil.which("ip"):
-        pytest.skip("no network namespaces here: no `ip` (iproute2)")
     names = [f"node{number}-{os.getpid()}" for number in (1, 2)]
     with contextlib.ExitStack() as stack:
         for name in names:
@@ -242,30 +186,24 @@ def start_agent(names, number, training):
     # The store that torchrun would share with its workers keeps the addresses of those before a
     # restart; a worker that starts first calls them, and fails or waits for ever (PyTorch 2.14).
     settings["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    with open(training.home / f"agent{number}.txt", "a") as output:
-        return subprocess.Popen(
-            (*launch, *training.driver(DYING)),
-            cwd=training.home,
-            stdout=output,
-            stderr=output,
-            env=os.environ | settings,
-            start_new_session=True,
-        )
+    with open(training.home / f"agent{number}.txt", "a") as file:
+        options = dict(cwd=training.home, env=os.environ | settings, stdout=file, stderr=file)
+        return subprocess.Popen((*launch, *training.driver(DYING)), **options)
 
 
-def test_a_node_loses_its_worker_and_then_dies(nodes, undisturbed_pair, folder, tmp_path):
+def test_a_node_loses_its_worker_and_then_dies(nodes, folder, tmp_path):
     """First its agent and the other start the workers again, then a new agent takes its place."""
     training = Training(folder, tmp_path, *SAVE_EACH_STEP)
     agents = [start_agent(nodes, number, training) for number in (0, 1)]
-    statuses = [agents[1].wait(HANG)]
+    statuses = [agents[1].wait(interruption.HANG)]
     agents[1] = start_agent(nodes, 1, training)
-    statuses += [agent.wait(HANG) for agent in agents]
+    statuses += [agent.wait(interruption.HANG) for agent in agents]
     said = "".join((tmp_path / f"agent{number}.txt").read_text() for number in (0, 1))
     assert statuses == [-signal.SIGKILL, 0, 0], said
     continued = [int(step) for step in re.findall(r"continues after step (\d+)", said)]
     assert len(continued) >= 2 and all(0 < step < STEPS for step in continued), said
     # Two numbers have one sum: it does not matter which node came to be which rank.
-    training.assert_same(undisturbed_pair)
+    training.assert_same(undisturbed(folder, 2))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -277,17 +215,8 @@ CPU = processes.Env(0, 1, torch.device("cpu"), "fp32")
 
 @pytest.mark.parametrize(
     "images, count, multiple, sizes",
-    (
-        (7, 1, 1, [7]),
-        (7, 2, 1, [4, 3]),
-        (7, 3, 1, [3, 3, 1]),
-        (7, 5, 1, [1] * 7),
-        (7, 2, 2, [4, 3]),
-        (7, 3, 2, [2, 2, 2, 1]),
-        (10, 3, 2, [2] * 5),
-        (5, 5, 2, [2, 2, 1]),
-        (1, 4, 2, [1]),
-    ),
+    ((7, 1, 1, [7]), (7, 3, 1, [3, 3, 1]), (7, 5, 1, [1] * 7), (7, 2, 2, [4, 3]))
+    + ((10, 3, 2, [2] * 5), (5, 5, 2, [2, 2, 1]), (1, 4, 2, [1])),
 )
 def test_parts_are_the_batch_in_order(images, count, multiple, sizes):
     batch, labels = torch.arange(images)[:, None], torch.arange(images)

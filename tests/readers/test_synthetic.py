@@ -20,9 +20,6 @@ NAMES = tuple(WORLDS)
 MULTICLASS = tuple(name for name in NAMES if WORLDS[name].task == "multiclass")
 
 
-GAPS = (0, 0.2, 0.4, 0.6, 0.8, 1)
-
-
 @cache
 def images(name, gap=0, count=1200, size=16):
     return np.stack([render(name, "train", i, size, gap=gap) for i in range(count)])
@@ -51,6 +48,27 @@ def test_every_argument_names_another_image(name):
     again = [render(name, split, i, 24, seed, gap).tobytes() for split, i, seed, gap in cases[::-1]]
     assert again[::-1] == drawn
     np.testing.assert_array_equal(render(name, "test", 1, 24, gap=0), render(name, "test", 1, 24))
+
+
+# Of the first four training images at 32 pixels: mean and standard deviation.
+PINNED = [
+    ("synthetic-natural", 0, [151.6, 120.3, 106.1, 131.5], [63.0, 39.6, 39.1, 45.5]),
+    ("synthetic-natural", 0.4, [135.7, 129.4, 104.1, 126.2], [60.6, 38.5, 49.7, 46.0]),
+    ("synthetic-xray", 0, [121.9, 152.5, 150.1, 155.4], [47.9, 40.5, 56.5, 54.9]),
+    ("synthetic-xray", 0.4, [129.7, 161.2, 154.4, 162.0], [29.1, 26.4, 35.0, 31.0]),
+    ("synthetic-natural-target", 0, [107.9, 161.3, 125.2, 134.4], [48.1, 49.6, 46.3, 56.1]),
+    ("synthetic-natural-target", 0.4, [123.4, 140.6, 134.7, 137.8], [46.8, 43.7, 44.2, 57.9]),
+    ("synthetic-xray-target", 0, [137.3, 144.1, 160.2, 114.3], [58.4, 63.9, 47.9, 59.3]),
+    ("synthetic-xray-target", 0.4, [152.8, 135.9, 156.3, 121.9], [39.9, 33.1, 30.7, 29.1]),
+]
+
+
+@pytest.mark.parametrize("name, gap, means, deviations", PINNED)
+def test_the_worlds_stay_as_they_were(name, gap, means, deviations):
+    """Results on them are compared over years."""
+    pictures = images(name, gap, 4, 32)
+    np.testing.assert_allclose(pictures.mean((1, 2, 3)), means, atol=0.1)
+    np.testing.assert_allclose(pictures.std((1, 2, 3)), deviations, atol=0.1)
 
 
 DIGEST = """
@@ -283,65 +301,6 @@ def test_images_move_in_a_straight_line(name):
             expected = first + gap**power * (last - first)
             whole = (first > 0) & (first < 255) & (last > 0) & (last < 255)  # nothing was clipped
             assert whole.mean() > 0.5 and np.abs(image - expected)[whole].max() <= 1.01
-
-
-def test_objects_become_grey_on_a_chest(monkeypatch):
-    masks = []
-    inside = synthetic.inside
-
-    def spy(distance, soft):
-        masks.append(inside(distance, soft))
-        return masks[-1]
-
-    for i in range(6):
-        first, last = (
-            render("synthetic-natural-target", "train", i, 48, gap=gap).astype(float)
-            for gap in (0, 1)
-        )
-        assert np.ptp(last, axis=0).max() <= 1 and np.ptp(first, axis=0).max() > 50
-        rng = synthetic.generator("synthetic-natural-target", "train", 0, (0, i, 1, 0))
-        draws = synthetic.label_draws("synthetic-natural-target", "train", 0, i, 1)
-        texture, shape = synthetic.TARGET_OBJECTS[int(draws[0, -1] * 10)]
-        masks.clear()
-        with monkeypatch.context() as patch:
-            patch.setattr(synthetic, "inside", spy)
-            synthetic.paint_object(texture, shape, 48, rng)
-        mask = masks[3]  # after the three bars of the clutter
-        unclipped = (first.min(0) > 0) & (first.max(0) < 255)
-        on, off = (mask == 1) & unclipped, mask == 0
-        assert on.sum() > 50
-        assert np.abs(last[0] - first.mean(0))[on].max() <= 1.01
-        chest = synthetic.generator("synthetic-natural-target", "train", 0, (0, i, 2, 0))
-        chest = np.clip(synthetic.paint_chest((), 48, chest)[0], 0, 1) * 255
-        assert np.abs(last[0] - chest)[off].max() <= 1.01
-
-
-@pytest.mark.parametrize("gap", GAPS[1:])
-def test_findings_add_as_much_at_every_gap(gap, monkeypatch):
-    name = "synthetic-xray-target"
-    sick = np.flatnonzero(labels(name, "train", 20))
-
-    def healthy(name, draws):
-        return np.zeros((len(draws), len(FINDINGS)), bool)
-
-    for i in sick:
-        pairs = []
-        for g in (0, gap):
-            shown = render(name, "train", i, 32, gap=g).astype(float)
-            with monkeypatch.context() as patch:
-                patch.setattr(synthetic, "present", healthy)
-                pairs.append((shown, render(name, "train", i, 32, gap=g).astype(float)))
-        (first, bare), (image, background) = pairs
-        assert np.abs(first - bare).max() > 40
-        whole = np.all(
-            [(x > 0) & (x < 255) for x in (image, background, 0 * image + first, 0 * image + bare)],
-            0,
-        )
-        assert np.abs((image - background) - (first - bare))[whole].max() <= 2.01
-        if gap == 1:  # of the chest itself nothing is left
-            rng = synthetic.generator(name, "train", 0, (0, i, 2, 0))
-            clutter = np.clip(synthetic.paint_background(32, rng), 0, 1) * 255
-            assert np.abs(background - clutter).max() <= 0.51
 
 
 def test_the_other_world_has_its_colours():
