@@ -246,6 +246,9 @@ def pretrain(train_set, test_set, config, folder, args, env):
 
     # Small sets are decoded once, into memory.
     size, batch_size = config["image_size"], config["batch_size"]
+    if env.device.type == "cuda" and batch_size < 16 * env.ranks:
+        more = f"--batch-size {batch_size} on {env.ranks} GPUs; {32 * env.ranks} would be faster"
+        console.say(env, f"fewer than 16 images a GPU leave it waiting: {more}")
     augmented = choose_pipeline(train_set, size, True, config["rand_augment"])
     decoded, pipeline = preload(train_set, augmented)
     tested = preload(test_set, choose_pipeline(test_set, size, False))
