@@ -40,48 +40,25 @@ NAMED = 5  # files named in a notice; of the others the number is said
 
 
 class Figure(NamedTuple):
-    choose: Callable  # (results, their cells, their gains) -> what is shown, if anything is
     draw: Callable  # (what is shown, styles, title, notes) -> matplotlib's Figure
     markdown: Callable  # what is shown -> text
-    columns: dict  # of the CSV, as markdown.csv_text takes them
+    csv: Callable  # what is shown -> text
     missing: str  # said where nothing is shown
 
 
 FIGURES = {
-    "fewshot": Figure(
-        lambda runs, cells, pairs: cells,
-        panels.draw_few_shot,
-        markdown.few_shot,
-        markdown.CELL_COLUMNS,
-        "no result",
-    ),
+    "fewshot": Figure(panels.draw_few_shot, markdown.few_shot, markdown.cell_csv, "no result"),
     "fullshot": Figure(
-        lambda runs, cells, pairs: results.full_shot(cells),
-        panels.draw_full_shot,
-        markdown.full_shot,
-        markdown.CELL_COLUMNS,
-        "no full-shot result",
+        panels.draw_full_shot, markdown.full_shot, markdown.cell_csv, "no full-shot result"
     ),
     "gain": Figure(
-        lambda runs, cells, pairs: pairs,
-        gain_figures.draw_gains,
-        markdown.gains,
-        markdown.GAIN_COLUMNS,
-        "no two networks with a common source, and no two sources with a common network",
+        gain_figures.draw_gains, markdown.gains, markdown.gain_csv, "no network or source to pair"
     ),
     "distance": Figure(
-        lambda runs, cells, pairs: gains.distance_points(runs, pairs),
-        gain_figures.draw_distance,
-        markdown.distance,
-        markdown.POINT_COLUMNS,
-        "no paired result has a distance",
+        gain_figures.draw_distance, markdown.distance, markdown.distance_csv, "no distance"
     ),
     "published": Figure(
-        lambda runs, cells, pairs: gains.shared_cells(cells),
-        panels.draw_shared,
-        markdown.shared,
-        markdown.SHARED_COLUMNS,
-        "it takes results and published.json together, with cells in common",
+        panels.draw_shared, markdown.shared, markdown.shared_csv, "give results and published.json"
     ),
 }
 
@@ -126,10 +103,10 @@ def save(folder, stem, figure, **texts):
         figure.savefig(file, format=ending, bbox_inches="tight", dpi=200, metadata=metadata)
         contents[ending] = file.getvalue()
     contents |= {ending: text.encode() for ending, text in texts.items()}
-    for ending, content in contents.items():
-        path = folder / f"{stem}.{ending}"
+    contents = {folder / f"{stem}.{ending}": content for ending, content in contents.items()}
+    for path, content in contents.items():
         console.write_atomically(path, lambda beside, content=content: beside.write_bytes(content))
-    return [folder / f"{stem}.{ending}" for ending in contents]
+    return list(contents)
 
 
 def read(args):
@@ -142,14 +119,16 @@ def read(args):
         fill = f"no usable result file in {', '.join(map(str, args.paths))}: "
         raise ValueError(f"{fill}`python fewshot.py --out {args.paths[0]}` writes some")
     targets = sorted({run.target.name for run in runs})
-    for name in args.target or []:
-        try:
+    try:
+        for name in args.target or []:
             console.one_of(*targets)(name)
-        except argparse.ArgumentTypeError as error:
-            raise ValueError(f"argument --target: {error}") from None
-    notes = [f"Left out, unreadable or of another schema: {len(skipped)}."] if skipped else []
-    newer = f"Runs with two results, of which the newer counts: {len(doubled)}."
-    notes += [newer] if doubled else []
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"argument --target: {error}") from None
+    notes = []
+    if skipped:
+        notes.append(f"Left out, unreadable or of another schema: {len(skipped)}.")
+    if doubled:
+        notes.append(f"Runs with two results, of which the newer counts: {len(doubled)}.")
     return [run for run in runs if run.target.name in (args.target or targets)], notes
 
 
@@ -162,23 +141,32 @@ def run(args):
     runs, notes = read(args)
     cells = results.summarise(runs, args.metric)
     pairs, lacking = gains.paired_gains(runs, args.metric)
-    shown = {name: FIGURES[name].choose(runs, cells, pairs) for name in args.figure or FIGURES}
+    shown = {
+        "fewshot": cells,
+        "fullshot": results.full_shot(cells),
+        "gain": pairs,
+        "distance": gains.distance_points(runs, pairs),
+        "published": gains.shared_cells(cells),
+    }
+    shown = {name: shown[name] for name in args.figure or FIGURES}
     missing = [f"no figure {name}: {FIGURES[name].missing}" for name in shown if not shown[name]]
     if args.figure and missing:
         raise ValueError("; ".join(missing))
     if "gain" in shown:
         tell(lacking, f"seeds left out of paired differences, in so many places: {len(lacking)}")
-        single = []
-        for gain in [gain for gain in pairs if gain.n == 1]:
-            where = f"{gain.target.name}, {results.shots_words(gain.shots)}"
-            single.append(f"one seed, no interval: {where}, {gain.large} minus {gain.small}")
+        single = [
+            f"one seed, no interval: {gain.target.name}, {results.shots_words(gain.shots)}, "
+            f"{gain.large} minus {gain.small}"
+            for gain in pairs
+            if gain.n == 1
+        ]
         tell(single, f"gains without interval: {len(single)}")
     styles, written = style.line_styles(cells), []
     for name in [name for name in shown if shown[name]]:
         figure, content = FIGURES[name], shown[name]
-        text, rows = figure.markdown(content), markdown.csv_text(content, figure.columns)
+        text = figure.markdown(content)
         drawing = figure.draw(content, styles, args.title, notes)
-        written += save(args.out, name, drawing, md=text, csv=rows)
+        written += save(args.out, name, drawing, md=text, csv=figure.csv(content))
         if args.figure or name == "fewshot":
             print(text)
         elif name == "gain":

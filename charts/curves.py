@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, LogLocator
+from matplotlib.ticker import EngFormatter
 
 from charts import style
 from charts.results import AUTO, METRICS, size_order
@@ -19,12 +19,11 @@ from charts.results import AUTO, METRICS, size_order
 class Curve(NamedTuple):
     title: str  # of its panel
     factor: int = 1  # from logged to shown number
-    height: float = 0.9  # inches
 
 
-TESTS = {key: Curve(f"test {METRICS[key].axis}", METRICS[key].factor, 1.3) for key in AUTO.values()}
+TESTS = {key: Curve(f"test {METRICS[key].axis}", METRICS[key].factor) for key in AUTO.values()}
 CURVES = {  # key in log.jsonl -> its panel
-    "loss": Curve("training loss", height=1.3),
+    "loss": Curve("training loss"),
     **TESTS,
     "lr": Curve("learning rate"),
     "grad_norm": Curve("gradient norm"),
@@ -32,12 +31,14 @@ CURVES = {  # key in log.jsonl -> its panel
     "images_per_second": Curve("images per second"),
     "data_wait": Curve("share of time waiting for data (%)", 100),
 }
-UNKNOWN = style.Look("", ("#cbc31b", "#2f9f5a", "#7b3fae", "#270742"))
-DOMAINS = {  # of the source, None while a run has no result.json -> look, words in the footnote
-    "natural": (style.LOOKS["natural"], "orange, natural images"),
-    "medical": (style.LOOKS["medical"], "blue with hollow markers, medical images"),
-    None: (UNKNOWN, "yellow to violet, no result.json yet"),
+LOOKS = {  # domain of the source, None while a run has no result.json
+    "natural": style.LOOKS["natural"],
+    "medical": style.LOOKS["medical"],
+    None: style.Look("", ("#cbc31b", "#2f9f5a", "#7b3fae", "#270742")),
 }
+NOTE = """\
+Source of pre-training: orange, natural images; blue with hollow markers, medical images; yellow \
+to violet, no result.json yet."""
 MARKS = 8  # about so many markers a line
 DENSE = 200  # more points than that are noise to the eye: their medians are drawn over them
 
@@ -52,23 +53,24 @@ class Log:
     points: dict  # key of CURVES -> [(step, value)]
 
 
-def log_record(data):
-    """One line of log.jsonl, parsed -> {"step" and those keys of CURVES, and top5, that it has a
-    number for}. Raises ValueError that says what is wrong."""
-    if not isinstance(data, dict) or not data.keys() & {"loss", "test"}:
+def log_record(line):
+    """One line of log.jsonl -> {"step" and those keys of CURVES, and top5, that it has a number
+    for}. Raises ValueError that says what is wrong."""
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError("not JSON") from None
+    if not isinstance(data, dict) or not isinstance(data.get("test", {}), dict):
         raise ValueError('neither {"step", "loss", ...} nor {"step", "test"}')
-    step, test = data.get("step"), data.get("test", {})
-    if type(step) is not int or not 0 <= step < 1e15:
-        raise ValueError(f"step is {step!r:.40}")
-    if not isinstance(test, dict):
-        raise ValueError(f"test is {test!r:.40}")
-    values = {key: data.get(key) for key in CURVES if key not in TESTS}
-    values |= {key: test.get(key) for key in (*TESTS, "top5")}
+    values = {key: data.get(key) for key in ("step", *CURVES) if key not in TESTS}
+    values |= {key: data.get("test", {}).get(key) for key in (*TESTS, "top5")}
     values = {key: value for key, value in values.items() if value is not None}
+    if type(values.get("step")) is not int or values["step"] < 0:
+        raise ValueError(f"step is {values.get('step')!r:.40}")
     for key, value in values.items():
         if type(value) not in (int, float) or not abs(value) < 1e300:  # catches NaN too
             raise ValueError(f"{key} is {value!r:.40}")
-    return {"step": step, **values}
+    return values
 
 
 def read_log(path):
@@ -76,17 +78,11 @@ def read_log(path):
 
     A last line that a kill cut short, known by its lack of a newline, is passed over.
     """
-    lines = path.read_bytes().decode("utf-8", "replace").split("\n")
+    *lines, _ = path.read_bytes().decode("utf-8", "replace").split("\n")
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            try:
-                data = json.loads(line)
-            except (ValueError, RecursionError):
-                if number == len(lines):
-                    break
-                raise ValueError("not JSON") from None
-            records.append(log_record(data))
+            records.append(log_record(line))
         except ValueError as error:
             mend = "remove that line, or train anew in another folder"
             raise ValueError(f"{path} line {number}: {error}; {mend}") from None
@@ -102,7 +98,7 @@ def read_source(folder):
         domain, images = data["source_domain"], data["source_images"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None, 0  # it tells the colour alone
-    return (domain, images) if domain in list(DOMAINS) and type(images) is int else (None, 0)
+    return (domain, images) if domain in list(LOOKS) and type(images) is int else (None, 0)
 
 
 def load_logs(folders):
@@ -128,44 +124,25 @@ def load_logs(folders):
         if points[wanted]:
             points |= {key: [] for key in TESTS if key != wanted}
         logs.append(Log("/".join(own[-depth:]), domain, images, points))
-    order = list(DOMAINS)
+    order = list(LOOKS)
     return sorted(logs, key=lambda log: (order.index(log.domain), log.images, size_order(log.name)))
-
-
-def log_styles(logs):
-    """Logs -> keywords of Line2D of each: hue and filling tell the domain, shade and marker the
-    run, dashes too where the markers are used up (dashes garble a noisy line)."""
-    styles = []
-    for place, log in enumerate(logs):
-        peers = [other.name for other in logs if other.domain == log.domain]
-        shade = peers.index(log.name) / (len(peers) - 1) if len(peers) > 1 else 0.5
-        cycle, marker = divmod(place, len(style.MARKERS))
-        dashes = style.DASHES[cycle % len(style.DASHES)]
-        look, _ = DOMAINS[log.domain]
-        styles.append(style.line_style(look, shade, style.MARKERS[marker], dashes))
-    return styles
 
 
 def draw_log_axis(ax, key, values):
     """Title and y axis of a panel: from 0 up, but logarithmic where the values span decades."""
     ax.set_title(CURVES[key].title, loc="left", fontsize=8, pad=3)
-    style.draw_grid(ax)
     ax.locator_params(axis="y", nbins=4)
     if key in TESTS:
         return
     low, high = min((v for v in values if v > 0), default=0), max(values)
     if key == "lr":
         low = max(low, 1e-4 * high)  # a cosine's last steps come near 0: the line leaves below
-    if key not in ("loss", "lr", "grad_norm") or high <= 30 * low or low <= 0:
+    if key in ("loss", "lr", "grad_norm") and high > 30 * low > 0:
+        margin = (high / low) ** 0.08
+        ax.set(yscale="log", ylim=(low / margin, high * margin))
+        style.log_ticks(ax.yaxis, low, high)
+    else:
         ax.set_ylim(min(0, *values), 1.1 * high if high > 0 else None)
-        return
-    ax.set_yscale("log")
-    margin = (high / low) ** 0.08
-    ax.set_ylim(low / margin, high * margin)
-    subs = (1, 3) if high < 300 * low else (1,)
-    ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=6))
-    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    ax.minorticks_off()
 
 
 def draw_log(ax, key, log, look, lag):
@@ -187,29 +164,30 @@ def draw_logs(logs, title=""):
     keys = [key for key in CURVES if any(log.points[key] for log in logs)]
     if not keys:
         raise ValueError("the logs hold no number: let the runs train on, and draw again")
-    heights = [CURVES[key].height for key in keys]
-    size = 2 * style.PANEL[0], sum(heights) + 0.3
-    fig = Figure(figsize=size, layout="constrained")
-    axes = fig.subplots(len(keys), sharex=True, height_ratios=heights, squeeze=False)[:, 0]
-    styles = log_styles(logs)
+    fig = Figure(figsize=(2 * style.PANEL[0], 1.1 * len(keys) + 0.3), layout="constrained")
+    axes = fig.subplots(len(keys), sharex=True, squeeze=False)[:, 0]
+    # Hue and filling tell the domain, shade and marker the run; dashes too where the markers are
+    # used up, as they garble a noisy line.
+    looks = []
+    for place, log in enumerate(logs):
+        shade = style.shades(other.name for other in logs if other.domain == log.domain)[log.name]
+        cycle, marker = divmod(place, len(style.MARKERS))
+        dashes = style.DASHES[cycle % len(style.DASHES)]
+        looks.append(style.line_style(LOOKS[log.domain], shade, style.MARKERS[marker], dashes))
     for ax, key in zip(axes, keys):
-        for place, (log, look) in enumerate(zip(logs, styles)):
+        for place, (log, look) in enumerate(zip(logs, looks)):
             if log.points[key]:
                 draw_log(ax, key, log, look, place / len(logs))  # those that coincide stay seen
         draw_log_axis(ax, key, np.concatenate([line.get_ydata() for line in ax.lines]))
     axes[-1].xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k, not 20000
     axes[-1].set_xlabel("step")
-    fig.suptitle(title, fontsize=10)
-    names = [log.name for log in logs]
-    columns = int(fig.get_figwidth() / (0.06 * max(map(len, names)) + 0.6))  # that fit, in inches
-    words = [
-        words for domain, (_, words) in DOMAINS.items() if domain in {log.domain for log in logs}
-    ]
-    notes = [f"Source of pre-training: {'; '.join(words)}."] if len(words) > 1 else []
+    fig.suptitle(title)
+    notes = [NOTE]
     if any(len(log.points[key]) > DENSE for log in logs for key in keys if key != "lr"):
         notes.append("Faint: every logged value; over it: medians of 100 equal parts of a run.")
-    lines = [Line2D([], [], **look) for look in styles]
-    style.draw_legend(fig, lines, names, max(1, min(columns, 4)), notes)
+    entries = [(Line2D([], [], **look), log.name) for log, look in zip(logs, looks)]
+    half = math.ceil(len(entries) / 2)
+    style.draw_foot(fig, [entries[:half], entries[half:]], notes)
     fig.set_layout_engine("none")  # its last digits vary: same input, same file
     for ax in axes:
         ax.set_position([round(float(side), 5) for side in ax.get_position().bounds])

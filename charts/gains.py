@@ -29,8 +29,6 @@ Shared = namedtuple("Shared", "own published agree")
 
 
 class GainLine(NamedTuple):
-    """One row of gains."""
-
     kind: str  # of KINDS
     source_domain: str | None
     method: str
@@ -47,7 +45,7 @@ class Gain(Cell):
     pairs: int  # seeds x partners, as the next two
     ci95_pairs: float  # half-width: Student t
     ci95_normal: float  # half-width: 1.96 standard errors
-    lacking: bool  # whether a seed was left out
+    lacking: bool  # whether a seed was left out, as an arm lacks it
 
     @property
     def group(self):
@@ -134,25 +132,22 @@ def paired_gain(line, runs, metric):
         return None, []
     small, large = arms
     where = f"{target.name}, {results.shots_words(shots)}, larger {line.kind}"
-    differences, notices, named = {}, [], set()
-    for partner in sorted(scores[small].keys() & scores[large].keys()):
+    partners = sorted(scores[small].keys() & scores[large].keys())
+    seeds = {seed for arm in arms for partner in partners for seed in scores[arm][partner]}
+    differences, notices = {}, []
+    for partner in partners:
         low, high = scores[small][partner], scores[large][partner]
-        for arm, gone in ((large, low.keys() - high.keys()), (small, high.keys() - low.keys())):
-            if gone:
-                seeds = ", ".join(map(str, sorted(gone)))
-                notices.append(f"{where}: {arm} with {partner} lacks seed {seeds}")
-                named |= gone
-        if low.keys() & high.keys():
-            both = sorted(low.keys() & high.keys())
+        for arm in (large, small):
+            lacking = sorted(seeds - scores[arm][partner].keys())
+            if lacking:
+                text = f"{where}: {arm} with {partner} lacks seed"
+                notices.append(f"{text} {', '.join(map(str, lacking))}")
+        both = sorted(low.keys() & high.keys())
+        if both:
             differences[partner] = {seed: high[seed] - low[seed] for seed in both}
     if not differences:
         return None, notices
     kept = block(differences)
-    for partner, values in differences.items():
-        gone = sorted(values.keys() - kept.get(partner, {}).keys() - named)
-        if gone:
-            text = f"{where}: {partner} counts without seed {', '.join(map(str, gone))}"
-            notices.append(f"{text}, for want of it with another {sharing}")
     table = np.array([list(values.values()) for values in kept.values()])  # partners x seeds
     pairs = results.spread(table.ravel())
     gain = Gain(
@@ -178,8 +173,8 @@ def paired_gains(runs, metric):
     gains, notices = [], []
     for kind in KINDS:
         for (target, _, *line), members in group(runs, *alike).items():
-            metric_here = results.chosen_metric(target, metric)
-            gain, more = paired_gain(GainLine(kind, *line), members, metric_here)
+            name = results.AUTO[target.domain] if metric == "auto" else metric
+            gain, more = paired_gain(GainLine(kind, *line), members, name)
             gains += [gain] if gain else []
             notices += more
 

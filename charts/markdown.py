@@ -15,20 +15,16 @@ every mean no further below it than √(a² + b²), where a and b are the half-w
 intervals (Student t over seeds). One seed has no interval: such a cell is bold only as the best."""
 GAIN_RULE = """\
 Gain: the larger arm minus the smaller one, run by run: same target, shots, seed, method, recipe, \
-and same source (larger network) or network (larger source, of one domain). The arms are the \
-largest and the smallest of those that share the most such partners. Each seed's differences are \
-averaged over partners; the 95 % interval is Student's t over seeds, about these sources and \
-networks: the draw of a seed is common to its pairs, so pairs do not count as independent. ▲ \
-interval above zero, ▼ below zero, neither: not off zero, or one seed and no interval. A seed that \
-one arm lacks counts in neither."""
+and same source (larger network) or network (larger source, of one domain); the largest and the \
+smallest of those that share the most. Differences are averaged over these for each seed; the 95 % \
+interval is Student's t over seeds. ▲ interval above zero, ▼ below zero, neither: not off zero, or \
+one seed and no interval. A seed that one arm lacks counts in neither."""
 DISTANCE_RULE = """\
-Gain in fractions (accuracy, mean AUC or mean average precision from 0 to 1). Line and slope: \
-ordinary least squares, 95 % confidence by Student's t over points; points that share a target, \
-source or seed are not independent, so the true uncertainty is larger."""
+Gain in fractions (0 to 1). Line and slope: least squares, 95 % confidence by Student's t over \
+points; these share targets, sources and seeds, so the true uncertainty is larger."""
 SHARED_RULE = """\
-Cells with the same target, source, network and shots, fine-tuned; packs count as what they hold \
-(nih@256 as nih). They agree where the means lie no further apart than √(a² + b²), a and b being \
-the half-widths of the two 95 % intervals (Student t over seeds)."""
+Cells with the same target, source, network and shots, fine-tuned (nih@256 as nih). They agree \
+where the means lie no further apart than √(a² + b²) of the half-widths of their 95 % intervals."""
 INTERVALS = {  # half-width of a Gain -> how it reads the differences of a cell
     "ci95": "Student t over seeds (means over the pairs of a seed)",
     "ci95_pairs": "Student t over all pairs",
@@ -96,17 +92,14 @@ def few_shot(cells):
 def full_shot(cells):
     """Cells of all training images -> Markdown: rows source x model, a column a target."""
     parts = []
-    for origin in ("own", "published"):
-        shown = [cell for cell in cells if cell.target.origin == origin]
-        if shown:
-            shown.sort(key=results.line_order)
-            names = ["source", "model", *results.differing(shown)]
-            columns = {
-                cell.target: f"{cell.target.name}, {METRICS[cell.metric].axis}"
-                for cell in sorted(shown, key=results.target_order)
-            }
-            lines = score_table(shown, names, attrgetter(*names), columns)
-            parts += [f"### full-shot{mark(origin)}\n", *lines, ""]
+    for origin, shown in sorted(group(cells, "target.origin").items()):
+        columns = {
+            cell.target: f"{cell.target.name}, {METRICS[cell.metric].axis}" for cell in shown
+        }
+        names = ["source", "model", *results.differing(shown)]
+        shown.sort(key=results.line_order)
+        lines = score_table(shown, names, attrgetter(*names), columns)
+        parts += [f"### full-shot{mark(origin)}\n", *lines, ""]
     return "\n".join([*parts, RULE, ""])
 
 
@@ -195,60 +188,56 @@ def shared(pairs):
     return "\n".join(["### own against published\n", *table(rows), "", SHARED_RULE, ""])
 
 
-ATTRIBUTES = {  # of a cell or gain, by the name of their column where it is another
-    "target": "target.name",
-    "target_domain": "target.domain",
-    "origin": "target.origin",
-    "kind": "line.kind",
-    "partners": "by_partner",
-    **{key: f"line.{key}" for key in results.Line._fields},
-}
+def cell_row(cell):
+    """Cell or Gain -> {column of a CSV: value}."""
+    target = {"target": cell.target.name, "target_domain": cell.target.domain}
+    row = {**vars(cell), **cell.line._asdict(), **target, "origin": cell.target.origin}
+    return row | {"shots": cell.shots or "full"}
 
 
-def columns(names, prefix="", **others):
-    """Names of columns of a CSV -> {name: attribute of an item}."""
-    return {name: others.get(name) or prefix + ATTRIBUTES.get(name, name) for name in names.split()}
-
-
-CELL_COLUMNS = columns("""
-    target target_domain origin source source_domain model method recipe shots metric mean sd ci95 n
-""")
-GAIN_COLUMNS = columns("""
-    kind target target_domain origin source_domain method recipe shots metric small large partners
-    pairs mean sd ci95 n verdict ci95_pairs ci95_normal
-""")
-POINT_COLUMNS = columns(
-    "kind target target_domain origin source source_domain method recipe shots metric gain",
-    "gain.",
-    source="source",
-    gain="value",
-) | {key: f"distances.{key}" for key in DISTANCES}
-SHARED_COLUMNS = columns("target source model recipe shots metric", "own.")
-SHARED_COLUMNS |= {f"{key}_own": f"own.{key}" for key in ("mean", "sd", "ci95", "n")}
-SHARED_COLUMNS |= {f"{key}_published": f"published.{key}" for key in ("mean", "sd", "ci95", "n")}
-SHARED_COLUMNS["agree"] = "agree"
-
-
-def csv_text(items, columns):
-    """Numbers of a figure -> CSV: fractions, undefined empty, no shots as full; without origin
-    where all is one's own."""
-
-    def shown(item, head):
-        for name in columns[head].split("."):
-            item = item[name] if isinstance(item, dict) else getattr(item, name)
-        if head == "shots":
-            return item or "full"
-        if head == "partners":
-            return ";".join(item)
-        if head == "agree":
-            return AGREE[item]
-        return "" if item != item else item  # nan
-
-    rows = [{head: shown(item, head) for head in columns} for item in items]
-    own = all(row.get("origin") == "own" for row in rows)
-    heads = [head for head in columns if head != "origin" or not own]
+def csv_text(rows, columns):
+    """Rows {column: value} -> CSV: fractions, undefined empty; without origin where all is one's
+    own."""
+    rows = [{key: "" if value != value else value for key, value in row.items()} for row in rows]
+    own = all(row["origin"] == "own" for row in rows)
+    heads = [head for head in columns.split() if head != "origin" or not own]
     file = io.StringIO()
     writer = csv.DictWriter(file, heads, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return file.getvalue()
+
+
+def cell_csv(cells):
+    columns = "target target_domain origin source source_domain model method recipe shots metric"
+    return csv_text(map(cell_row, cells), f"{columns} mean sd ci95 n")
+
+
+def gain_csv(gains):
+    rows = [
+        {**cell_row(gain), "partners": ";".join(gain.by_partner), "verdict": gain.verdict}
+        for gain in gains
+    ]
+    columns = "kind target target_domain origin source_domain method recipe shots metric small"
+    columns += " large partners pairs mean sd ci95 n verdict ci95_pairs ci95_normal"
+    return csv_text(rows, columns)
+
+
+def distance_csv(points):
+    rows = [
+        {**cell_row(point.gain), "source": point.source, "gain": point.value, **point.distances}
+        for point in points
+    ]
+    columns = "kind target target_domain origin source source_domain method recipe shots metric"
+    return csv_text(rows, " ".join([columns, "gain", *DISTANCES]))
+
+
+def shared_csv(pairs):
+    rows = [{**cell_row(pair.own), "agree": AGREE[pair.agree]} for pair in pairs]
+    columns = "target source model recipe shots metric"
+    for side in ("own", "published"):
+        for key in ("mean", "sd", "ci95", "n"):
+            columns += f" {key}_{side}"
+            for row, pair in zip(rows, pairs):
+                row[f"{key}_{side}"] = getattr(getattr(pair, side), key)
+    return csv_text(rows, f"{columns} agree")

@@ -12,7 +12,7 @@ from matplotlib.ticker import EngFormatter
 from charts import results, style
 from charts.style import BARS, LOOKS, PANEL
 
-CROWDED = 8  # a panel with more lines than that is drawn twice as wide
+CROWDED = 8  # a panel with more lines than that needs the width of two
 SHARED_NOTE = """\
 A point is a cell: target, source, network, shots; fine-tuned. Bars: 95 % intervals over seeds \
 (Student t). Agree: means no further apart than √(a² + b²) of the half-widths."""
@@ -20,23 +20,16 @@ A point is a cell: target, source, network, shots; fine-tuned. Bars: 95 % interv
 
 def draw_shots_axis(ax, cells):
     """Log axis of shots, full-shot set apart at its end; returns {shots: place on the axis}."""
-    shots = sorted({cell.shots for cell in cells if cell.shots})
-    places = {shot: float(shot) for shot in shots}
-    decades = math.log10(shots[-1] / shots[0]) if shots else 0.0
-    gap = 10 ** max(0.3, 0.2 * decades)  # factor from the last shots to "full"
-    ax.set_xscale("log")
+    places = {shots: shots for shots in sorted({cell.shots for cell in cells if cell.shots})}
+    last = max(places, default=1)
+    gap = max(2, (last / min(places, default=1)) ** 0.2)  # from the last shots to "full"
     if any(cell.shots is None for cell in cells):
-        full = places[None] = shots[-1] * gap if shots else 1.0
-        ax.axvspan(full / gap**0.5, full * gap**0.5, color="#efefef", linewidth=0)
-    width = decades + 2 * math.log10(gap)  # of the axis, in decades
-    labels, last = [], 0.0
-    for shot, place in places.items():  # crowded ticks stay, their labels do not
-        fits = not last or math.log10(place / last) > 0.07 * width
-        labels.append(str(shot or "full") if fits else "")
-        last = place if fits else last
-    ax.set_xticks(list(places.values()), labels)
-    ax.minorticks_off()
+        places[None] = last * gap
+        ax.axvspan(last * gap**0.5, last * gap**1.5, color="#efefef", linewidth=0)
+    ax.set_xscale("log")
     ax.set_xlim(min(places.values()) / gap**0.5, max(places.values()) * gap**0.5)
+    ax.set_xticks(list(places.values()), [str(shots or "full") for shots in places])
+    ax.minorticks_off()
     return places
 
 
@@ -60,31 +53,24 @@ def draw_few_shot_panel(ax, target, cells, styles):
         y, bars = [factor * point.mean for point in points], [factor * p.ci95 for p in points]
         drawn = ax.errorbar(x, y, yerr=bars, zorder=3, **styles[line], **BARS)
         for bar in (*drawn.lines[1], *drawn.lines[2]):
-            # Where many bars cross, the lines stay in front.
-            bar.set_alpha(0.6 if len(lines) <= CROWDED else 0.3)
+            bar.set_alpha(0.5)  # where many cross, the lines stay in front
         drawn.lines[0].set_gid(" ".join(["line", target.name, *filter(None, line)]))  # for the SVG
 
 
 def draw_few_shot(cells, styles, title="", notes=()):
-    """Cells -> Figure with a panel a target: two a row, crowded ones alone."""
+    """Cells -> Figure with a panel a target: two a row, or one where one of them is crowded."""
     panels = results.group(cells, "target")
-    places, row, column = [], 0, 0
-    for panel in panels.values():
-        wide = len({cell.line for cell in panel}) > CROWDED
-        if column == 2 or (wide and column):
-            row, column = row + 1, 0
-        places.append((row, slice(None) if wide else column))
-        column += 2 if wide else 1
-    columns = 1 if len(panels) == 1 and column == 1 else 2
-    size = max(3.3, PANEL[0] * columns), PANEL[1] * (row + 1)
-    fig = Figure(figsize=size, layout="constrained")
-    grid = fig.add_gridspec(row + 1, columns)
+    crowded = any(len({cell.line for cell in panel}) > CROWDED for panel in panels.values())
+    columns = 1 if crowded or len(panels) == 1 else 2
+    rows = math.ceil(len(panels) / columns)
+    width = 2 * PANEL[0] if crowded else max(3.3, PANEL[0] * columns)
+    fig = Figure(figsize=(width, PANEL[1] * rows), layout="constrained")
     styles = style.styles_of(cells, styles)
-    for place, (target, panel) in zip(places, panels.items()):
-        draw_few_shot_panel(fig.add_subplot(grid[place]), target, panel, styles)
+    for place, (target, panel) in enumerate(panels.items(), start=1):
+        draw_few_shot_panel(fig.add_subplot(rows, columns, place), target, panel, styles)
     fig.supxlabel("training images per class (shots)", fontsize=8)
-    fig.suptitle(title, fontsize=10)
-    style.draw_foot(fig, line_columns(cells, styles), [style.footnote(cells), *notes])
+    fig.suptitle(title)
+    style.draw_foot(fig, line_columns(cells, styles), [style.NOTE, *notes])
     return fig
 
 
@@ -122,16 +108,19 @@ def draw_bars(ax, cells, styles, differ):
         look = bar_style(cell.line, styles)
         ax.bar(x, height, 0.9, yerr=factor * cell.ci95, error_kw=BARS, **look)
     ticks = [place * (len(sources) + 1) + (len(sources) - 1) / 2 for place in range(len(names))]
-    if 0.065 * max(map(len, names)) * len(names) < PANEL[0]:  # inches: they fit in one row
-        ax.set_xticks(ticks, names)
-    else:
-        ax.set_xticks(ticks, [name.replace(", ", "\n") for name in names], rotation=90)
+    labels = [name.replace(", ", "\n") for name in names]
+    ax.set_xticks(ticks, labels, rotation=90 if len(names) > 5 else 0)
     ax.tick_params(axis="x", length=0)
 
 
-def draw_lines(ax, cells, styles):
+def draw_lines(ax, cells, styles, sizes):
     """Lines over the number of images in pre-training, one a domain and network; without any, a
-    level across the panel."""
+    level across the panel. sizes: smallest and largest of all panels."""
+    low, high = sizes
+    margin = max((high / low) ** 0.08, 1.5)
+    ax.set(xscale="log", xlim=(low / margin, high * margin), xlabel="images in pre-training")
+    style.log_ticks(ax.xaxis, low, high, EngFormatter(sep=""))
+    ax.label_outer()
     factor = results.METRICS[cells[0].metric].factor
     network = "line.source_domain", "line.model", "line.method", "line.recipe"
     for (domain, *_), members in results.group(cells, *network).items():
@@ -142,28 +131,10 @@ def draw_lines(ax, cells, styles):
             for cell in members:
                 ax.axhline(factor * cell.mean, **look)
             continue
-        x, y = [cell.source_images for cell in members], [factor * cell.mean for cell in members]
-        ax.plot(x, y, zorder=2, **look)
-        for cell in members:
-            x, y, bar = cell.source_images, factor * cell.mean, factor * cell.ci95
-            ax.errorbar(x, y, yerr=bar, zorder=3, **styles[cell.line], **BARS)
-    style.draw_grid(ax)
-
-
-def draw_size_axis(ax, cells):
-    """Log axis of images in pre-training, common to all panels."""
-    sizes = [cell.source_images for cell in cells if cell.source_images] or [1]
-    low, high = min(sizes), max(sizes)
-    margin = max((high / low) ** 0.08, 1.3)
-    ax.set_xscale("log")
-    ax.set_xlim(low / margin, high * margin)
-    steps = (1, 3) if high < 300 * low else (1,)
-    ticks = [step * 10**power for power in range(16) for step in steps]
-    ticks = [tick for tick in ticks if low / margin <= tick <= high * margin]
-    ax.set_xticks(ticks if len(ticks) > 1 else sorted({low, high}))
-    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    ax.minorticks_off()
-    ax.tick_params(axis="x", labelbottom=False)
+        points = [(cell.source_images, factor * cell.mean) for cell in members]
+        ax.plot(*zip(*points), zorder=2, **look)
+        for point, cell in zip(points, members):
+            ax.errorbar(*point, factor * cell.ci95, zorder=3, **styles[cell.line], **BARS)
 
 
 def draw_full_shot(cells, styles, title="", notes=()):
@@ -173,19 +144,16 @@ def draw_full_shot(cells, styles, title="", notes=()):
     panels = results.group(cells, "target")
     styles = style.styles_of(cells, styles)
     differ = results.differing(cells)
+    sizes = [cell.source_images for cell in cells if cell.source_images] or [1]
     fig = Figure(figsize=(2 * PANEL[0], 1.6 * len(panels) + 0.2), layout="constrained")
-    shape = {"sharey": "row", "width_ratios": (1.15, 1)}
-    axes = fig.subplots(len(panels), 2, squeeze=False, **shape)
+    axes = fig.subplots(len(panels), 2, squeeze=False, sharey="row", width_ratios=(1.15, 1))
     for (bars, lines), (target, panel) in zip(axes, panels.items()):
         draw_bars(bars, panel, styles, differ)
-        draw_lines(lines, panel, styles)
+        draw_lines(lines, panel, styles, (min(sizes), max(sizes)))
         style.draw_y_axis(bars, panel)
-        words = f"{style.short(target.name, 30)} ({target.domain}{results.mark(target.origin)})"
+        words = f"{target.name} ({target.domain}{results.mark(target.origin)})"
         bars.set_title(words, loc="left", color=LOOKS[target.domain].hues[-1], fontsize=8.5)
-        draw_size_axis(lines, cells)
-    axes[-1, 1].tick_params(axis="x", labelbottom=True)
-    axes[-1, 1].set_xlabel("images in pre-training")
-    fig.suptitle(title, fontsize=10)
+    fig.suptitle(title)
 
     def entry(line):
         return Patch(**bar_style(line, styles)), line.source
@@ -196,7 +164,7 @@ def draw_full_shot(cells, styles, title="", notes=()):
     networks = {network_name(line, differ): {**look, **grey} for line, look in styles.items()}
     columns[0] += [(style.BLANK, "networks:")]
     columns[0] += [(Line2D([], [], **look), name) for name, look in networks.items()]
-    note = f"{style.footnote(cells)} All training images of the target."
+    note = f"{style.NOTE} All training images of the target."
     if any(bars.get_ylim()[0] > 0 for bars in axes[:, 0]):
         note += " Bars do not start at zero."
     style.draw_foot(fig, columns, [note, *notes])
@@ -233,7 +201,7 @@ def draw_shared(shared, styles, title="", notes=()):
     fig = Figure(figsize=size, layout="constrained")
     for ax, pairs in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.values()):
         draw_shared_panel(ax, pairs, styles)
-    fig.suptitle(title, fontsize=10)
+    fig.suptitle(title)
     points = {line: {**look, "linestyle": "none"} for line, look in styles.items()}
     style.draw_foot(fig, line_columns(cells, points), [SHARED_NOTE, *notes])
     return fig

@@ -101,94 +101,75 @@ class Cell:
     classes: int = 0  # 0 when unknown or when its runs differ
 
 
-# What a result file must hold, beside its metrics, and of what type.
-FIELDS = Line.__annotations__ | {"target": str, "target_domain": str}
+# What a result file must hold, and of what type.
+FIELDS = Line.__annotations__ | {"target": str, "target_domain": str, "metrics": dict}
 FIELDS |= {"seed": int, "source_images": int | None, "shots": int | None}
 
 
-def checked_result(values, metrics, origin, **about):
-    """Values of FIELDS and METRICS, as they were read -> Result. Raises TypeError or ValueError."""
-    for key, kind in FIELDS.items():
-        if key not in values:
+def number(values, key, low, high):
+    """values[key] where it is a number within bounds, None where there is none. Raises
+    ValueError."""
+    value = values.get(key)
+    if value is not None and (type(value) not in (int, float) or not low <= value <= high):
+        raise ValueError(f"{key} is {value!r:.40}, not from {low:g} to {high:g}")  # nor NaN
+    return value
+
+
+def checked_result(data, path, origin="own", classes=0):
+    """Content of a result file -> Result. Raises ValueError."""
+    data = {"distance": None, **data}
+    for key, kind in {**FIELDS, "distance": dict | None}.items():
+        if key not in data:
             raise ValueError(f"no {key}")
-        if not isinstance(values[key], kind) or isinstance(values[key], bool):
-            raise TypeError(f"{key} is {values[key]!r:.40}")
-    scores = {key: metrics.get(key) for key in METRICS}
-    for key, score in scores.items():
-        if score is not None and type(score) not in (int, float):
-            raise TypeError(f"{key} is {score!r:.40}")
-        if score is not None and not 0 <= score <= 1:  # catches NaN too
-            raise ValueError(f"{key} is {score}, not a fraction")
-    if values["source_domain"] not in DOMAINS or values["target_domain"] not in AUTO:
+        if not isinstance(data[key], kind) or isinstance(data[key], bool):
+            raise ValueError(f"{key} is {data[key]!r:.40}")
+    metrics = {key: number(data["metrics"], key, 0, 1) for key in METRICS}
+    if not data["metrics"].keys() & METRICS.keys():
+        raise ValueError(f"metrics hold none of {', '.join(METRICS)}")
+    if data["source_domain"] not in DOMAINS or data["target_domain"] not in AUTO:
         raise ValueError(f"a domain is none of {', '.join(AUTO)}")
-    if values["shots"] is not None and values["shots"] < 1:
-        raise ValueError(f"shots is {values['shots']}")
-    target = Target(values["target"], values["target_domain"], origin)
-    line = Line(*(values[key] for key in Line._fields))
-    rest = {key: values[key] for key in ("shots", "seed", "source_images")}
-    return Result(target, line, metrics=scores, **rest, **about)
+    if data["shots"] is not None and data["shots"] < 1:
+        raise ValueError(f"shots is {data['shots']}")
+    target = Target(data["target"], data["target_domain"], origin)
+    line = Line(*(data[key] for key in Line._fields))
+    # The energy coefficient is without bias: a little below 0 where nothing differs.
+    distances = {key: number(data["distance"] or {}, key, -1e300, 1e300) for key in DISTANCES}
+    rest = data["shots"], data["seed"], data["source_images"]
+    classes = classes or len(data["metrics"].get("per_class") or ())
+    return Result(target, line, *rest, metrics, distances, classes, path)
 
 
 def read_result(path):
-    """One result file -> Result. Raises OSError, TypeError or ValueError."""
+    """One result file -> Result. Raises OSError, ValueError or, of deep nesting, RecursionError."""
     data = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(data, dict) or data.get("schema") != 1:
         raise ValueError('not a result file of "schema": 1')
     if data.get("kind") not in ("fewshot", "transfer"):
         raise ValueError(f"kind is {data.get('kind')!r}, not fewshot or transfer")
-    metrics = data.get("metrics")
-    if not isinstance(metrics, dict) or not metrics.keys() & METRICS.keys():
-        raise ValueError(f"metrics hold none of {', '.join(METRICS)}")
-    distance = data.get("distance") or {}
-    if not isinstance(distance, dict):
-        raise TypeError(f"distance is {distance!r:.40}")
-    distances = {key: distance.get(key) for key in DISTANCES}
-    for key, value in distances.items():
-        # The energy coefficient is without bias: a little below 0 where nothing differs.
-        if value is not None and (type(value) not in (int, float) or not abs(value) < 1e300):
-            raise ValueError(f"distance {key} is {value!r:.40}")
-    classes = len(metrics.get("per_class") or ())
-    return checked_result(data, metrics, "own", distances=distances, classes=classes, path=path)
-
-
-def published_results(entry, path):
-    """One record of a published file -> list of Result; a seed is the place in its lists."""
-    sources = [SOURCES[part] for part in entry["source"].split("+")]
-    domains = {domain for domain, _ in sources}
-    target_domain, classes = TARGETS[entry["target"]]
-    scores = {key: entry["metrics"][key] for key in METRICS if entry["metrics"].get(key)}
-    seeds = {len(values) for values in scores.values()}
-    if len(domains) > 1:
-        raise ValueError(f"source {entry['source']} joins domains")
-    if len(seeds) != 1:
-        raise ValueError("metrics differ in their number of seeds, or there is none")
-    values = {**entry, "method": "finetune", "recipe": "paper", "target_domain": target_domain}
-    values |= {"source_domain": domains.pop(), "source_images": sum(n for _, n in sources)}
-    values["shots"] = None if entry["shots"] == "full" else entry["shots"]
-    about = {"distances": dict.fromkeys(DISTANCES), "classes": classes, "path": path}
-    results = []
-    for seed in range(seeds.pop()):
-        metrics = {key: values[seed] for key, values in scores.items()}
-        results.append(checked_result({**values, "seed": seed}, metrics, "published", **about))
-    return results
+    return checked_result(data, path)
 
 
 def read_published(path):
-    """A file of published numbers -> (list of Result, notices on the records skipped)."""
+    """A file of published numbers -> list of Result; a seed is the place in its lists. Raises
+    ValueError."""
+    results, entry = [], None
     try:
-        entries = list(json.loads(path.read_text(encoding="utf-8"))["records"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+        for entry in json.loads(path.read_text(encoding="utf-8"))["records"]:
+            sources = [SOURCES[name] for name in entry["source"].split("+")]
+            (domain,) = {domain for domain, _ in sources}
+            target_domain, classes = TARGETS[entry["target"]]
+            data = {**entry, "source_domain": domain, "target_domain": target_domain}
+            data |= {"source_images": sum(images for _, images in sources)}
+            data |= {"method": "finetune", "recipe": "paper"}
+            data["shots"] = None if entry["shots"] == "full" else entry["shots"]
+            for seed, scores in enumerate(zip(*entry["metrics"].values(), strict=True)):
+                data |= {"seed": seed, "metrics": dict(zip(entry["metrics"], scores))}
+                results.append(checked_result(data, path, "published", classes))
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         mend = 'it must hold {"about": …, "records": […]} as published.json does, or name a folder'
-        raise ValueError(f"{path} holds no published numbers: {mend}") from None
-    results, skipped = [], []
-    for place, entry in enumerate(entries, start=1):
-        try:
-            results += published_results(entry, path)
-        except KeyError as error:
-            skipped.append(f"skipped {path} record {place}: {error} is not known")
-        except (AttributeError, TypeError, ValueError) as error:
-            skipped.append(f"skipped {path} record {place}: {error}")
-    return results, skipped
+        where = f"{error!r:.80} in {entry!r:.60}"
+        raise ValueError(f"{path} holds no published numbers: {where}; {mend}") from None
+    return results
 
 
 def load(paths):
@@ -203,17 +184,14 @@ def load(paths):
             files[path.resolve()] = path
         elif path.is_dir():
             files |= {file.resolve(): file for file in path.rglob("*.json")}
-        elif path.suffix == ".json":
-            raise ValueError(f"no file {path}: give published.json, or a folder of result files")
         else:
-            raise ValueError(f"no folder {path}: `python fewshot.py --out {path}` fills it")
+            mend = "give published.json, or a folder that `python fewshot.py --out FOLDER` fills"
+            raise ValueError(f"no file or folder {path}: {mend}")
     named = {path.resolve() for path in paths}
     results, skipped = [], []
     for place, path in sorted(files.items(), key=lambda item: item[1]):
         if place in named:
-            more, faults = read_published(path)
-            results += more
-            skipped += faults
+            results += read_published(path)
             continue
         try:
             results.append(read_result(path))
@@ -260,10 +238,8 @@ def t_quantile(degrees):
 
 
 def spread(values):
-    """Mean, standard deviation (over n - 1), half-width of the 95 % interval of the mean, and n.
-
-    nan where undefined: the first three of no value, two of them of one value.
-    """
+    """Mean, standard deviation (over n - 1), half-width of the 95 % interval of the mean, and n;
+    nan where undefined."""
     n = len(values)
     mean = float(np.mean(values)) if n else math.nan
     sd = float(np.std(values, ddof=1)) if n > 1 else math.nan
@@ -309,11 +285,6 @@ def differing(cells):
     return [key for key in ("method", "recipe") if len(group(cells, f"line.{key}")) > 1]
 
 
-def chosen_metric(target, metric):
-    """The metric that --metric means for a target."""
-    return AUTO[target.domain] if metric == "auto" else metric
-
-
 def target_order(item):
     """Sort key of cells and gains: natural targets first."""
     return item.target.domain != "natural", item.target
@@ -327,7 +298,7 @@ def summarise(results, metric):
         images[source] = max(images.get(source, 0), result.source_images or 0)
     cells = []
     for (target, line, shots), runs in group(results, "target", "line", "shots").items():
-        name = chosen_metric(target, metric)
+        name = AUTO[target.domain] if metric == "auto" else metric
         scores = spread([run.metrics[name] for run in runs if run.metrics[name] is not None])
         classes = runs[0].classes if len({run.classes for run in runs}) == 1 else 0
         about = {"source_images": images[line.source], "classes": classes}

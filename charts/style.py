@@ -1,11 +1,13 @@
 """The looks that figures share: hues, markers and dashes of lines, y axis, legend, footnote."""
 
+import itertools
 import textwrap
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator
 
 from charts import results
 
@@ -31,13 +33,28 @@ PANEL = (2.7, 2.4)  # inches; two in a row stay readable when the figure is set 
 BARS = {"elinewidth": 0.6, "capsize": 1.2, "capthick": 0.6}  # of intervals
 SETTINGS = {  # of matplotlib
     "font.size": 8,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.5,
+    "figure.titlesize": 10,
     "svg.fonttype": "none",  # text stays text, to search and to edit
     "svg.hashsalt": "plot",  # same input, same file
     "text.parse_math": False,  # a name with $ is a name
 }
+NOTE = """\
+Mean and its 95 % interval over seeds (Student t); no interval with one seed. Darker and thicker: \
+more images in pre-training, where their number is known."""
 BLANK = Line2D([], [], linestyle="none")  # of a heading in a legend
+
+
+def shades(names):
+    """Names, of small sources first -> {name: from 0, the lightest, to 1}."""
+    names = list(dict.fromkeys(names))
+    return dict(zip(names, np.linspace(0, 1, len(names)) if len(names) > 1 else [0.5]))
 
 
 def line_style(look, shade, marker, dashes):
@@ -69,9 +86,8 @@ def line_styles(cells):
     styles = {}
     for line in lines:
         peers = [other.source for other in lines if other.source_domain == line.source_domain]
-        sources = list(dict.fromkeys(map(results.plain_name, peers)))  # a pack looks as its whole
-        place = sources.index(results.plain_name(line.source))
-        shade = place / (len(sources) - 1) if len(sources) > 1 else 0.5
+        # A pack looks as what it holds.
+        shade = shades(map(results.plain_name, peers))[results.plain_name(line.source)]
         network = networks.index(network_order(line))
         dashes = DASHES[(len(networks) - 1 - network) % len(DASHES)]
         marker = MARKERS[network % len(MARKERS)]
@@ -94,7 +110,6 @@ def draw_y_axis(ax, cells, chance=None):
     ends = [mean + side * bar for mean, bar in zip(means, bars) for side in (-1, 1)]
     if not known:
         means = ends = [0, 1]
-        ax.text(0.5, 0.7, "undefined in every run", transform=ax.transAxes, ha="center")
     # A t interval of few seeds can be longer than all else, and leave [0, 1]: the axis follows the
     # means, and intervals as far as half their range beyond.
     reach = 0.5 * (max(means) - min(means)) or 1
@@ -108,17 +123,14 @@ def draw_y_axis(ax, cells, chance=None):
     margin = 0.05 * (high - low) or 0.05
     ax.set_ylim(metric.factor * (low - margin), metric.factor * (high + margin))
     ax.set_ylabel(metric.axis)
-    draw_grid(ax)
 
 
-def draw_grid(ax):
-    ax.grid(axis="y", color="#dddddd", linewidth=0.5)
-    ax.set_axisbelow(True)
-
-
-def short(name, width):
-    """A name, or as much of its end as fits in `width` characters."""
-    return name if len(name) <= width else "…" + name[1 - width :]
+def log_ticks(axis, low, high, formatter="{x:g}"):
+    """Plain numbers along a logarithmic axis: the fewer decades, the more of each."""
+    subs = (1,) if high > 300 * low else (1, 3) if high > 10 * low else (1, 2, 3, 5)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=6))
+    axis.set_major_formatter(formatter)
+    axis.set_minor_locator(NullLocator())
 
 
 def domain_columns(lines, entry):
@@ -136,18 +148,12 @@ def draw_foot(fig, columns, notes):
     """Draw a legend under the panels, of two lists of (handle, label), side by side where they fit,
     and small text below it."""
     widths = [max((len(label) for _, label in column), default=0) for column in columns]
-    side_by_side = all(widths) and 0.06 * sum(widths) + 1 < fig.get_figwidth()  # inches
-    if side_by_side:
-        rows = max(map(len, columns))
-        columns = [column + [(BLANK, "")] * (rows - len(column)) for column in columns]
-    entries = zip(*(columns[0] + columns[1]))
-    draw_legend(fig, *entries, 2 if side_by_side else 1, notes)
-
-
-def draw_legend(fig, handles, labels, columns, notes):
-    """Draw a legend under the panels and small text below it."""
+    fits = all(widths) and 0.06 * sum(widths) + 1 < fig.get_figwidth()  # inches
+    if fits:
+        columns = zip(*itertools.zip_longest(*columns, fillvalue=(BLANK, "")))
+    handles, labels = zip(*itertools.chain(*columns))
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "frameon": False, "fontsize": 7.5}
-    legend = fig.legend(handles, labels, ncols=columns, handlelength=3.2, **place)
+    legend = fig.legend(handles, labels, ncols=2 if fits else 1, handlelength=3.2, **place)
     fig.draw_without_rendering()  # places the legend
     bottom = legend.get_window_extent().transformed(fig.transFigure.inverted()).y0
     draw_note(fig, bottom - 0.05 / fig.get_figheight(), notes)
@@ -157,22 +163,3 @@ def draw_note(fig, top, notes):
     """Write small text below the height `top` (of the figure), wrapped to its width."""
     text = textwrap.fill(" ".join(notes), round(20 * fig.get_figwidth()), break_on_hyphens=False)
     fig.text(0.5, top, text, ha="center", va="top", fontsize=6.5)
-
-
-def footnote(cells):
-    """What a reader of the figure must be told: seeds, intervals, shades."""
-    seeds = {cell.n for cell in cells if cell.n > 1}
-    parts = []
-    if seeds:
-        low, high = min(seeds), max(seeds)
-        words = f"{low} to {high}" if low < high else str(low)
-        parts.append(f"Mean and its 95 % interval over {words} seeds (Student t).")
-    if any(cell.n == 1 for cell in cells):
-        parts.append("Points without a bar: no interval with one seed.")
-    cells = [cell for cell in cells if cell.line.source_domain]
-    domains = {cell.line.source_domain for cell in cells}
-    sources = {(cell.line.source_domain, cell.line.source) for cell in cells}
-    sizes = {(cell.line.source_domain, cell.source_images) for cell in cells}
-    if all(images for _, images in sizes) and len(sizes) == len(sources) > len(domains):
-        parts.append("Darker and thicker: more images in pre-training.")
-    return " ".join(parts)

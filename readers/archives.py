@@ -1,8 +1,8 @@
 """Folders of classes, each a directory or one tar, as an index of arrays that is kept on disk."""
 
+import glob
 import hashlib
 import os
-import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -60,20 +60,18 @@ def class_index(folder, cache_dir=None, held_out=None, like=None):
     place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:12]
     stem = Path(cache_dir or folder.parent) / f".index-{place if cache_dir else folder.name}-"
     cache = Path(f"{stem}{key.hexdigest()[:24]}")
-    columns = {"classes", "names", "labels"}
-    if not all(entry.is_dir() for entry in entries.values()):
-        columns |= {"starts", "sizes"}
-    if held_out:
-        columns.add("held_from")
+    archived = not all(entry.is_dir() for entry in entries.values())
+    columns = ["classes", "names", "labels"]
+    columns += ["starts", "sizes"] * archived + ["held_from"] * bool(held_out)
     index = _open_arrays(cache, columns)
     if index is None:
-        index = _build_index(entries, held_out)
+        index = _build_index(entries, archived, held_out)
         if "starts" in index or len(index["names"]) >= CACHE_FROM:
             index = _keep_arrays(cache, stem, index, required=cache_dir is not None)
     return index
 
 
-def _build_index(entries, held_out):
+def _build_index(entries, archived, held_out):
     names, labels, places = [], [], []
     for label, entry in enumerate(tqdm(entries.values(), "index", disable=None, leave=False)):
         of_class, where = _class_images(entry)
@@ -83,7 +81,7 @@ def _build_index(entries, held_out):
         labels.append(np.full(len(of_class), label, np.int64))
         places.append(where)
     index = {"names": np.concatenate(names), "labels": np.concatenate(labels)}
-    if not all(entry.is_dir() for entry in entries.values()):
+    if archived:
         index["starts"], index["sizes"] = np.concatenate(places).T
     if held_out:
         held = np.fromiter(map(held_out, index["names"]), bool, len(index["names"]))
@@ -116,19 +114,30 @@ def _refuse_no_image(name, where):
 
 
 def _tar_members(path):
-    """[(name, start, size)] of a tar's images, by name; nothing is read or written but headers."""
+    """[(name, start, size)] of a tar's images, by name; of it only the headers are read.
+
+    Raises ValueError naming a damaged or cut tar, or a member that is no image.
+    """
+    with open(path, "rb") as file:
+        try:
+            archive = tarfile.open(fileobj=file, mode="r:")
+            headers = archive.getmembers()
+            file.seek(archive.offset)
+            end = file.read()  # blocks of zeros; tarfile itself stops at any damage without a word
+            if len(end) < 512 or end.strip(b"\0"):
+                raise tarfile.ReadError(f"no end, or more after it, at byte {archive.offset}")
+        except (tarfile.TarError, ValueError, OverflowError, MemoryError, OSError) as error:
+            raise ValueError(
+                f"{path}: a damaged or cut tar ({error}); fetch it again, or decompress it"
+            ) from error
     members = {}
-    for member in _tar_headers(path):
+    for member in headers:
         where = f"{path}: {member.name}"
         parts = member.name.split("/")
         if member.isdir() or any(part.startswith(".") and part.strip(".") for part in parts):
             continue
-        if member.issparse():
-            raise ValueError(f"{where}: a sparse file; make the tar anew, without --sparse")
-        if not member.isreg():
-            raise ValueError(f"{where}: a link or device, not a file; make the tar anew")
-        if member.name.startswith("/") or ".." in parts:
-            raise ValueError(f"{where}: names a place outside; make the tar anew")
+        if member.issparse() or not member.isreg():
+            raise ValueError(f"{where}: a link, device or sparse file; make the tar anew")
         place = os.path.normpath(member.name)
         if place in members:
             raise ValueError(f"{where}: two members of that name; make the tar anew")
@@ -137,39 +146,12 @@ def _tar_members(path):
     return sorted(members.values())
 
 
-def _tar_headers(path):
-    """Yields a tar's headers, to its very end. Raises ValueError naming a damaged or cut tar."""
-    with open(path, "rb") as file:
-        try:
-            archive = tarfile.open(fileobj=file, mode="r:")
-            for member in archive:
-                if member.size < 0:
-                    raise tarfile.ReadError(f"{member.name}: {member.size} bytes")
-                yield member
-                archive.members.clear()  # tarfile would keep every header
-            file.seek(archive.offset)
-            if file.read(512) != bytes(512):
-                raise tarfile.ReadError(f"no end of archive at byte {archive.offset}")
-            while rest := file.read(2**20):
-                if rest.strip(b"\0"):
-                    raise tarfile.ReadError("more after its end")
-        # tarfile itself raises these of absurd sizes.
-        except (tarfile.TarError, ValueError, OverflowError, MemoryError, OSError) as error:
-            raise ValueError(
-                f"{path}: a damaged or cut tar ({error}); fetch it again, or decompress it"
-            ) from error
-
-
 def _open_arrays(cache, columns):
     """{name: array} of a directory of .npy files, mapped into memory; None where it is damaged."""
     try:
-        arrays = {
-            name: np.asarray(np.load(cache / f"{name}.npy", mmap_mode="r")) for name in columns
-        }
+        return {name: np.asarray(np.load(cache / f"{name}.npy", mmap_mode="r")) for name in columns}
     except Exception:  # of a damaged header numpy raises many kinds
         return None
-    lengths = {len(arrays[name]) for name in columns - {"classes", "held_from"}}
-    return arrays if len(lengths) == 1 else None
 
 
 def _keep_arrays(cache, stem, arrays, required):
@@ -185,9 +167,8 @@ def _keep_arrays(cache, stem, arrays, required):
                 np.save(file, values)
                 file.flush()
                 os.fsync(file.fileno())
-        for old in stem.parent.glob(f"{stem.name}*"):
-            finished = re.fullmatch(re.escape(stem.name) + "[0-9a-f]{24}", old.name)
-            if finished and (old != cache or _open_arrays(cache, arrays.keys()) is None):
+        for old in stem.parent.glob(glob.escape(stem.name) + "[0-9a-f]" * 24):
+            if old != cache or _open_arrays(cache, arrays.keys()) is None:
                 shutil.rmtree(old, ignore_errors=True)
         try:
             os.rename(beside, cache)

@@ -40,9 +40,7 @@ def read_image(file, mode, size=None, name=None):
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name}: no such image") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = error
-        if isinstance(error, UnidentifiedImageError):
-            reason = "no known image format" if content else "an empty file"
+        reason = "no known format" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"{name}: unreadable image ({reason}); mend or remove it") from error
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
@@ -70,9 +68,7 @@ class ImageDataset(torch.utils.data.Dataset):
     groups: np.ndarray | None = None  # (N,) patient ids
     size: int | None = None  # the side in pixels of a set that is made at a side of its own
     options: dict = dataclasses.field(default_factory=dict)  # what shaped it, as used
-    dropped: dict = dataclasses.field(
-        default_factory=dict
-    )  # {reason: images that the options left out}
+    dropped: dict = dataclasses.field(default_factory=dict)  # {reason: images left out}
 
     def __post_init__(self):
         self.classes = tuple(self.classes)
@@ -108,21 +104,17 @@ class ImageDataset(torch.utils.data.Dataset):
         return dataclasses.replace(self, **changes)
 
 
-def missing_files(dataset):
-    """Indices of the images whose files do not exist; a directory is listed once, not each file."""
+def refuse_missing(dataset):
+    """Raises FileNotFoundError naming the first listed file that is not there."""
     reader = dataset.reader
 
-    @functools.lru_cache(maxsize=256)
+    @functools.lru_cache(maxsize=256)  # a directory is listed once, not each file looked up
     def listing(folder):
         path = os.path.join(os.fsencode(reader.folder), folder)
         return frozenset(os.listdir(path)) if os.path.isdir(path) else frozenset()
 
     places = (name.rpartition(b"/") for name in reader.names)
-    return [i for i, (folder, _, file) in enumerate(places) if file not in listing(folder)]
-
-
-def refuse_missing(dataset):
-    missing = missing_files(dataset)
+    missing = [i for i, (folder, _, file) in enumerate(places) if file not in listing(folder)]
     if missing:
         raise FileNotFoundError(
             f"{dataset.where(missing[0])}: listed for {dataset.name} but missing "

@@ -18,14 +18,11 @@ def _torchvision(dataset, name, root, download, **options):
     """torchvision's dataset; its 'not found' becomes a line that names directory and mend."""
     try:
         return dataset(root, download=download, **options)
-    except ModuleNotFoundError as error:
-        message = f"{name}: torchvision needs {error.name}: pip install {error.name}"
-        raise ValueError(message) from error
-    except (RuntimeError, OSError, ValueError) as error:
-        message = f"{name}: not found or not whole below {root}; give --data-dir, or --download"
-        if download:
-            message = f"{name}: download to {root} failed ({error}); try again, or give --data-dir"
-        raise FileNotFoundError(message) from error
+    except (ImportError, RuntimeError, OSError, ValueError) as error:  # Flowers need scipy
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(
+            f"{name}: not whole below {root} ({reason}); give --data-dir, or --download"
+        ) from error
 
 
 def cifar(name, root, split, download=False):
@@ -47,8 +44,7 @@ def flowers(name, root, split, download=False):
     sources = [_torchvision(build, name, root, download, split=part) for part in parts]
     paths = [path for source in sources for path in source._image_files]
     labels = [label for source in sources for label in source._labels]
-    classes = getattr(build, "classes", [str(i) for i in range(102)])
-    return _path_dataset(name, root, paths, labels, classes)
+    return _path_dataset(name, root, paths, labels, build.classes)
 
 
 def pets(name, root, split, download=False):
@@ -67,9 +63,7 @@ def imagenet1k(name, root, split, cache_dir=None):
     """ILSVRC 2012 (Russakovsky et al. 2015, arXiv:1409.0575); test is its validation set."""
     train, val = root / "imagenet-1K" / "train", root / "imagenet-1K" / "val"
     need(name, train, val)
-    if split == "train":
-        return _class_dataset(name, train, class_index(train, cache_dir))
-    return _class_dataset(name, val, class_index(val, cache_dir, like=train))
+    return _class_split(name, train, val, split, cache_dir)
 
 
 def imagenet21k(name, root, split, cache_dir=None):
@@ -93,9 +87,12 @@ def folder(name, root, split, cache_dir=None):
     for path in (train, test):
         if not path.is_dir():
             raise FileNotFoundError(
-                f"{name}: no directory {path}; images belong in PATH/train/CLASS/ and "
-                "PATH/test/CLASS/"
+                f"{name}: no directory {path}; images belong in PATH/{path.name}/CLASS/"
             )
+    return _class_split(name, train, test, split, cache_dir)
+
+
+def _class_split(name, train, test, split, cache_dir):
     if split == "train":
         return _class_dataset(name, train, class_index(train, cache_dir))
     return _class_dataset(name, test, class_index(test, cache_dir, like=train))

@@ -64,16 +64,11 @@ def read_table(path, columns, optional=()):
     """
     rows = _rows(path)
     header = next(rows, (0, []))[1]
-    try:
-        "".join(header).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{path}: its header is not UTF-8; mend it, or save it as such") from error
     for name in columns:
         if name not in header and name not in optional:
-            hint = "; is it separated by commas?" if len(header) < 2 else ""
-            names = ", ".join(header)
             raise ValueError(
-                f"{path}: has no column {name!r}, only: {names}{hint}; mend it or fetch it again"
+                f"{path}: has no column {name!r}, only: {', '.join(header)} (is it separated by "
+                "commas?); mend it or fetch it again"
             )
         if header.count(name) > 1:
             raise ValueError(f"{path}: has {header.count(name)} columns {name!r}; keep one")
@@ -143,11 +138,16 @@ def refuse_repeats(values, where):
         raise ValueError(f"{where}: {value} occurs more than once; keep one")
 
 
-def positions(keys, table, where):
-    """Where each key stands in `table`, an array without repeats: (N,) int64, -1 where nowhere."""
-    if np.array_equal(keys, table):  # keys are without repeats where that matters
-        return np.arange(len(keys))
+def positions(keys, table, where, source=None):
+    """Where each key stands in `table`, the keys of the file `where`: (N,) int64, -1 where nowhere.
+
+    Raises ValueError for a key that `table` has twice or, given their source, for one it has not.
+    """
     refuse_repeats(table, where)
     order = np.argsort(table)
     places = order[np.minimum(np.searchsorted(table, keys, sorter=order), len(table) - 1)]
-    return np.where(table[places] == keys, places, -1)
+    found = table[places] == keys
+    if source and not found.all():
+        lost = os.fsdecode(keys[~found][0])
+        raise ValueError(f"{where}: has no row of {lost}, listed in {source}; fetch both again")
+    return np.where(found, places, -1)

@@ -11,17 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from readers import tables
 from readers.images import Files, ImageDataset, encoded, need
-from readers.tables import (
-    NUMBER,
-    TEXT,
-    Column,
-    one_of,
-    positions,
-    read_list,
-    read_table,
-    refuse_repeats,
-)
+from readers.tables import NUMBER, TEXT, Column, one_of
 
 CHEXPERT_CLASSES = (
     "Atelectasis,Cardiomegaly,Consolidation,Edema,Enlarged Cardiomediastinum,Fracture,"
@@ -86,25 +78,20 @@ def views_in_union(name, views):
     return [view for view in views if view not in others] or views
 
 
-def _of_views(table, found, views, known):
+def _of_views(name, table, found, views):
     """(which rows show one of these views: (N,) bool, why the others are left out)."""
-    if isinstance(views, str) or len(set(views)) < len(views):
-        raise ValueError(f"--views {views}: must be a list that names each view once")
-    shows = {view: found == view.encode() for view in views}
-    unknown = [view for view in views if view not in known and not shows[view].any()]
-    if unknown or not views:
-        known = sorted({*known, *map(os.fsdecode, np.unique(found))} - {""})
-        raise ValueError(f"{table}: no image of --views {unknown}; known: {', '.join(known)}")
-    return np.any(list(shows.values()), axis=0), f"views other than {', '.join(views)}"
+    known = {*VIEWS[name], *map(os.fsdecode, np.unique(found))} - {""}
+    if not views or not known.issuperset(views):
+        raise ValueError(f"{table}: --views {views}; known: {', '.join(sorted(known))}")
+    kept = np.isin(found, [view.encode() for view in views])
+    return kept, f"views other than {', '.join(views)}"
 
 
 def _xray(name, reader, labels, classes, groups, options=None, dropped=None):
     """An X-ray dataset; multi-class when its labels are (N,) int."""
     task = "multilabel" if labels.ndim == 2 else "multiclass"
-    options, dropped = options or {}, dropped or {}
-    return ImageDataset(
-        name, reader, labels, classes, task, "medical", groups, options=options, dropped=dropped
-    )
+    own = {"options": options or {}, "dropped": dropped or {}}
+    return ImageDataset(name, reader, labels, classes, task, "medical", groups, **own)
 
 
 # 1 present, 0 absent, NaN unmentioned (blank) or uncertain (-1).
@@ -142,11 +129,11 @@ def chexpert(name, root, split, views=("PA", "AP")):
     like = "be like CheXpert-v1.0/train/patient00001/study1/view1_frontal.jpg"
     columns = {"Path": Column(_chexpert_paths, like), "AP/PA": TEXT}
     columns["Frontal/Lateral"] = one_of({"Frontal": True, "Lateral": False}, bool)
-    paths, found, frontal, *findings = read_table(table, columns | FINDING_COLUMNS)
+    paths, found, frontal, *findings = tables.read_table(table, columns | FINDING_COLUMNS)
     found = np.where(frontal, found, b"L")
-    kept, other = _of_views(table, found, views, VIEWS["chexpert"])
+    kept, other = _of_views(name, table, found, views)
     paths, labels = paths[kept], _finding_labels(*findings)[kept]
-    refuse_repeats(paths, table)
+    tables.refuse_repeats(paths, table)
     patients = np.array([int(path.split(b"/")[1][len("patient") :]) for path in paths], np.int64)
     options, dropped = {"views": list(views)}, {other: int((~kept).sum())}
     reader = Files(str(folder), paths, "L")
@@ -173,32 +160,19 @@ def mimic_rows(name, folder, split, views):
     need(name, metadata, split_table, findings_table)
 
     of_split = one_of({"train": split == "train", "validate": split == "test", "test": False}, bool)
-    listed, mine = read_table(split_table, {"dicom_id": TEXT, "split": of_split})
+    listed, mine = tables.read_table(split_table, {"dicom_id": TEXT, "split": of_split})
     columns = {"dicom_id": TEXT, "subject_id": NUMBER, "study_id": NUMBER, "ViewPosition": TEXT}
-    dicoms, subjects, studies, found = read_table(metadata, columns)
-    place = positions(dicoms, listed, split_table)
-    if (place < 0).any():
-        lost = dicoms[place < 0][0].decode()
-        raise ValueError(f"{split_table}: has no row of {lost}; fetch both of one release")
-    mine = mine[place]
-    del listed, place  # before the next tables take memory
-    refuse_repeats(dicoms, metadata)
-    kept, other = _of_views(metadata, found, views, VIEWS["mimic"])
+    dicoms, subjects, studies, found = tables.read_table(metadata, columns)
+    tables.refuse_repeats(dicoms, metadata)
+    mine = mine[tables.positions(dicoms, listed, split_table, source=metadata)]
+    kept, other = _of_views(name, metadata, found, views)
     dropped = {other: int((mine & ~kept).sum())}
     kept &= mine
     dicoms, subjects, studies = dicoms[kept], subjects[kept], studies[kept]
 
-    columns = {"study_id": NUMBER, "subject_id": NUMBER} | FINDING_COLUMNS
-    annotated, owners, *findings = read_table(findings_table, columns)
-    refuse_repeats(annotated, findings_table)  # two images of a study are no repeat, two rows are
-    row = positions(studies, annotated, findings_table)
+    annotated, *findings = tables.read_table(findings_table, {"study_id": NUMBER} | FINDING_COLUMNS)
+    row = tables.positions(studies, annotated, findings_table)
     labelled = row >= 0
-    wrong = labelled & (owners[row] != subjects)
-    if wrong.any():
-        raise ValueError(
-            f"{findings_table}: study {studies[wrong][0]} is of another subject than in "
-            f"{metadata.name}; fetch both of one release"
-        )
     dropped["studies without labels"] = int((~labelled).sum())
     labels = _finding_labels(*findings)[row[labelled]]
     return dicoms[labelled], subjects[labelled], studies[labelled], labels, dropped
@@ -225,21 +199,19 @@ def nih(name, root, split, views=None):
     table = folder / "Data_Entry_2017_v2020.csv"
     lists = {"train": folder / "train_val_list.txt", "test": folder / "test_list.txt"}
     need(name, table, *lists.values(), folder / "images")
-    listed = {part: encoded(text for _, text in read_list(path)) for part, path in lists.items()}
+    listed = {
+        part: encoded(text for _, text in tables.read_list(path)) for part, path in lists.items()
+    }
     both = " + ".join(map(str, lists.values()))
-    refuse_repeats(np.concatenate(list(listed.values())), both)
+    tables.refuse_repeats(np.concatenate(list(listed.values())), both)
     columns = {"Image Index": TEXT, "Finding Labels": NIH_FINDINGS, "Patient ID": NUMBER}
     if views is not None:
         columns["View Position"] = TEXT
-    names, labels, patients, *found = read_table(table, columns)
-    refuse_repeats(names, table)
-    place = positions(listed[split], names, table)
-    if (place < 0).any():
-        image = listed[split][place < 0][0].decode()
-        raise ValueError(f"{lists[split]}: {image} has no row in {table.name}; fetch both again")
-    rows, options, dropped = np.sort(place), {}, {}
+    names, labels, patients, *found = tables.read_table(table, columns)
+    rows = np.sort(tables.positions(listed[split], names, table, source=lists[split]))
+    options, dropped = {}, {}
     if views is not None:
-        kept, other = _of_views(table, found[0], views, VIEWS["nih"])
+        kept, other = _of_views(name, table, found[0], views)
         options, dropped = {"views": list(views)}, {other: int((~kept[rows]).sum())}
         rows = rows[kept[rows]]
     reader = Files(str(folder / "images"), names[rows], "L")
@@ -275,10 +247,12 @@ def padchest(name, root, split, views=VIEWS["padchest"], split_by="patient"):
         raise ValueError(f"--split-by {split_by}: must be patient or image")
     columns = {"ImageID": TEXT, "PatientID": TEXT, "Projection": TEXT}
     columns |= {"Labels": PADCHEST_FINDINGS, "ImageDir": TEXT}
-    names, patients, found, labels, folders = read_table(table, columns, optional=("ImageDir",))
-    refuse_repeats(names, table)
+    names, patients, found, labels, folders = tables.read_table(
+        table, columns, optional=("ImageDir",)
+    )
+    tables.refuse_repeats(names, table)
     found = np.where(found == b"AP_horizontal", b"AP Supine", found)
-    kept, other = _of_views(table, found, views, VIEWS["padchest"])
+    kept, other = _of_views(name, table, found, views)
     unlabelled = kept & np.isnan(labels[:, 0])
     broken = np.isin(names, [file.encode() for file in PADCHEST_BROKEN]) & kept & ~unlabelled
     rows = np.flatnonzero(kept & ~unlabelled & ~broken)
@@ -298,8 +272,8 @@ def padchest(name, root, split, views=VIEWS["padchest"], split_by="patient"):
         names = np.char.add(np.where(folders != b"", np.char.add(folders, b"/"), b""), names)
     reader, groups = Files(str(folder), names[rows], "L"), patients[rows]
     options = {"views": list(views), "split_by": split_by}
-    dropped = {other: (~kept).sum(), "no labels": unlabelled.sum(), "known broken": broken.sum()}
-    dropped = {why: int(count) for why, count in dropped.items()}
+    left_out = {other: ~kept, "no labels": unlabelled, "known broken": broken}
+    dropped = {why: int(images.sum()) for why, images in left_out.items()}
     return _xray(name, reader, labels[rows], PADCHEST_CLASSES, groups, options, dropped)
 
 
@@ -309,17 +283,17 @@ def covidx(name, root, split):
     path = folder / f"{split}.txt"
     need(name, path, folder / split)
     classes, rows = ("negative", "positive"), []
-    for number, line in read_list(path):
+    for number, line in tables.read_list(path):
         # The patient's id may hold blanks, the file's name, the label and the source do not.
         patient, *fields = line.rsplit(None, 3)
-        if len(fields) < 3 or fields[1] not in classes or "/" in fields[0]:
+        if len(fields) < 3 or fields[1] not in classes:
             raise ValueError(
                 f"{path}, line {number}: {line!r} is not 'patient file negative|positive source'"
             )
         rows.append((patient, fields[0], classes.index(fields[1])))
     patients, names, labels = zip(*rows)
     names = encoded(names)
-    refuse_repeats(names, path)
+    tables.refuse_repeats(names, path)
     reader = Files(str(folder / split), names, "L")
     return _xray(name, reader, np.array(labels, np.int64), classes, encoded(patients))
 

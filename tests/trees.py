@@ -55,6 +55,11 @@ def lines(header, rows):
     return "\n".join([header, *rows]) + "\n"
 
 
+def marks(*rows):
+    """Labels, a row a text: 1, 0, and . for NaN."""
+    return np.array([[{"1": 1, "0": 0, ".": np.nan}[c] for c in row] for row in rows], np.float32)
+
+
 NIH_HEADER = "Image Index,Finding Labels,Follow-up #,Patient ID,View Position"
 NIH_ROWS = (
     "00000001_000.png,Cardiomegaly|Effusion,0,1,PA",
@@ -105,9 +110,7 @@ CHEXPERT_HEADER = (
     "Pleural Effusion,Pleural Other,Fracture,Support Devices"
 )
 METADATA_HEADER = (
-    "dicom_id,subject_id,study_id,PerformedProcedureStepDescription,ViewPosition,Rows,Columns,"
-    "StudyDate,StudyTime,ProcedureCodeSequence_CodeMeaning,ViewCodeSequence_CodeMeaning,"
-    "PatientOrientationCodeSequence_CodeMeaning"
+    "dicom_id,subject_id,study_id,PerformedProcedureStepDescription,ViewPosition,Rows,Columns"
 )
 SPLIT_HEADER = "dicom_id,study_id,subject_id,split"
 MIMIC_FINDINGS_HEADER = (
@@ -140,22 +143,16 @@ MIMIC_FINDINGS = (
     "10000935,50578979,1.0,,,,,,,,,,,,,",
     "10000935,51178377,,1.0,,,,,,,,,,,,",
 )
-PADCHEST_HEADER = (  # the first column, pandas' row number, has no name
-    ",ImageID,ImageDir,StudyDate_DICOM,StudyID,PatientID,PatientBirth,PatientSex_DICOM,"
-    "ViewPosition_DICOM,Projection,MethodProjection,Pediatric,Modality_DICOM,Manufacturer_DICOM,"
-    "PhotometricInterpretation_DICOM,PixelRepresentation_DICOM,PixelAspectRatio_DICOM,"
-    "SpatialResolution_DICOM,BitsStored_DICOM,WindowCenter_DICOM,WindowWidth_DICOM,Rows_DICOM,"
-    "Columns_DICOM,XRayTubeCurrent_DICOM,Exposure_DICOM,ExposureInuAs_DICOM,ExposureTime,"
-    "RelativeXRayExposure_DICOM,ReportID,Report,MethodLabel,Labels,Localizations,"
-    "LabelsLocalizationsBySentence,labelCUIS,LocalizationsCUIS"
+PADCHEST_HEADER = (  # the first column, pandas' row number, has no name; some others are left out
+    ",ImageID,ImageDir,StudyDate_DICOM,StudyID,PatientID,PatientBirth,ViewPosition_DICOM,"
+    "Projection,Manufacturer_DICOM,Report,MethodLabel,Labels,Localizations,labelCUIS"
 ).split(",")
-# Other findings than those of Labels stand in other columns; numpy's print breaks long lines.
+# Other findings than those of Labels stand in other columns.
 PADCHEST_ROW = {
     **{"": "7", "ImageDir": "0", "Projection": "PA", "Labels": "['normal']"},
     "Manufacturer_DICOM": "GMM, Móstoles",
     "Report": 'sin hallazgos , "cardiomegaly" , neumonía . pacemaker',
-    "Localizations": "['loc right', 'loc basal', 'scoliosis']",
-    "labelCUIS": "['C0742855' 'C0024115' 'C0006267' 'C0000001' 'C0000002' 'C0000003'\n 'C0034069']",
+    "Localizations": "['loc right'\n 'scoliosis']",
 }
 
 
@@ -183,8 +180,7 @@ class Trees:
 
     def write_mimic(self, rows=MIMIC_ROWS, findings=MIMIC_FINDINGS, images=True):
         """The split in another order than the metadata; of the official test set no image."""
-        end = "3056,2544,21800506,213014.531,CHEST,PA,Erect"
-        metadata = [f"{row[0]},{row[1]},{row[2]},CHEST,{row[3]},{end}" for row in rows]
+        metadata = [f"{row[0]},{row[1]},{row[2]},CHEST,{row[3]},3056,2544" for row in rows]
         splits = [f"{dicom},{study},{subject},{split}" for dicom, subject, study, _, split in rows]
         write(self.tables["metadata"], lines(METADATA_HEADER, metadata))
         write(self.tables["split"], lines(SPLIT_HEADER, [*splits[4:], *splits[3::-1]]))

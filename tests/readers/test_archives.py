@@ -8,8 +8,6 @@ import multiprocessing
 import os
 import pickle
 import shutil
-import signal
-import subprocess
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -58,15 +56,6 @@ def write_tar(path, files, format="gnu"):
     path.write_bytes(b"".join(member(*file, format) for file in files.items()) + END)
 
 
-def gnu_tar(*args):
-    """Runs GNU tar."""
-    program = shutil.which("gtar") or shutil.which("tar")
-    version = program and subprocess.run([program, "--version"], capture_output=True, text=True)
-    if not version or "GNU" not in version.stdout:
-        pytest.skip("needs GNU tar")
-    subprocess.run([program, *map(str, args)], check=True)
-
-
 def everything(folder):
     """{path: content} of all that lies below a folder but kept indexes; of a directory None."""
     return {
@@ -89,22 +78,19 @@ def both(load):
 
 # Not in sorted order, and 10026 sorts before 9 as text.
 TRAIN = {
-    "n01443537": {"n01443537_2.JPEG": jpeg(1, 5, 4), "n01443537_16.JPEG": jpeg(2, 3, 7)},
-    "n01440764": {
-        "n01440764_9.JPEG": jpeg(3, 6, 6),
-        "n01440764_10026.JPEG": jpeg(4, 2, 9),
-        "n01440764_18.JPEG": jpeg(5, 8, 3),
-    },
-    "n02119789": {"n02119789_1.JPEG": jpeg(6, 4, 4)},
+    "n01443537": ["n01443537_2.JPEG", "n01443537_16.JPEG"],
+    "n01440764": ["n01440764_9.JPEG", "n01440764_10026.JPEG", "n01440764_18.JPEG"],
+    "n02119789": ["n02119789_1.JPEG"],
 }
 VAL = {
-    "n01440764": {"ILSVRC2012_val_00000293.JPEG": jpeg(7, 5, 5)},
-    "n02119789": {
-        "ILSVRC2012_val_00002138.JPEG": jpeg(8, 3, 3),
-        "ILSVRC2012_val_00000784.JPEG": jpeg(9, 7, 2),
-    },
-    "n01443537": {"ILSVRC2012_val_00000236.JPEG": jpeg(10, 2, 2)},
+    "n01440764": ["ILSVRC2012_val_00000293.JPEG"],
+    "n02119789": ["ILSVRC2012_val_00002138.JPEG", "ILSVRC2012_val_00000784.JPEG"],
+    "n01443537": ["ILSVRC2012_val_00000236.JPEG"],
 }
+TRAIN, VAL = (
+    {wnid: {name: jpeg(int(name[-7:-5].strip("_")), 5, 4) for name in part[wnid]} for wnid in part}
+    for part in (TRAIN, VAL)
+)
 CLASSES = ("n01440764", "n01443537", "n02119789")
 ORDER = {  # label, file
     "train": [
@@ -136,13 +122,8 @@ def load_1k(root, split="train", **options):
 
 @pytest.mark.parametrize(
     "tars",
-    [
-        (),
-        [f"{part}/{wnid}" for part in ("train", "val") for wnid in CLASSES],
-        ["train/n01440764", "val/n02119789"],
-        [f"train/{wnid}" for wnid in CLASSES],
-    ],
-    ids=["directories", "tars", "mixed", "train tars"],
+    [(), ["train/n01440764", "val/n02119789"], [f"train/{wnid}" for wnid in CLASSES]],
+    ids=["directories", "mixed", "train tars"],
 )
 def test_imagenet1k(tmp_path, tars):
     write_imagenet1k(tmp_path, tars)
@@ -191,36 +172,18 @@ def holds(root, path, files):
 def test_python_tars(one_tar, format):
     root, path = one_tar
     deep = "d" * 90 + "/" + "e" * 95 + ".JPEG"  # ustar splits such a name at its slash
-    files = {"a b.JPEG": jpeg(1, 3, 2), deep: jpeg(2, 2, 5), "n01440764/n_1.JPEG": jpeg(3, 4, 4)}
+    files = {"a b.JPEG": jpeg(1, 3, 2), deep: jpeg(2, 2, 5), "n\udce9.JPEG": jpeg(3)}  # no UTF-8
     if format != "ustar":
         files["x" * 200 + ".JPEG"] = jpeg(4, 30, 41)
     files["é漢.JPEG"] = jpeg(5, 6, 7)
     write_tar(path, dict(reversed(files.items())), format)
-    holds(root, path, files)
-    write_tar(path, {"n\udce9.JPEG": jpeg(1, 2, 3)}, format)  # no UTF-8
-    holds(root, path, {"n\udce9.JPEG": jpeg(1, 2, 3)})
-
-
-@pytest.mark.parametrize("format", ["v7", "oldgnu", "gnu", "ustar", "pax"])
-def test_gnu_tars_of_a_directory(one_tar, format):
-    root, path = one_tar
-    hidden = {"._1.JPEG": b"not an image", ".DS_Store": b"nor this"}
-    files = {"n_1.JPEG": jpeg(1, 3, 2), "n_2.JPEG": jpeg(2, 200, 91)}
-    if format not in ("v7", "ustar"):
-        files["n_3" + "x" * 150 + ".JPEG"] = jpeg(3, 4, 5)
-    write_class(root / "n01440764", hidden | files)
-    gnu_tar("-C", root / "n01440764", f"--format={format}", "-cf", path, ".")
-    holds(root, path, {f"./{name}": content for name, content in files.items()})
-    gnu_tar("-C", root, f"--format={format}", "-cf", path, "n01440764")
-    holds(root, path, {f"n01440764/{name}": content for name, content in files.items()})
+    holds(root, path, dict(sorted(files.items())))
 
 
 def test_tar_members_that_are_no_images_of_the_class(one_tar):
     root, path = one_tar
     path.write_bytes(
         member("./", type=tarfile.DIRTYPE)
-        + member(".DS_Store", b"hidden")
-        + member("n01440764/", type=tarfile.DIRTYPE)
         + member("n01440764/._n_1.JPEG", b"hidden")
         + member("n01440764/.thumbnails/n_1.JPEG", jpeg(2))
         + member("n01440764/n_1.JPEG", jpeg(1, 2, 3), type=tarfile.CONTTYPE)  # contiguous
@@ -231,144 +194,56 @@ def test_tar_members_that_are_no_images_of_the_class(one_tar):
     holds(root, path, {"n01440764/n_1.JPEG": jpeg(1, 2, 3)})
 
 
-def test_symlinked_classes(tmp_path):
-    write_imagenet1k(tmp_path, ["train/n01443537"])
-    train = tmp_path / "imagenet-1K" / "train"
-    for name in ("n01440764", "n01443537.tar"):
-        (train / name).rename(tmp_path / name)
-        (train / name).symlink_to(tmp_path / name)
-    dataset = load_1k(tmp_path)
-    for i, (label, name) in enumerate(ORDER["train"]):
-        np.testing.assert_array_equal(dataset.read(i), pixels_of(TRAIN[CLASSES[label]][name]))
-    (tmp_path / "n01443537.tar").unlink()
-    with pytest.raises(OSError, match="n01443537.tar"):
-        load_1k(tmp_path)
-
-
 # Bad tars: one line that names the tar, the member and the mend; nothing is written
-
-
-def refused(root, path, content, *words):
-    """A tar of this content is refused by its name, and nothing else comes to be."""
-    path.write_bytes(content)
-    before = everything(root)
-    refuses(ValueError, partial(load_1k, root), path, *words)
-    assert everything(root) == before
 
 
 FIRST, LAST = member("a.JPEG", jpeg(1, 40, 40)), member("z.JPEG", jpeg(2))
 REMADE, MOVED = "make the tar anew", "move it out of the dataset"
 
 
-@pytest.mark.parametrize(
-    "name, header, mend",
-    [
-        *((name, {}, REMADE) for name in ("/etc/n_1.JPEG", "../n_1.JPEG", "b/../../n_1.JPEG")),
-        ("b.JPEG", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, REMADE),
-        ("b.JPEG", {"type": tarfile.SYMTYPE, "linkname": "a.JPEG"}, REMADE),
-        ("b.JPEG", {"type": tarfile.LNKTYPE, "linkname": "a.JPEG"}, REMADE),
-        ("b.JPEG", {"type": tarfile.FIFOTYPE}, REMADE),
-        ("b.JPEG", {"type": tarfile.GNUTYPE_SPARSE}, f"a sparse file; {REMADE}"),
-        ("b.JPEG", {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 5}, REMADE),
-        ("b.JPEG", {"type": tarfile.BLKTYPE, "devmajor": 8}, REMADE),
-        *((name, {}, REMADE) for name in ("a.JPEG", "./a.JPEG")),  # the same place twice
-        *((name, {}, MOVED) for name in ("notes.txt", "n01440764_1", "n01440764.tar", "a\nb.txt")),
-    ],
-)
-@pytest.mark.parametrize("format", FORMATS)
-def test_bad_members(one_tar, monkeypatch, capsys, name, header, mend, format):
+DAMAGED = {
+    "no bytes": (b"", "fetch it again"),
+    "text": (b"<html>404 Not Found</html>" * 50, "fetch it again"),
+    "gzipped": (gzip.compress(FIRST + LAST + END), "decompress it"),
+    "no end": (FIRST + LAST, "fetch it again"),
+    "damaged header": (FIRST + b"y" + LAST[1:] + END, "fetch it again"),
+    "half an end": (FIRST + bytes(511), "fetch it again"),
+    # A download by pieces may leave one as zeros: what follows it must not be lost.
+    "zeros inside": (FIRST + bytes(len(LAST)) + LAST + END, "fetch it again"),
+    "bytes after the end": (FIRST + bytes(8192) + b"<html>" * 100, "fetch it again"),
+    "no image": (member("d/", type=tarfile.DIRTYPE) + member(".x", b"x") + END, "add some or drop"),
+    "symbolic link": (FIRST + member("b.JPEG", type=tarfile.SYMTYPE, linkname="x") + END, REMADE),
+    "hard link": (FIRST + member("b.JPEG", type=tarfile.LNKTYPE, linkname="x") + END, REMADE),
+    "sparse": (FIRST + member("b.JPEG", type=tarfile.GNUTYPE_SPARSE) + END, REMADE),
+    "twice": (FIRST + member("./a.JPEG", jpeg(3)) + END, REMADE),
+    "other file": (FIRST + member("notes.txt", b"x") + END, MOVED),
+}
+
+
+@pytest.mark.parametrize("content, mend", DAMAGED.values(), ids=DAMAGED)
+def test_bad_tars(one_tar, capsys, content, mend):
+    """One line names the tar and the mend, and nothing is written."""
     root, path = one_tar
-    monkeypatch.chdir(root)  # a name relative to here would show
-    content = b"" if "type" in header else jpeg(3)
-    bad = member(name, content, format, **header)
-    path.write_bytes(FIRST + bad + LAST + END)
+    path.write_bytes(content)
     before = everything(root)
     assert data.main(["info", "imagenet1k", "--data-dir", str(root)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"{path}: {name.replace(chr(10), ' ')}" in line and mend in line
+    assert str(path) in line and mend in line
     assert everything(root) == before
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_tar_cut_anywhere_is_refused(one_tar, format):
     root, path = one_tar
-    names = ["a.JPEG", "n01440764/" + "x" * 140 + ".JPEG", "z.JPEG"]
-    if format == "ustar":
-        names[1] = "y" * 80 + "/" + "x" * 80 + ".JPEG"
+    names = ["a.JPEG", "y" * 80 + "/" + "x" * 80 + ".JPEG", "z.JPEG"]
     parts = [member(name, jpeg(i, 9, 9), format) for i, name in enumerate(names)]
     body = b"".join(parts)
     path.write_bytes(body + END)
     assert len(load_1k(root)) == 3
     ends = np.cumsum([len(part) for part in parts])  # inside headers, data, and at their borders
-    cuts = {*range(0, len(body) + 512, 100), *ends, *(ends + 1), *(ends - 1), *(ends + 511)}
-    for cut in cuts:
-        refused(root, path, (body + END)[:cut], "tar", "fetch it again")
-
-
-def test_a_damaged_header_is_refused_or_harmless(one_tar):
-    root, path = one_tar
-    harmless = []
-    for place in range(512):
-        damaged = bytearray(FIRST + LAST + END)
-        damaged[len(FIRST) + place] ^= 1
-        path.write_bytes(damaged)
-        try:
-            assert len(load_1k(root)) == 2
-            harmless.append(place)
-        except ValueError as error:
-            assert str(path) in str(error) and "fetch it again" in str(error)
-    # Only the blanks around the digits of the checksum itself may change.
-    assert set(harmless) <= set(range(148, 156)) and len(harmless) < 4
-
-
-def with_size(name, size, kind=tarfile.REGTYPE):
-    """A header of any size, in GNU's base-256 notation, with a right checksum."""
-    header = bytearray(tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT))
-    sign = b"\x80" if size >= 0 else b"\xff"
-    header[124:136] = sign + (size % 2**88).to_bytes(11, "big")
-    header[156:157] = kind
-    header[148:156] = b" " * 8
-    header[148:156] = b"%06o\0 " % sum(header)
-    return bytes(header)
-
-
-@pytest.mark.parametrize("size", [-512, -1024, -(2**62), 2**40, 2**62, 2**63 - 1024, 2**63, 2**80])
-@pytest.mark.parametrize(
-    "name, kind",
-    [("b.JPEG", tarfile.REGTYPE), ("._b.JPEG", tarfile.REGTYPE)]
-    + [("././@LongLink", tarfile.GNUTYPE_LONGNAME), ("pax", tarfile.XHDTYPE)],
-    ids=["file", "hidden", "long name", "pax"],
-)
-def test_absurd_sizes(one_tar, size, name, kind):
-    """Nor do they make an endless loop."""
-    refused(*one_tar, FIRST + with_size(name, size, kind) + LAST + END)
-
-
-DAMAGED = {
-    "no bytes": b"",
-    "text": b"<html>404 Not Found</html>" * 50,
-    "half a block": bytes(511),
-    "gzipped": gzip.compress(FIRST + LAST + END),
-    "no end": FIRST + LAST,
-    "half an end": FIRST + bytes(511),
-    "bytes for an end": FIRST + b"\x01" * 512 + END,
-    # A download by pieces may leave one as zeros: what follows it must not be lost.
-    "zeros inside": FIRST + bytes(len(LAST)) + LAST + END,
-    "two tars in one": FIRST + END + LAST + END,
-    "bytes after the end": FIRST + bytes(8192) + b"<html>" * 100,
-}
-
-
-@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
-def test_damaged_tars(one_tar, content):
-    refused(*one_tar, content, "again")
-
-
-@pytest.mark.parametrize(
-    "content", [bytes(10240), END, member("d/", type=tarfile.DIRTYPE) + member(".x", b"x") + END]
-)
-def test_tars_without_an_image(one_tar, content):
-    refused(*one_tar, content, "no image", "add some")
+    for cut in {*range(0, len(body) + 512, 100), *ends, *(ends + 1), *(ends - 1), *(ends + 511)}:
+        path.write_bytes((body + END)[:cut])
+        refuses(ValueError, partial(load_1k, root), path, "tar", "fetch it again")
 
 
 def test_a_broken_member_is_named(one_tar):
@@ -378,82 +253,44 @@ def test_a_broken_member_is_named(one_tar):
     assert dataset.read(0).shape == (3, 9, 9)
     refuses(ValueError, partial(dataset.read, 1), f"{path}: b.JPEG", "mend or remove")
     refuses(ValueError, partial(dataset.read, 2), f"{path}: c.JPEG", "mend or remove")
-    write_tar(path, {"a.JPEG": jpeg(1)})  # shorter now
-    refuses(ValueError, partial(dataset.read, -2), f"{path}: b.JPEG", "mend or remove")
-    path.unlink()
-    with pytest.raises(FileNotFoundError, match="n01440764.tar"):
-        dataset.read(0)
 
 
 # Classes that are missing, superfluous, empty or there twice
 
 
-@pytest.mark.parametrize("tars", [(), ["val/n01443537", "train/n02119789"]], ids=["", "tars"])
-def test_classes_of_val_are_those_of_train(tmp_path, tars):
-    val = write_imagenet1k(tmp_path, tars) / "imagenet-1K" / "val"
-    lost = val / ("n01443537.tar" if tars else "n01443537")
-    lost.rename(tmp_path / "away")
-    refuses(ValueError, partial(load_1k, tmp_path, "test"), val / "n01443537", "add some or drop")
+@pytest.mark.parametrize("ending", ["", ".tar"])
+def test_classes_of_val_are_those_of_train(tmp_path, ending):
+    val = write_imagenet1k(tmp_path, ["val/n01443537"] if ending else ()) / "imagenet-1K" / "val"
+    load = partial(load_1k, tmp_path, "test")
+    (val / f"n01443537{ending}").rename(val / f"n09999999{ending}")
+    refuses(ValueError, load, val / "n09999999", f"no class of that name in {val.parent}/train")
+    (val / f"n09999999{ending}").rename(tmp_path / "away")
+    refuses(ValueError, load, val / "n01443537", "add some or drop")
     assert len(load_1k(tmp_path)) == 6
-    (tmp_path / "away").rename(lost)
-    write_class(val / "n09999999", {"v.JPEG": jpeg(0)})
-    words = val / "n09999999", f"no class of that name in {tmp_path}/imagenet-1K/train"
-    refuses(ValueError, partial(load_1k, tmp_path, "test"), *words)
-    shutil.rmtree(val / "n09999999")
-    write_tar(val / "n09999999.tar", {"v.JPEG": jpeg(0)})
-    refuses(ValueError, partial(load_1k, tmp_path, "test"), *words)
 
 
-@pytest.mark.parametrize(
-    "name, folder",
-    [("imagenet1k", "imagenet-1K/train"), ("imagenet1k", "imagenet-1K/val")]
-    + [("imagenet21k", "imagenet-21K")],
-)
-def test_bad_class_entries(tmp_path, name, folder):
+def test_bad_class_entries(tmp_path):
     write_imagenet1k(tmp_path)
-    (tmp_path / "imagenet-1K" / "train").rename(tmp_path / "imagenet-21K")
-    shutil.copytree(tmp_path / "imagenet-21K", tmp_path / "imagenet-1K" / "train")
-    folder = tmp_path / folder
-    load = partial(data.load_dataset, name, tmp_path, "test" if folder.name == "val" else "train")
-
-    tar = folder / "n01440764.tar"
-    write_tar(tar, {"x.JPEG": jpeg(0)})
-    refuses(ValueError, load, folder / "n01440764", "n01440764.tar are both there", "remove one")
-    tar.unlink()
-
-    (folder / "n01440764").rename(tmp_path / "away")
-    (folder / "n01440764").mkdir()
-    refuses(ValueError, load, folder / "n01440764", "no image", "add some or drop")
-    (folder / "n01440764" / ".hidden.JPEG").write_bytes(jpeg(0))
-    refuses(ValueError, load, folder / "n01440764", "no image", "add some or drop")
-    shutil.rmtree(folder / "n01440764")
-    (tmp_path / "away").rename(folder / "n01440764")
-
-    stray = folder / "ILSVRC2012_val_00000001.JPEG"  # as the validation tar unpacks
-    stray.write_bytes(jpeg(0))
-    refuses(ValueError, load, stray, "neither a class directory nor CLASS.tar")
-    stray.unlink()
-
-    (folder / "n01440764" / "boxes.xml").touch()
-    refuses(ValueError, load, folder / "n01440764" / "boxes.xml", "not an image")
-    (folder / "n01440764" / "boxes.xml").unlink()
-
-    (folder / ".DS_Store").touch()
+    folder, load = tmp_path / "imagenet-1K" / "train", partial(load_1k, tmp_path)
+    first = folder / "n01440764"
+    for stray, words in (
+        (folder / "n01440764.tar", ["are both there", "remove one"]),
+        (folder / "ILSVRC2012_val_00000001.JPEG", ["neither a class directory nor CLASS.tar"]),
+        (first / "boxes.xml", ["not an image"]),
+    ):
+        stray.write_bytes(jpeg(0))
+        refuses(ValueError, load, first if ".tar" in stray.name else stray, *words)
+        stray.unlink()
+    first.rename(tmp_path / "away")
+    write_class(first, {".hidden.JPEG": jpeg(0)})
+    refuses(ValueError, load, first, "no image", "add some or drop")
+    shutil.rmtree(first)
+    (tmp_path / "away").rename(first)
     (folder / ".cache").mkdir()
     (folder / ".n.tar").touch()
     assert load().classes == CLASSES
-
-
-def test_missing_parts(tmp_path):
-    for part in ("imagenet-1K/val", "imagenet-1K/train", "imagenet-1K"):
-        shutil.rmtree(write_imagenet1k(tmp_path) / part)
-        for split in ("train", "test"):
-            call = partial(load_1k, tmp_path, split)
-            refuses(FileNotFoundError, call, tmp_path / part, "--data-dir")
-    load = partial(load_21k, tmp_path)
-    refuses(FileNotFoundError, load, tmp_path / "imagenet-21K", "--data-dir")
-    (tmp_path / "imagenet-21K" / ".hidden").mkdir(parents=True)
-    refuses(ValueError, load, tmp_path / "imagenet-21K", "no class")
+    shutil.rmtree(tmp_path / "imagenet-1K" / "val")
+    refuses(FileNotFoundError, load, tmp_path / "imagenet-1K" / "val", "--data-dir")
 
 
 # imagenet21k: one image in a hundred is held out, by its name alone
@@ -516,26 +353,16 @@ def test_imagenet21k(tmp_path, tars):
 
 def test_held_out_by_the_name_alone(tmp_path):
     names, reference = NAMES["n01440764"][:600], sorted(HELD[:6])
-    # In another class, with other content, in another order, and beside other files.
+    # In another class, with other content, and wherever the tar says that it lies.
     assert held(write_21k(tmp_path / "a", {"n99999999": names}, image=jpeg(9))) == reference
-    assert held(write_21k(tmp_path / "b", {"x": names[::-1]}, ["x"])) == reference
-    few = ["n01440764_1.JPEG", *reference[:3]]
-    assert held(write_21k(tmp_path / "c", {"x": few})) == reference[:3]
-    more = {"a": [f"n_{i}.JPEG" for i in range(50)], "n01440764": names}
-    assert [x for x in held(write_21k(tmp_path / "d", more)) if x in names] == reference
-    # And wherever the tar says that it lies.
-    for part in ("./", "n01440764/", "./deep/er/"):
-        root = write_21k(tmp_path / f"e{len(part)}", {"x": [part + x for x in names]}, ["x"])
-        assert held(root) == reference
-
-
-def test_a_class_may_lie_on_one_side_but_a_split_needs_an_image(tmp_path):
-    root = write_21k(tmp_path / "two", {"a": ["n01440764_29.JPEG"], "b": ["n01440764_1.JPEG"]})
+    root = write_21k(tmp_path / "b", {"x": [f"./deep/er/{name}" for name in names[::-1]]}, ["x"])
+    assert held(root) == reference
+    # A class may lie on one side; a split needs an image.
+    root = write_21k(tmp_path / "c", {"a": reference[:1], "b": names[:1]})
     train, test = both(partial(load_21k, root))
     assert train.classes == test.classes == ("a", "b")
     assert (train.labels.tolist(), test.labels.tolist()) == ([1], [0])
-    root = write_21k(tmp_path / "one", {"a": ["n01440764_1.JPEG"]})
-    assert len(load_21k(root)) == 1
+    root = write_21k(tmp_path / "d", {"a": names[:1]})
     refuses(ValueError, partial(load_21k, root, "test"), root / "imagenet-21K", "no image")
 
 
@@ -650,16 +477,6 @@ def test_its_name_and_content_hold_for_ever(tmp_path, monkeypatch):
     assert len(arrays) == 6
 
 
-def test_index_of_fewer_images_is_not_kept(large, monkeypatch):
-    (large / "imagenet-21K" / "n00000003" / OWN[0]).unlink()
-    train, test = whole(large, cache_dir=str(large / "cache"))
-    assert len(train) + len(test) == 99 and not mapped(train)
-    assert kept(large) == [] and not (large / "cache").exists()
-    with scans(monkeypatch) as seen:
-        load_21k(large)
-    assert str(large / "imagenet-21K" / "n00000003") in seen
-
-
 def test_cache_dir(large, tmp_path, monkeypatch, capsys):
     cache = tmp_path / "to" / "cache"
     first = whole(large, cache_dir=str(cache))
@@ -670,32 +487,22 @@ def test_cache_dir(large, tmp_path, monkeypatch, capsys):
     assert equal(first, second) and mapped(second[0])
     assert data.main(["list", "--data-dir", str(large), "--cache-dir", str(cache)]) == 0
     assert "imagenet21k" in capsys.readouterr().out and kept(large) == []
-    assert equal(first[:1], [load_21k(large)]) and len(kept(large)) == 1  # beside the data too now
-    assert len(kept(cache)) == 1
-
-
-def test_cache_dir_of_several_sets(large, tmp_path, monkeypatch):
-    cache, own = tmp_path / "cache", tmp_path / "own"
-    for part in ("train", "test"):
+    own = tmp_path / "own"
+    for part in ("train", "test"):  # other sets have indices of their own there
         shutil.copytree(large / "imagenet-21K", own / part)
-    (own / "test" / "n00000003" / "n00000003_x.JPEG").write_bytes(jpeg(0))
-    for again in (False, True):
-        with scans(monkeypatch) as seen:
-            load_21k(large, cache_dir=cache)
-            train, test = both(partial(data.load_dataset, f"folder:{own}", cache_dir=cache))
-        assert len(kept(cache)) == 3
-        assert any("n00000003" in path for path in seen) != again
-    assert (len(train), len(test)) == (100, 101)
-    assert train.where(0) == f"{own}/train/n00000003/n00000003_0.JPEG"
-    assert test.where(10) == f"{own}/test/n00000003/n00000003_x.JPEG"
+    for part in ("train", "test"):
+        assert len(data.load_dataset(f"folder:{own}", split=part, cache_dir=cache)) == 100
+    assert len(kept(cache)) == 3
+    monkeypatch.setattr(archives, "CACHE_FROM", 101)
+    train, _ = whole(large)
+    assert not mapped(train) and kept(large) == []  # an index of few images is not kept
 
 
-def new_file(folder):
+def new_file_in_an_old_directory(folder):
+    # rsync and tar set the time of a directory to that of its original.
+    time = (folder / "n00000003").stat().st_mtime_ns
     (folder / "n00000003" / "n00000003_new.JPEG").write_bytes(jpeg(0))
-
-
-def renamed_file(folder):
-    (folder / "n00000003" / OWN[4]).rename(folder / "n00000003" / "n00000003_zz.JPEG")
+    os.utime(folder / "n00000003", ns=(time, time))
 
 
 def lost_class(folder):
@@ -703,19 +510,21 @@ def lost_class(folder):
     shutil.rmtree(folder / "n00000003")
 
 
-def new_file_in_an_old_directory(folder):
-    # rsync and tar set the time of a directory to that of its original.
-    time = (folder / "n00000003").stat().st_mtime_ns
-    new_file(folder)
-    os.utime(folder / "n00000003", ns=(time, time))
+def replaced_tar(folder):
+    class_as_tar(folder)
+    load_21k(folder.parent)
+    tar = folder / "n00000003.tar"
+    stat = tar.stat()
+    write_tar(tar, dict.fromkeys((name.replace("_", "_1") for name in OWN), jpeg(7, 3, 3)))
+    os.utime(tar, ns=(stat.st_mtime_ns, stat.st_mtime_ns))
+    assert tar.stat().st_size == stat.st_size
 
 
 @pytest.mark.parametrize(
-    "change",
-    [new_file, renamed_file, lost_class, class_as_tar, new_file_in_an_old_directory],
+    "change", [new_file_in_an_old_directory, lost_class, class_as_tar, replaced_tar]
 )
-def test_changed_files_are_noticed(large, change):
-    load_21k(large)
+def test_changes_are_noticed(large, change):
+    whole(large)
     (old,) = kept(large)
     change(large / "imagenet-21K")
     whole(large)
@@ -723,83 +532,25 @@ def test_changed_files_are_noticed(large, change):
     assert new != old
 
 
-@pytest.mark.parametrize(
-    "size, time",
-    [(True, True), (True, False), (False, True), (False, False)],
-    ids=["both", "size", "time", "neither"],
-)
-def test_replaced_tars_are_noticed(large, size, time):
-    tar = large / "imagenet-21K" / "n00000003.tar"
-    class_as_tar(large / "imagenet-21K")
-    load_21k(large)
-    (old,) = kept(large)
-    stat = tar.stat()
-    names = [name.replace("_", "_1") for name in OWN]
-    more = ["n00000003_x.JPEG"] if size else []
-    write_tar(tar, dict.fromkeys(names + more, jpeg(7, 3, 3)))
-    assert (tar.stat().st_size != stat.st_size) == size
-    if not time:
-        os.utime(tar, ns=(stat.st_mtime_ns, stat.st_mtime_ns))
-    train, _ = whole(large)
-    (new,) = kept(large)
-    assert new != old
-    i = places(train).index(f"{tar}: {names[0]}")
-    np.testing.assert_array_equal(train.read(i), pixels_of(jpeg(7, 3, 3)))
-
-
-def damage(file, how):
-    if how == "lost":
-        file.unlink()
-    elif how == "emptied":  # as a power cut leaves what never reached the disk
-        os.truncate(file, 0)
-    elif how == "cut":
-        os.truncate(file, file.stat().st_size - 1)
-    else:
-        content = bytearray(file.read_bytes())
-        content[10:60] = b"(" * 50
-        file.write_bytes(content)
-
-
-@pytest.mark.parametrize("how", ["lost", "emptied", "cut", "overwritten"])
+@pytest.mark.parametrize("how", ["lost", "emptied", "overwritten"])
 def test_a_damaged_index_is_made_anew(large, monkeypatch, how):
     class_as_tar(large / "imagenet-21K")
     reference = whole(large)
     (index,) = kept(large)
-    files = sorted(file.name for file in index.iterdir())
+    files = sorted(index.iterdir())
     assert len(files) == 6
-    for name in files:
-        damage(index / name, how)
-        assert equal(reference, both(partial(load_21k, large))), name
+    for file in files:
+        if how == "lost":
+            file.unlink()
+        elif how == "emptied":  # as a power cut leaves what never reached the disk
+            os.truncate(file, 0)
+        else:
+            file.write_bytes(b"(" * file.stat().st_size)
+        assert equal(reference, both(partial(load_21k, large))), file
         assert kept(large) == [index]
         with scans(monkeypatch) as seen:
-            again = load_21k(large)
-        assert not [path for path in seen if path.endswith("n02124075")], name
-        assert mapped(again)
-
-
-def test_an_index_that_is_no_directory_of_arrays(large):
-    reference = whole(large)
-    (index,) = kept(large)
-    for file in index.iterdir():
-        file.unlink()
-    assert equal(reference, both(partial(load_21k, large)))
-    assert len(list(index.iterdir())) == 4
-    shutil.rmtree(index)
-    index.write_bytes(b"")  # so that none can be kept there
-    assert equal(reference, both(partial(load_21k, large)))
-    assert index.read_bytes() == b"" and kept(large) == []
-
-
-def test_cache_dir_that_cannot_be_written(large, tmp_path, capsys):
-    file = tmp_path / "file"
-    file.write_bytes(b"")
-    for cache in (file, file / "below"):
-        refuses(OSError, partial(load_21k, large, cache_dir=cache), f"--cache-dir {cache}")
-        args = ["info", "imagenet21k", "--data-dir", str(large), "--cache-dir", str(cache)]
-        assert data.main(args) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert f"--cache-dir {cache}" in line
-    assert file.read_bytes() == b"" and kept(large) == []
+            assert mapped(load_21k(large))
+        assert not [path for path in seen if path.endswith("n02124075")], file
 
 
 @pytest.mark.parametrize("module, name", [(Path, "mkdir"), (np, "save"), (os, "rename")])
@@ -817,84 +568,31 @@ def test_read_only_directories(large, tmp_path, monkeypatch, module, name):
     assert kept(tmp_path) == []
 
 
-# Several processes, and processes that die
+# Several processes
 
 FORK = multiprocessing.get_context("fork")
-
-
-def fingerprint(root):
-    content = hashlib.sha256()
-    for dataset in both(partial(load_21k, root)):
-        content.update(dataset.labels.tobytes())
-        content.update("\n".join(places(dataset)).encode())
-    return content.hexdigest()
 
 
 def _load_together(root, barrier, answers):
     barrier.wait()
     try:
-        answers.put(fingerprint(root))
+        answers.put([(d.labels.tolist(), places(d)) for d in both(partial(load_21k, root))])
     except Exception as error:
         answers.put(repr(error))
 
 
-@pytest.mark.parametrize("state", ["new", "damaged", "outdated"])
-def test_processes_that_build_at_once(large, state):
+def test_processes_that_build_at_once(large):
     class_as_tar(large / "imagenet-21K")
-    reference = fingerprint(large)
+    reference = [(d.labels.tolist(), places(d)) for d in both(partial(load_21k, large))]
     (index,) = kept(large)
-    if state == "new":
-        shutil.rmtree(index)
-    elif state == "damaged":
-        for file in index.iterdir():
-            os.truncate(file, file.stat().st_size // 2)
-    else:
-        os.utime(large / "imagenet-21K" / "n00000003.tar")
+    for file in index.iterdir():
+        os.truncate(file, file.stat().st_size // 2)
     barrier, answers = FORK.Barrier(4), FORK.Queue()
-    processes = [
-        FORK.Process(target=_load_together, args=(large, barrier, answers)) for _ in range(4)
-    ]
+    args = large, barrier, answers
+    processes = [FORK.Process(target=_load_together, args=args, daemon=True) for _ in range(4)]
     for process in processes:
         process.start()
     assert [answers.get() for _ in processes] == [reference] * 4
     for process in processes:
         process.join()
-    old, (index,) = index, kept(large)
-    assert (index != old) == (state == "outdated")
-    assert mapped(load_21k(large))
-
-
-def _die_at(root, module, name, call, before):
-    """Loads, and is killed before or after the `call`-th call of a function."""
-    function, count = getattr(module, name), 0
-
-    def counted(*args, **options):
-        nonlocal count
-        count += 1
-        if count == call and before:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = function(*args, **options)
-        if count == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    setattr(module, name, counted)
-    load_21k(root)
-
-
-def test_killed_while_building(large):
-    class_as_tar(large / "imagenet-21K")
-    reference = both(partial(load_21k, large))
-    (index,) = kept(large)
-    files = len(list(index.iterdir()))
-    moments = [(np, "save", call, False) for call in range(1, files + 1)]
-    for moment in [*moments, (os, "rename", 1, True), (os, "rename", 1, False)]:
-        for path in kept(large):
-            shutil.rmtree(path)
-        process = FORK.Process(target=_die_at, args=(large, *moment))
-        process.start()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL, moment
-        for _ in range(2):
-            assert equal(reference, both(partial(load_21k, large))), moment
-        assert index in kept(large)
+    assert kept(large) == [index] and mapped(load_21k(large))

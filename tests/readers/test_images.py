@@ -1,8 +1,6 @@
 """Decoding: every kind of pixel file, and what is none; subsets of a dataset."""
 
-import struct
 import warnings
-import zlib
 from functools import partial
 
 import numpy as np
@@ -57,8 +55,6 @@ def test_read_image_cmyk_jpeg(tmp_path, rng):
     assert colour.shape == (3, 16, 24) and single.shape == (1, 16, 24)
     np.testing.assert_array_equal(colour, pixels_of(tmp_path / "x.jpg"))
     np.testing.assert_array_equal(single, pixels_of(tmp_path / "x.jpg", "L"))
-    Image.new("CMYK", (8, 8), (255, 0, 0, 0)).save(tmp_path / "cyan.jpg")
-    assert read_image(tmp_path / "cyan.jpg", "RGB")[:, 4, 4].tolist() == [0, 255, 255]
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg"])
@@ -75,29 +71,15 @@ def test_read_image_refuses_what_is_no_image(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("no image\n" * 100)
     (tmp_path / "folder.png").mkdir()
-    for name in ("empty.png", "text.png", "folder.png"):
-        refuses(ValueError, lambda name=name: read_image(tmp_path / name, "L"), tmp_path / name)
-    refuses(
-        FileNotFoundError, lambda: read_image(tmp_path / "none.png", "L"), tmp_path / "none.png"
-    )
-
-
-def test_read_image_refuses_float_and_wide_pixels(tmp_path):
-    for pixels in (np.full((2, 2), 0.5, np.float32), np.full((2, 2), 70000, np.int32)):
-        save(tmp_path / "x.tif", pixels)
-        refuses(ValueError, lambda: read_image(tmp_path / "x.tif", "L"), "x.tif", "16-bit")
+    save(tmp_path / "float.tif", np.full((2, 2), 0.5, np.float32))
+    save(tmp_path / "wide.tif", np.full((2, 2), 70000, np.int32))
+    for path in sorted(tmp_path.iterdir()):
+        refuses(ValueError, partial(read_image, path, "L"), path, "unreadable", "mend or remove")
+    path = tmp_path / "none.png"
+    refuses(FileNotFoundError, partial(read_image, path, "L"), path)
 
 
 def test_read_image_refuses_bombs(tmp_path, monkeypatch):
-    def chunk(kind, body):
-        return (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 50000, 50000, 8, 0, 0, 0, 0))
-    body = chunk(b"IDAT", zlib.compress(bytes(10**6))) + chunk(b"IEND", b"")
-    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + body)
-    refuses(ValueError, lambda: read_image(tmp_path / "bomb.png", "L"), "bomb.png", "bomb")
     # Pillow refuses from twice its limit on and merely warns below that.
     save(tmp_path / "x.png", np.zeros((10, 15), np.uint8))
     assert read_image(tmp_path / "x.png", "L").shape == (1, 10, 15)
@@ -126,11 +108,3 @@ def test_subset(chests, pets_at_home):
     ):
         with pytest.raises(IndexError):
             call()
-
-
-def test_replace(chests):
-    dataset = chests.load()
-    other = dataset.replace(name="x", classes=list("abcdefghijklmn"), dropped={"why": 1})
-    assert (other.name, other.classes, other.dropped) == ("x", tuple("abcdefghijklmn"), {"why": 1})
-    assert other.reader is dataset.reader and other.labels is dataset.labels
-    assert (dataset.name, dataset.dropped) == ("nih", {}) and other != dataset
