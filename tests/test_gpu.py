@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, refuses
 from grids import call
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
@@ -34,40 +33,37 @@ CUDA = torch.device("cuda", 0)
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def autocast_cuda(monkeypatch):
-    """Autocast for CUDA, which PyTorch switches off where there is none."""
-    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr(
-        torch.amp.autocast_mode.torch.cuda.amp.common,
-        "amp_definitely_not_available",
-        lambda: False,
-    )
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **more: True)
+# In a process of its own: after fake CUDA tensors PyTorch has threads that no fork survives.
+LAYERS = """
+import sys; sys.path.insert(0, {root!r})
+import torch, models
+from torch._subclasses.fake_tensor import FakeTensorMode
+torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+torch.cuda.is_bf16_supported = lambda *args, **more: True
+device, dtypes, strides = torch.device("cuda", 0), [], []
+def look(layer, inputs, output):
+    dtypes.append(output.dtype)
+    if isinstance(layer, models.StdConv2d):
+        kernel = models.standardize(layer.weight)
+        strides.append(kernel.stride(1) == 1 and kernel.stride(3) == kernel.shape[1])
+with FakeTensorMode(), torch.autocast("cuda", torch.bfloat16):
+    with device:
+        model = models.create_model("R50x1", 10)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Conv2d):  # as place() would
+            kernel = layer.weight.detach().to(memory_format=models.LAYOUT["cuda"])
+            layer.weight = torch.nn.Parameter(kernel)
+        if isinstance(layer, (models.StdConv2d, models.GroupNorm)):
+            layer.register_forward_hook(look)
+    model(torch.empty(2, 3, 64, 64, device=device))
+assert len(dtypes) == 53 + 49 and set(dtypes) == {{torch.bfloat16}}, set(dtypes)
+assert len(strides) == 53 and all(strides)  # 1 x 1 kernels too say that channels come last
+"""
 
 
-def test_every_layer_keeps_bf16_and_channels_last(autocast_cuda):
-    seen = []
-
-    def look(layer, inputs, output):
-        kernel = getattr(layer, "weight", None)
-        seen.append((type(layer).__name__, output.dtype, kernel))
-
-    with FakeTensorMode(), torch.autocast("cuda", torch.bfloat16):
-        with CUDA:
-            model = models.create_model("R50x1", 10)
-        for layer in model.modules():
-            if isinstance(layer, torch.nn.Conv2d):  # as place() would
-                kernel = layer.weight.detach().to(memory_format=models.LAYOUT["cuda"])
-                layer.weight = torch.nn.Parameter(kernel)
-            if isinstance(layer, (models.StdConv2d, models.GroupNorm)):
-                layer.register_forward_hook(look)
-        model(torch.empty(2, 3, 64, 64, device=CUDA))
-        kernels = [models.standardize(w) for kind, _, w in seen if kind == "StdConv2d"]
-    assert len(seen) == 53 + 49 and {dtype for _, dtype, _ in seen} == {torch.bfloat16}
-    assert len(kernels) == 53
-    for kernel in kernels:  # 1 x 1 kernels too say that channels come last
-        assert kernel.stride(1) == 1 and kernel.stride(3) == kernel.shape[1]
+def test_every_layer_keeps_bf16_and_channels_last():
+    command = [sys.executable, "-c", LAYERS.format(root=str(ROOT))]
+    subprocess.run(command, capture_output=True, text=True, check=True)
 
 
 @pytest.mark.parametrize("precision", ("fp32", "bf16"))
@@ -313,7 +309,7 @@ def test_a_lost_device_ends_the_grid_and_no_other_error_does(error, lost):
         refuses(ValueError, run, "the device is lost", "the same command")
     else:
         run()
-    assert list(one.failures) == [] if lost else ["x.json"]
+    assert list(one.failures) == ([] if lost else ["x.json"])
 
 
 @pytest.mark.parametrize("cores, processes, expected", ((64, 8, 8), (16, 8, 2), (128, 1, 8)))
