@@ -9,8 +9,7 @@ how training went, from its logs.
     python plot.py --curves runs/*                          # logs of training to figures/curves.*
 
 It reads every JSON file under the folders (schema 1, as transfer.py and fewshot.py write them) and
-published numbers, trains nothing, and writes each figure as PNG and SVG with its numbers as a
-Markdown table and CSV:
+published numbers, and writes each figure as PNG and SVG with its numbers as Markdown and CSV:
 
     fewshot    a panel for each target, a line for each source and model, over the shots
     fullshot   the same on all training images: bars for each model, lines over the source's size

@@ -1,5 +1,6 @@
 """Two figures of gains from scale: paired differences by group, gain against domain distance."""
 
+import itertools
 import math
 
 import numpy as np
@@ -97,12 +98,10 @@ def draw_gains(gains, styles, title="", notes=()):
         for origin, part in sorted(results.group(gains, "target.origin").items())
     }
     alike = "line.source_domain", "target.domain", "line.method", "line.recipe"
-    blocks = [
-        results.group(block, "target.origin") for block in results.group(gains, *alike).values()
-    ]
-    heights = [
-        HEAD + ROW * max(len(gain_rows(part)) for part in block.values()) for block in blocks
-    ]
+    blocks = results.group(gains, *alike).values()
+    blocks = [results.group(block, "target.origin") for block in blocks]
+    rows = [max(len(gain_rows(part)) for part in block.values()) for block in blocks]
+    heights = [HEAD + ROW * count for count in rows]  # inches
     widths = [2.15 * len(part) + 1 for part in kinds.values()]  # inches
     fig = Figure(figsize=(sum(widths), sum(heights)), layout="constrained")
     shape = {"squeeze": False, "height_ratios": heights, "width_ratios": widths}
@@ -111,16 +110,15 @@ def draw_gains(gains, styles, title="", notes=()):
         for origin, part in zip(kinds, row):
             if origin not in block:
                 continue
-            members = results.group(block[origin], "line.kind")
-            first = block[origin][0]
+            members, first = results.group(block[origin], "line.kind"), block[origin][0]
             methods = [getattr(first.line, key) or "–" for key in differ]
             heading = ", ".join([first.group, *methods]) + results.mark(origin)
             part.suptitle(heading, fontsize=8.5, fontweight="bold")
             rows = gain_rows(block[origin])
             axes = part.subplots(1, len(kinds[origin]), squeeze=False, sharey=True)[0]
-            for ax, kind in zip(axes, kinds[origin]):
-                if kind in members:
-                    draw_gain_panel(ax, rows, members[kind])
+            for ax, panel in itertools.zip_longest(axes, members.values()):
+                if panel:
+                    draw_gain_panel(ax, rows, panel)
                 else:
                     ax.set_axis_off()
     key = "▲ better (95 % interval above zero)   ○ not off zero   ▼ worse"

@@ -232,9 +232,10 @@ def fit(x, y):
     width of its 95 % confidence band. None where fewer than three points or one x leave nothing to
     estimate."""
     x, y = np.asarray(x, float), np.asarray(y, float)
-    n, spread_x = len(x), float(np.sum((x - x.mean()) ** 2)) if len(x) else 0.0
-    if n < 3 or spread_x == 0:
+    n = len(x)
+    if n < 3 or np.ptp(x) == 0:
         return None
+    spread_x = float(np.sum((x - x.mean()) ** 2))
     slope = float(np.sum((x - x.mean()) * (y - y.mean())) / spread_x)
     residual = y - y.mean() - slope * (x - x.mean())
     t, sigma = results.t_quantile(n - 2), math.sqrt(np.sum(residual**2) / (n - 2))

@@ -105,32 +105,28 @@ def full_shot(cells):
 
 def count_table(gains):
     """Gains -> lines of the table of verdicts: a row for each kind, group and regime of shots."""
-    rows = []
+    differ = results.differing(gains)
+    rows = [["gain", "group", "origin", *differ, "shots", "cells", *VERDICTS.values()]]
+    rows[0] += OTHERS.values()
     for members in group(gains, "line", "target.domain", "target.origin").values():
-        line = members[0].line
+        first = members[0]
+        about = [f"larger {first.line.kind}", first.group, first.target.origin]
+        about += [getattr(first.line, key) for key in differ]
         for name in (*REGIMES, "all"):
             part = [gain for gain in members if name in (regime(gain.shots), "all")]
-            row = {"gain": f"larger {line.kind}", "group": members[0].group, **line._asdict()}
-            row |= {"origin": members[0].target.origin, "shots": name, "cells": len(part)}
-            row |= {VERDICTS[verdict]: count for verdict, count in counts(part).items()}
-            for interval, head in OTHERS.items():
+            row = [*about, name, len(part), *counts(part).values()]
+            for interval in OTHERS:
                 found = counts(part, interval)
-                row[head] = f"{found['above']}/{found['unclear']}/{found['below']}"
+                row.append(f"{found['above']}/{found['unclear']}/{found['below']}")
             rows += [row] if part else []
-    heads = ["gain", "group", "origin", *results.differing(gains), "shots", "cells"]
-    heads += [*VERDICTS.values(), *OTHERS.values()]
-    if len({row["origin"] for row in rows}) == 1:
-        heads.remove("origin")
-    if not any(row["no interval"] for row in rows):
-        heads.remove("no interval")
-    return table([heads, *([row[head] for head in heads] for row in rows)])
+    return table(rows)
 
 
 def flip_table(gains):
     """Gains -> lines of the table of those that another of INTERVALS judges otherwise."""
     rows = [["gain", "group", "target", "shots", "mean", *INTERVALS.values()]]
     for gain in gains:
-        _, factor, decimals = METRICS[gain.metric]
+        _, factor, decimals, _ = METRICS[gain.metric]
         row = [f"larger {gain.line.kind}", gain.group, gain.target.name, shots_words(gain.shots)]
         row.append(f"{factor * gain.mean:+.{decimals + 1}f}")
         for interval in INTERVALS:
@@ -144,8 +140,7 @@ def flip_table(gains):
 def gains(cells):
     """Gains -> Markdown: counts, where another interval says otherwise, a table a target."""
     parts = ["### gain from scale: in how many cells (target x shots)\n", *count_table(cells)]
-    other = "; ".join(INTERVALS[interval] for interval in OTHERS)
-    parts.append(f"\nThe last two columns, above/not off/below zero by other intervals: {other}.\n")
+    parts.append("\nThe last two columns, above/not off/below zero: by other intervals.\n")
     parts += ["### cells in which the interval decides\n", *flip_table(cells), ""]
     panels = group(sorted(cells, key=results.target_order), "target")
     for target, panel in panels.items():

@@ -39,9 +39,9 @@ def draw_few_shot_panel(ax, target, cells, styles):
     ax.set_title(words, color=LOOKS[target.domain].hues[-1], fontsize=8.5)
     places = draw_shots_axis(ax, cells)
     chance = (0.5, "0.5") if cells[0].metric == "mean_auc" else None  # of precision: unknown
-    classes = {cell.classes for cell in cells}
-    if cells[0].metric == "accuracy" and len(classes) == 1 and 0 not in classes:
-        chance = 1 / cells[0].classes, f"1/{cells[0].classes}"
+    classes = cells[0].classes
+    if cells[0].metric == "accuracy" and {cell.classes for cell in cells} == {classes or None}:
+        chance = 1 / classes, f"1/{classes}"
     style.draw_y_axis(ax, cells, chance)
     factor = results.METRICS[cells[0].metric].factor
     lines = results.group([cell for cell in cells if cell.n], "line")
@@ -173,7 +173,7 @@ def draw_full_shot(cells, styles, title="", notes=()):
 
 def draw_shared_panel(ax, pairs, styles):
     """The cells of one metric: own over published means, with both intervals and the diagonal."""
-    name, factor, _ = results.METRICS[pairs[0].own.metric]
+    name, factor, *_ = results.METRICS[pairs[0].own.metric]
     for own, published, _ in pairs:
         bars = {"xerr": factor * published.ci95, "yerr": factor * own.ci95, **BARS}
         look = {**styles[own.line], "linestyle": "none"}

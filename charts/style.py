@@ -104,16 +104,12 @@ def styles_of(cells, styles):
 def draw_y_axis(ax, cells, chance=None):
     """Name and limits of the metric, and the level of chance: (fraction, its name)."""
     metric = results.METRICS[cells[0].metric]
-    known = [cell for cell in cells if cell.n]
-    bars = [np.nan_to_num(cell.ci95) for cell in known]
-    means = [cell.mean for cell in known]
-    ends = [mean + side * bar for mean, bar in zip(means, bars) for side in (-1, 1)]
-    if not known:
-        means = ends = [0, 1]
+    means = np.array([cell.mean for cell in cells if cell.n] or [0, 1])
+    bars = np.nan_to_num([cell.ci95 for cell in cells if cell.n] or [0, 0])
     # A t interval of few seeds can be longer than all else, and leave [0, 1]: the axis follows the
     # means, and intervals as far as half their range beyond.
-    reach = 0.5 * (max(means) - min(means)) or 1
-    low, high = max(0, min(ends), min(means) - reach), min(1, max(ends), max(means) + reach)
+    reach = np.minimum(bars, 0.5 * np.ptp(means) or 1)
+    low, high = max(0, min(means - reach)), min(1, max(means + reach))
     if chance:
         level, name = chance
         ax.axhline(metric.factor * level, color="black", linewidth=0.8, linestyle=":", zorder=1)

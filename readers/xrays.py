@@ -126,8 +126,8 @@ def chexpert(name, root, split, views=("PA", "AP")):
     folder = root / "CheXpert-v1.0"
     table = folder / ("train.csv" if split == "train" else "valid.csv")
     need(name, table)
-    like = "be like CheXpert-v1.0/train/patient00001/study1/view1_frontal.jpg"
-    columns = {"Path": Column(_chexpert_paths, like), "AP/PA": TEXT}
+    must = "be like CheXpert-v1.0/train/patient00001/study1/view1_frontal.jpg"
+    columns = {"Path": Column(_chexpert_paths, must), "AP/PA": TEXT}
     columns["Frontal/Lateral"] = one_of({"Frontal": True, "Lateral": False}, bool)
     paths, found, frontal, *findings = tables.read_table(table, columns | FINDING_COLUMNS)
     found = np.where(frontal, found, b"L")
@@ -178,19 +178,15 @@ def mimic_rows(name, folder, split, views):
     return dicoms[labelled], subjects[labelled], studies[labelled], labels, dropped
 
 
-@functools.cache
-def _nih_row(findings):
-    """The labels (14,) that a text like "Mass|Nodule" names."""
-    present = set(findings.split("|")) - {"No Finding"}
-    if not present <= set(NIH_CLASSES):
+def _nih_labels(texts):
+    """The labels (N,14) that texts like "Mass|Nodule" name."""
+    present = [set(text.split("|")) - {"No Finding"} for text in texts]
+    if not set().union(*present) <= set(NIH_CLASSES):
         raise ValueError("unknown finding")
-    return [cls in present for cls in NIH_CLASSES]
+    return np.array([[cls in row for cls in NIH_CLASSES] for row in present], np.float32)
 
 
-NIH_FINDINGS = Column(
-    lambda texts: np.array([_nih_row(text) for text in texts], np.float32),
-    f"be No Finding, or some of these joined by |: {', '.join(NIH_CLASSES)}",
-)
+NIH_MUST = f"be No Finding, or some of these joined by |: {', '.join(NIH_CLASSES)}"
 
 
 def nih(name, root, split, views=None):
@@ -204,9 +200,8 @@ def nih(name, root, split, views=None):
     }
     both = " + ".join(map(str, lists.values()))
     tables.refuse_repeats(np.concatenate(list(listed.values())), both)
-    columns = {"Image Index": TEXT, "Finding Labels": NIH_FINDINGS, "Patient ID": NUMBER}
-    if views is not None:
-        columns["View Position"] = TEXT
+    columns = {"Image Index": TEXT, "Finding Labels": Column(_nih_labels, NIH_MUST)}
+    columns |= {"Patient ID": NUMBER} | ({"View Position": TEXT} if views is not None else {})
     names, labels, patients, *found = tables.read_table(table, columns)
     rows = np.sort(tables.positions(listed[split], names, table, source=lists[split]))
     options, dropped = {}, {}
@@ -229,9 +224,8 @@ def _padchest_row(text):
     ]
 
 
-PADCHEST_FINDINGS = Column(
-    lambda texts: np.array([_padchest_row(text) for text in texts], np.float32), "be text"
-)
+def _padchest_labels(texts):
+    return np.array([_padchest_row(text) for text in texts], np.float32)
 
 
 def padchest(name, root, split, views=VIEWS["padchest"], split_by="patient"):
@@ -246,7 +240,7 @@ def padchest(name, root, split, views=VIEWS["padchest"], split_by="patient"):
     if split_by not in ("patient", "image"):
         raise ValueError(f"--split-by {split_by}: must be patient or image")
     columns = {"ImageID": TEXT, "PatientID": TEXT, "Projection": TEXT}
-    columns |= {"Labels": PADCHEST_FINDINGS, "ImageDir": TEXT}
+    columns |= {"Labels": Column(_padchest_labels, "be text"), "ImageDir": TEXT}
     names, patients, found, labels, folders = tables.read_table(
         table, columns, optional=("ImageDir",)
     )

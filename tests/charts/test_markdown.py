@@ -24,18 +24,8 @@ def test_table_and_csv_hold_mean_deviation_interval_and_count(call, tmp_path):
     low, high = stats.t.interval(0.95, 3, loc=0.55, scale=sd / 2)
     numbers = [float(row.pop(key)) for key in ("mean", "sd", "ci95")]
     assert numbers == pytest.approx([0.55, sd, (high - low) / 2])
-    assert row == {
-        "target": "synthetic-natural-target",
-        "target_domain": "natural",
-        "source": "synthetic-natural",
-        "source_domain": "natural",
-        "model": "R14x0.5",
-        "method": "finetune",
-        "recipe": "paper",
-        "shots": "10",
-        "metric": "accuracy",
-        "n": "4",
-    }
+    about = "synthetic-natural-target natural synthetic-natural natural R14x0.5 finetune paper 10"
+    assert list(row.values()) == [*about.split(), "accuracy", "4"]
 
 
 def test_medical_targets_show_auc_with_three_decimals_unless_told(call, tmp_path):
@@ -51,7 +41,6 @@ def test_one_seed_has_no_interval(call, tmp_path):
     assert "| 50.0 (1) |" in call()[1]
     (row,) = read_csv()
     assert (row["mean"], row["sd"], row["ci95"], row["n"]) == ("0.5", "", "", "1")
-    assert any("no interval with one seed" in text for text in texts("figures/fewshot.svg"))
 
 
 def test_null_metrics_are_left_out_and_not_counted(call, tmp_path):
@@ -74,7 +63,6 @@ def test_bold_marks_the_best_and_what_its_noise_covers(call, tmp_path):
     write_seeds(folder, [0.51, 0.52, 0.53], source="far")  # gap 0.20 > sqrt(0.05² + 0.02²)
     write_seeds(folder, [0.719], source="single")  # nearest of all, but its noise is unknown
     assert sorted(bold_rows(call()[1])) == ["best", "near"]
-    assert "Bold: the best mean of a column" in (tmp_path / "figures/fewshot.md").read_text()
 
 
 def test_a_single_seed_is_bold_only_as_the_best(call, tmp_path):
@@ -103,17 +91,9 @@ def test_counts_of_the_study(published):
     head, _, *lines = markdown.count_table(gains.paired_gains(published, "auto")[0])
     names, *rows = ([cell.strip() for cell in line[1:-1].split("|")] for line in (head, *lines))
     rows = [dict(zip(names, row)) for row in rows]
+    heads = "above zero", "not off zero", "below zero", "t over pairs", "1.96 over pairs"
     found = {
-        (row["gain"], row["group"].split(", ")[1], row["shots"]): " ".join(
-            row[name]
-            for name in (
-                "above zero",
-                "not off zero",
-                "below zero",
-                "t over pairs",
-                "1.96 over pairs",
-            )
-        )
+        (row["gain"], row["group"].split(", ")[1], row["shots"]): " ".join(row[h] for h in heads)
         for row in rows
     }
     network, source = "larger network", "larger source"
@@ -128,16 +108,11 @@ def test_counts_of_the_study(published):
 
 
 def test_full_shot_table_has_a_column_a_target_and_the_best_in_bold(published):
-    cells = results.full_shot(results.summarise(published, "auto"))
-    out = markdown.full_shot(cells)
-    head = next(line for line in out.splitlines() if line.startswith("| source"))
-    assert head.count("accuracy (%)") == 4
-    assert "padchest, mean AUC" in head
-    (row,) = [line for line in out.splitlines() if re.match(r"\| imagenet21k +\| R152x4", line)]
-    assert "**0.840 ± 0.002 (5)**" in row and "0.928 ± 0.011 (5)" in row
-    assert "**0.928" not in row
-    _, *rows = markdown.csv_text(cells, markdown.CELL_COLUMNS).splitlines()
-    assert len(rows) == 55 and all(",full," in row for row in rows)
+    out = markdown.full_shot(results.full_shot(results.summarise(published, "auto")))
+    (head,) = re.findall(r"\| source.*", out)
+    assert head.count("accuracy (%)") == 4 and "padchest, mean AUC" in head
+    (row,) = re.findall(r"\| imagenet21k +\| R152x4.*", out)
+    assert "**0.840 ± 0.002 (5)**" in row and "| 0.928 ± 0.011 (5)" in row
 
 
 def test_a_bar_in_a_name_stays_in_its_cell():

@@ -24,20 +24,16 @@ def test_t_quantile_is_that_of_scipy(degrees):
     ("metrics", "values"),
     [
         ({"accuracy": math.nan}, {}),
-        ({"accuracy": True}, {}),
         ({"accuracy": 55.0}, {}),
         ({}, {"metrics": {"loss": 0.5}}),
-        ({}, {"metrics": None}),
         ({}, {"kind": "pretrain"}),
         ({}, {"shots": 0}),
-        ({}, {"shots": "10"}),
         ({}, {"seed": True}),
         ({}, {"target_domain": "satellite"}),
         ({}, {"source": None}),
         ({}, {"distance": {"energy": 1e301}}),
         ({}, {"distance": {"frechet_relative": "3"}}),
         ({}, {"distance": [1]}),
-        ({}, {"distance": {"energy": True}}),
     ],
 )
 def test_each_fault_is_found(tmp_path, metrics, values):
@@ -47,14 +43,12 @@ def test_each_fault_is_found(tmp_path, metrics, values):
 
 
 def test_results_older_than_a_metric_or_without_distance_stay_readable(tmp_path, monkeypatch):
-    monkeypatch.setitem(results.METRICS, "f1", results.Metric("F1", 1, 2))
+    monkeypatch.setitem(results.METRICS, "f1", results.Metric("F1", 1, 2, "F1"))
     write_seeds(tmp_path, [0.25, 0.75])
     write(tmp_path, metrics={"f1": 0.5}, seed=2, distance={"energy": 0.25})
     runs, skipped, doubled = results.load([tmp_path])
     assert (len(runs), skipped, doubled) == (3, [], [])
-    assert [run.metrics["f1"] for run in sorted(runs, key=lambda run: run.seed)] == [None] * 2 + [
-        0.5
-    ]
+    assert {run.seed: run.metrics["f1"] for run in runs} == {0: None, 1: None, 2: 0.5}
     assert {run.distances["energy"] for run in runs} == {None, 0.25}
     (cell,) = results.summarise(runs, "f1")
     assert (cell.mean, cell.n) == (0.5, 1)
@@ -101,34 +95,30 @@ def test_published_runs_have_domains_sizes_and_places_as_seeds(published):
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        ({"source": "imagenet22k"}, "'imagenet22k' is not known"),
-        ({"target": "mnist"}, "'mnist' is not known"),
+        ({"source": "imagenet22k"}, "'imagenet22k'"),
+        ({"target": "mnist"}, "'mnist'"),
         ({"shots": 0}, "shots is 0"),
-        ({"metrics": {"accuracy": [0.5, 1.5]}}, "accuracy is 1.5, not a fraction"),
-        ({"metrics": {"accuracy": [0.5], "mean_ap": [0.5, 0.5]}}, "number of seeds"),
-        ({"metrics": {}}, "number of seeds"),
-        ({"source": "imagenet1k+nih"}, "joins domains"),
-        ({"metrics": None}, "skipped"),
+        ({"metrics": {"accuracy": [0.5, 1.5]}}, "accuracy is 1.5, not from 0 to 1"),
+        ({"metrics": {"accuracy": [0.5], "mean_ap": [0.5, 0.5]}}, "longer"),
+        ({"source": "imagenet1k+nih"}, "imagenet1k+nih"),
+        ({"metrics": None}, "None"),
     ],
 )
-def test_bad_published_records_are_skipped_and_named(call, tmp_path, change, fault):
+def test_a_bad_record_of_published_numbers_refuses_the_file(call, tmp_path, change, fault):
     entry = {"target": "pets", "source": "imagenet1k", "model": "R50x1", "shots": 1}
     entry["metrics"] = {"accuracy": [0.5, 0.6]}
+    (tmp_path / "p.json").write_text(json.dumps({"records": [entry]}))
+    assert "55.0 ± 7.1 (2)" in call("p.json", "--figure", "fewshot")[1]
     (tmp_path / "p.json").write_text(json.dumps({"records": [entry, {**entry, **change}]}))
-    status, out, err = call("p.json", "--figure", "fewshot")
-    assert status == 0 and "55.0 ± 7.1 (2)" in out
-    assert "skipped p.json record 2: " in err and fault in err and err.count("\n") == 2
-
-
-@pytest.mark.parametrize("text", ["{", "[1]", '{"about": 1}', '{"records": 3}'])
-def test_a_file_without_published_numbers_is_refused(call, tmp_path, text):
-    (tmp_path / "p.json").write_text(text)
     status, out, err = call("p.json")
     assert (status, out) == (2, "") and err.startswith("error: p.json holds no published numbers")
+    assert fault in err
 
 
-def test_a_missing_published_file_is_named(call):
-    assert call("p.json")[0::2] == (
-        2,
-        "error: no file p.json: give published.json, or a folder of result files\n",
-    )
+@pytest.mark.parametrize("text", ["{", "[1]", '{"about": 1}', None])
+def test_a_file_without_published_numbers_is_refused(call, tmp_path, text):
+    if text:
+        (tmp_path / "p.json").write_text(text)
+    status, out, err = call("p.json")
+    assert (status, out) == (2, "") and "error: " in err and "p.json" in err
+    assert "published.json" in err and not (tmp_path / "figures").exists()
