@@ -5,9 +5,11 @@
         --shots 1 5 10 full --seeds 5
     python fewshot.py --method linear     # logistic regression on frozen features instead
 
-Each cell writes results/TARGET/SOURCE-MODEL/Nshot-seedS.json when it is finished; started again,
-the script does what is missing. The processes of torchrun share the cells out, the longest first;
-a cell that fails is named at the end and stops no other.
+Each cell writes results/TARGET/SOURCE-MODEL/Nshot-seedS.json (…-seedS-METHOD.json on frozen
+features, full-seedS.json on all images) when it is finished; started again, the script does what
+is missing. The processes of torchrun share the cells out, the longest first. At its end it prints
+means and standard deviations over seeds, names the cells that failed, and leaves with status 1 if
+any did.
 """
 
 import time
@@ -54,14 +56,13 @@ def classify(cell, signals, args, env):
         if network.sample is not None and network.name not in target.distances:
             features = distance.project(extract(model, cell, target.sample, args, env))
             target.distances[network.name] = distance.compare(network.sample, features)
-        train, test = (
-            extract(model, cell, part, args, env) for part in (target.train, target.test)
-        )
-        target.features = {network.name: (train, test, time.monotonic() - began)}
-    train, test, seconds = target.features[network.name]
+        found = [extract(model, cell, part, args, env) for part in (target.train, target.test)]
+        target.features = {network.name: (*found, time.monotonic() - began)}  # of one at a time
+    train_features, test_features, seconds = target.features[network.name]
     began, rows = time.monotonic(), target.rows(cell)
     fit = linear.CLASSIFIERS[cell.method]
-    logits, facts = fit(train[rows], target.train[0].labels[rows], test, len(test_set.classes))
+    labels, classes = target.train[0].labels[rows], len(test_set.classes)
+    logits, facts = fit(train_features[rows], labels, test_features, classes)
     metrics = compute_metrics(logits, test_set.labels, test_set.classes)
     about = {"images": len(rows), "steps": None, "seconds": time.monotonic() - began}
     return metrics, about | {"images_per_second": None, **facts, "features_seconds": seconds}
@@ -79,20 +80,21 @@ def main():
     }
     args = options.parse(__doc__, f"{FLAGS} --shots --method", **DEFAULTS | changes)
     frozen = args.method != "finetune"
-    for option in TRAINING if frozen else ():
-        if getattr(args, option):
+    for option in TRAINING:
+        if frozen and getattr(args, option):
             name = option.replace("_", "-")
             raise ValueError(f"--{name} means nothing for --method {args.method}; leave it out")
-    if args.model:
-        models.check_name(args.model)
     env = setup(args.precision, PATIENCE)
     alone = env.alone()  # each cell is run by one process
     shot_counts = sorted({shots for shots in args.shots if shots != "full"})
-    targets = open_targets(args, env, few_shot=bool(shot_counts))
+    few_shot = bool(shot_counts)
+    if "full" in args.shots:
+        shot_counts.append(None)
+    targets = open_targets(args, env, few_shot)
     networks, cells = open_networks(args, open_network), []
     for target in targets:
         labels, classes = target.train_set.labels, target.train_set.classes
-        for shots in [*shot_counts, None] if "full" in args.shots else shot_counts:
+        for shots in shot_counts:  # None: all images
             for seed in range(args.seed, args.seed + args.seeds):
                 chosen = np.arange(len(labels))
                 if shots:

@@ -22,13 +22,13 @@ from engine.checkpoint import read_tensors
 
 
 class Size(NamedTuple):
-    """blocks: units of each stage. width: factor of the channels. recipe: of pre-training, that of
-    "small" networks (the study's R50x1) or of "large" ones (its R152x4).
+    """blocks: units of each stage. width: factor of the channels, a multiple of 0.5. size_class:
+    pre-trained like the "small" networks (the study's R50x1) or the "large" ones (its R152x4).
     """
 
     blocks: tuple
     width: float
-    recipe: str
+    size_class: str
 
 
 # Those below R50x1 are ours, for tests and for laptops.
@@ -56,19 +56,46 @@ def standardize(weight):
     weight: (O,I,kh,kw). A layer norm over each filter is the same arithmetic with the biased
     variance, as one fused kernel forward and one (closed-form) backward; on CPUs it takes half the
     time of a batch norm. The filter is read in the order it is stored in, so that no reshape
-    copies, and keeps its memory format.
+    copies, and keeps its strides: a 1x1 kernel too tells convolutions which layout is meant.
     """
-    stored = weight if weight.is_contiguous() else weight.permute(0, 2, 3, 1)
+    channels_last = weight.stride(3) != 1
+    stored = weight.permute(0, 2, 3, 1) if channels_last else weight
     filters = stored.reshape(len(weight), -1)
     filters = F.layer_norm(filters, filters.shape[1:], eps=1e-10).view(stored.shape)
-    return filters if weight.is_contiguous() else filters.permute(0, 3, 1, 2)
+    return filters.permute(0, 3, 1, 2) if channels_last else filters
 
 
 class StdConv2d(nn.Conv2d):
-    """Convolution with standardised weights."""
+    """Convolution with standardised weights; for an evaluation they are standardised once."""
+
+    kept = None  # (what of the weight they are, standardised weights)
 
     def forward(self, x):
-        return self._conv_forward(x, standardize(self.weight), self.bias)
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._conv_forward(x, standardize(self.weight), self.bias)
+        kind, dtype = x.device.type, self.weight.dtype
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+        key = id(self.weight), self.weight._version, self.weight.device, dtype
+        if self.kept is None or self.kept[0] != key:  # the version counts changes in place
+            self.kept = key, standardize(self.weight).to(dtype)
+        return self._conv_forward(x, self.kept[1], self.bias)
+
+    def train(self, mode=True):
+        self.kept = None
+        return super().train(mode)
+
+
+class GroupNorm(nn.GroupNorm):
+    """In the dtype of its input, where autocast on CUDA would compute and keep all in fp32. The
+    statistics are fp32 within the kernel.
+    """
+
+    def forward(self, x):
+        if x.device.type != "cuda":
+            return super().forward(x)  # the CPU's kernel takes weights of another dtype
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 class PreActBottleneck(nn.Module):
@@ -79,11 +106,11 @@ class PreActBottleneck(nn.Module):
 
     def __init__(self, cin, cout, cmid, stride):
         super().__init__()
-        self.gn1 = nn.GroupNorm(32, cin)
+        self.gn1 = GroupNorm(32, cin)
         self.conv1 = StdConv2d(cin, cmid, 1, bias=False)
-        self.gn2 = nn.GroupNorm(32, cmid)
+        self.gn2 = GroupNorm(32, cmid)
         self.conv2 = StdConv2d(cmid, cmid, 3, stride, padding=1, bias=False)
-        self.gn3 = nn.GroupNorm(32, cmid)
+        self.gn3 = GroupNorm(32, cmid)
         self.conv3 = StdConv2d(cmid, cout, 1, bias=False)
         if stride != 1 or cin != cout:
             self.downsample = StdConv2d(cin, cout, 1, stride, bias=False)
@@ -129,7 +156,7 @@ class ResNetV2(nn.Module):
         self.body = nn.Sequential(stages)
         self.head = nn.Sequential(
             OrderedDict(
-                gn=nn.GroupNorm(32, cin),
+                gn=GroupNorm(32, cin),
                 relu=nn.ReLU(inplace=True),
                 avg=nn.AdaptiveAvgPool2d(1),
                 conv=nn.Conv2d(cin, num_classes, 1),
@@ -146,14 +173,21 @@ class ResNetV2(nn.Module):
         body = [p for p in self.parameters() if all(p is not q for q in head)]
         return [{"params": body}, {"params": head, "clipping": None}]
 
+    def compile_blocks(self):
+        """Compiles each block, in place: blocks of equal shapes share one graph."""
+        torch._dynamo.config.recompile_limit = 64  # graphs of a block's code: eight a layout, or so
+        for stage in self.body:
+            for block in stage:
+                block.compile()
+
     def _pooled(self, images):
         # The root's pooling is several times faster in channels_last, also on CPUs.
         x = self.root(images.contiguous(memory_format=torch.channels_last))
-        x = x.contiguous(memory_format=memory_format(x.device))
+        x = x.contiguous(memory_format=LAYOUT.get(x.device.type, torch.contiguous_format))
         for stage in self.body:
             for block in stage:
                 if self.checkpoint_activations and self.training:
-                    x = checkpoint(block, x, use_reentrant=False)
+                    x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
                 else:
                     x = block(x)
         return self.head.avg(self.head.relu(self.head.gn(x)))
@@ -167,15 +201,6 @@ class ResNetV2(nn.Module):
         return self.head.conv(self._pooled(images)).flatten(1)
 
 
-def check_name(name):
-    """Raises ValueError for a name that is not in MODELS; it says the nearest."""
-    if name not in MODELS:
-        near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0)[0]
-        raise ValueError(
-            f"unknown model {name!r}; did you mean {near!r}? known: {', '.join(MODELS)}"
-        )
-
-
 def create_model(name, num_classes, checkpoint_activations=False, device=None):
     """A freshly initialised network, on the CPU, or brought to a device as `place` does.
 
@@ -183,7 +208,10 @@ def create_model(name, num_classes, checkpoint_activations=False, device=None):
     block's activations in the backward pass, which trades about a third more arithmetic for memory.
     Raises ValueError for an unknown name.
     """
-    check_name(name)
+    if name not in MODELS:
+        near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0)[0]
+        known = ", ".join(MODELS)
+        raise ValueError(f"unknown model {name!r}; did you mean {near!r}? known: {known}")
     size = MODELS[name]
     model = ResNetV2(size.blocks, size.width, num_classes, checkpoint_activations)
     return model if device is None else place(model, device)
@@ -197,14 +225,14 @@ def forward_flops(name, num_classes, image_size):
     return counter.get_total_flops()
 
 
-def memory_format(device):
-    """channels_last on GPUs; contiguous on CPUs, where group norm is many times faster so."""
-    return torch.contiguous_format if device.type == "cpu" else torch.channels_last
+# How activations and kernels lie. On CPUs group norm is many times faster in contiguous_format. On
+# GPUs tensor cores read channels_last; but group norm, before PyTorch 2.15, returns the other.
+LAYOUT = {"cpu": torch.contiguous_format, "cuda": torch.channels_last}
 
 
 def place(model, device):
     """The model on that device, in the memory format that is fast there."""
-    return model.to(device, memory_format=memory_format(torch.device(device)))
+    return model.to(device, memory_format=LAYOUT[torch.device(device).type])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -286,11 +314,9 @@ def matching_state(model, path, content=None, head=True):
         state |= {key: own[key] for key in heads}
     differences = [f"{key} is missing" for key in own if key not in state]
     differences += [f"{key} is unexpected" for key in state if key not in own]
-    differences += [
-        f"{key} is {tuple(state[key].shape)} for {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
+    for key in [key for key in own if key in state]:
+        if state[key].shape != own[key].shape:
+            differences.append(f"{key} is {tuple(state[key].shape)} for {tuple(own[key].shape)}")
     if differences:
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise ValueError(

@@ -34,7 +34,8 @@ from readers.workers import in_order, loader
 
 class Recipe(NamedTuple):
     """lr: at a batch of 256, scaled linearly with the batch. warmup: epochs. clipping: of AGC, or
-    None for plain SGD. worker_batch: warm-up starts from the learning rate of this batch.
+    None for plain SGD. worker_batch: the warm-up rises from the learning rate that this batch would
+    have to that of batch_size.
     """
 
     lr: float
@@ -51,7 +52,7 @@ class Recipe(NamedTuple):
 
 WORLD = Recipe(0.12, None, 0.3, 6, "cosine", 64, image_size=None)
 # {recipe: {(source, size class of the network in models.MODELS): Recipe}}; "natural" and "medical"
-# are all other sources of the domain.
+# stand for every source of that domain that has no recipe of its own.
 RECIPES = {
     "paper": {
         ("imagenet21k", "small"): Recipe(0.01, 0.01, 2, 90),
@@ -82,7 +83,7 @@ def choose_recipe(name, source, domain, model):
     if family not in families:
         known = ", ".join(sorted(families, reverse=True))
         raise ValueError(f"--recipe {name} is for {known} sources, not {source}")
-    return name, RECIPES[name][family, models.MODELS[model].recipe]
+    return name, RECIPES[name][family, models.MODELS[model].size_class]
 
 
 def learning_rate(epoch, lr, start_lr, warmup, epochs, schedule):
@@ -100,8 +101,9 @@ def learning_rate(epoch, lr, start_lr, warmup, epochs, schedule):
 def choose_pipeline(source, size, train, rand_augment=False):
     """The transforms of a source's images (an ImageDataset), to size x size pixels.
 
-    Made images have that size already, and are only shifted. X-rays: the study's pipeline. Natural
-    images: Inception's crop and flip, after RandAugment if wanted; ImageNet's central crop to test.
+    Synthetic images have that size already, and are only shifted and flipped. X-rays: the central
+    square, area-resized; shifted, turned, scaled and flipped. Natural images: Inception's crop and
+    flip, after RandAugment if wanted; to test, ImageNet's central crop.
     """
     if source.size is not None:
         return transforms.Pipeline(
@@ -127,12 +129,13 @@ FLAGS = """--epochs --warmup --schedule --weight-decay --clipping --fraction --a
     --checkpoint-activations"""
 DEFAULTS = {
     "source": dict(default="synthetic-natural"),
-    "model": dict(default="R14x0.5", help=f"network: {', '.join(models.MODELS)}"),
+    "model": dict(default="R14x0.5", **options.words(*models.MODELS)),
     "out": dict(default="runs"),
     "recipe": options.words(*RECIPES),
     "batch_size": options.number_or("auto"),
+    "accumulate": dict(default=1),
 }
-# What may differ between a run and its continuation, because it changes no result.
+# What is noted of a run beside its config: these change no result, and may differ when it goes on.
 LAYOUT = ("checkpoint_activations", "workers")
 
 
@@ -191,7 +194,6 @@ def make_config(args, env, source):
 def main():
     args = options.parse(f"{__doc__}\n{recipe_table()}", FLAGS, **DEFAULTS)
     env = setup(args.precision)
-    models.check_name(args.model)  # before a dataset is read
     if args.batch_size == "auto" and args.accumulate != 1:
         raise ValueError("--accumulate: --batch-size auto chooses it; leave out one of them")
     data.refuse_options([args.source], args)
@@ -229,6 +231,8 @@ def pretrain(train_set, test_set, config, folder, args, env):
     optimizer = SGD_AGC(
         model.parameter_groups(),
         config["lr"],
+        momentum=0.9,
+        nesterov=True,
         weight_decay=config["weight_decay"],
         clipping=config["clipping"],
     )
@@ -242,21 +246,29 @@ def pretrain(train_set, test_set, config, folder, args, env):
 
     # Small sets are decoded once, into memory.
     size, batch_size = config["image_size"], config["batch_size"]
+    if env.device.type == "cuda" and batch_size < 16 * env.ranks:
+        more = f"--batch-size {batch_size} on {env.ranks} GPUs; {32 * env.ranks} would be faster"
+        console.say(env, f"fewer than 16 images a GPU leave it waiting: {more}")
     augmented = choose_pipeline(train_set, size, True, config["rand_augment"])
     decoded, pipeline = preload(train_set, augmented)
     tested = preload(test_set, choose_pipeline(test_set, size, False))
-    tested = in_order(*tested, 256, env.rank, env.ranks, args.workers, env.device.type == "cuda")
+    at_once = 256 * env.ranks
+    tested = in_order(*tested, at_once, env.rank, env.ranks, args.workers, env.device)
+    # Shuffled anew each epoch by (seed, epoch) alone. A batch may span two epochs; each rank has
+    # every ranks-th image of it.
     sampling = "balanced" if config["balanced"] else "shuffle"
     batches = data.Batches(decoded, pipeline, batch_size, args.seed, sampling, env.rank, env.ranks)
     last = math.ceil(config["epochs"] * len(train_set) / batch_size)
-    stream = loader(batches, run.step, last, args.workers, env.device.type == "cuda")
+    stream = loader(batches, run.step, last, args.workers, env.device)
     normalization = transforms.NORMALIZATION[train_set.domain]
-    network = parallel(model, env, args.compile)  # averages gradients over the ranks
+    if args.compile:
+        model.compile_blocks()
+    network = parallel(model, env)  # averages gradients over the ranks
     signals = StopSignal(env, args.time_limit)
     log_path, title = folder / "log.jsonl", f"{train_set.name} {args.model}"
     with Log(env, run.step, last, batch_size, args.log_every, log_path, title) as log:
         while True:
-            if ends_epoch(run.step, last, config):
+            if ends_epoch(run.step, last, config):  # also when the run goes on just there
                 run.save(wait=False)
                 metrics = evaluate(
                     model, tested, test_set.labels, test_set.classes, env, normalization
@@ -273,6 +285,7 @@ def pretrain(train_set, test_set, config, folder, args, env):
             for images, labels in parts(network, batch, targets, accumulate, env):
                 with env.autocast():
                     logits = network(to_input(images, normalization, env.device))
+                # Cross-entropy, or binary cross-entropy over the labels that are not NaN.
                 part_loss = loss_sum(logits, labels, train_set.task)
                 # DDP averages over ranks; the mean over the global batch is a sum over ranks.
                 (part_loss * (env.ranks / max(count, 1))).backward()
@@ -329,7 +342,7 @@ def sample_features(model, source, size, normalization, workers, env):
     distance.project makes of the features of at most distance.SAMPLE images."""
     chosen = source.subset(distance.sample(len(source)))
     pipeline = choose_pipeline(source, size, False)
-    stream = in_order(chosen, pipeline, 256, env.rank, env.ranks, workers)
+    stream = in_order(chosen, pipeline, 256, env.rank, env.ranks, workers, env.device)
     width = model.head.conv.in_channels
     model.eval()
     return distance.project(predict(model.features, width, stream, len(chosen), env, normalization))

@@ -12,6 +12,7 @@ appendix.
 """
 
 import functools
+import math
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,7 @@ import torch
 
 import data
 import models
-from engine import console, distance, options
+from engine import console, distance, memory, options
 from engine.checkpoint import Run, file_digest
 from engine.evaluate import evaluate, predict, to_input
 from engine.grid import Cell, Grid, Network, open_networks, unfinished, write_result
@@ -90,9 +91,9 @@ RECIPES = {
     "bit": Recipe(512, 0.003, None, nesterov=False, zero_head=True, square=True),
     "synthetic": Recipe(32, 0.02, 0.01, steps=40),
 }
-# Their full training sets are drawn with probability inverse to class frequency (study, appendix).
+# Targets whose full training set is drawn with probability inverse to class frequency (study,
+# appendix), and those whose few-shot images have exactly one label each (PadChest-Cl of the study).
 BALANCED = ("covidx", "flowers102")
-# Their few-shot images have exactly one label each (PadChest-Cl of the study).
 SINGLE_LABEL = ("padchest",)
 
 
@@ -135,11 +136,13 @@ def choose_pipeline(target, rule, train):
     return transforms.Pipeline(functools.partial(resize, size=rule.resize), augment, rule.resize)
 
 
-FLAGS = "--checkpoint --target --seeds --steps --scratch-steps --dry-run"
+FLAGS = """--checkpoint --target --seeds --steps --scratch-steps --dry-run --accumulate
+    --checkpoint-activations"""
 DEFAULTS = {
     "target": dict(default=["synthetic-natural-target", "synthetic-xray-target"]),
     "out": dict(default="results"),
-    "model": dict(help="network of scratch, or of a weight file that pretrain.py did not write"),
+    "model": options.words(*models.MODELS)
+    | dict(help="network of scratch, or of a weight file that pretrain.py did not write"),
     "source": dict(help="what such a weight file was trained on"),
     "recipe": options.words(*RECIPES),
     "seeds": dict(default=1),
@@ -172,8 +175,8 @@ def open_network(path, args):
         model, source, images = args.model, args.source, None
         if not model or not source:
             raise ValueError(f"{file}: not written by pretrain.py; say --model and --source of it")
-        parts = [data.base_name(part) for part in source.split("+")]
-        domains = {data.DATASETS[p].domain if p in data.DATASETS else "natural" for p in parts}
+        known = [data.DATASETS.get(data.base_name(member)) for member in source.split("+")]
+        domains = {dataset.domain if dataset else "natural" for dataset in known}
         domain = "medical" if domains == {"medical"} else "natural"
         # BiT's own .npz networks take pixels in [-1,1], whatever the source.
         normalization = transforms.NORMALIZATION["medical" if file.suffix == ".npz" else domain]
@@ -192,9 +195,9 @@ class Target:
     def __init__(self, name, train_set, test_set, recipe):
         self.name, self.train_set, self.test_set, self.recipe = name, train_set, test_set, recipe
         self.image_size = tuple(train_set.read(0).shape[-2:])  # of the first image, as of all
-        findings = train_set.task == "multilabel" or train_set.options.get("single_label")
-        # Multi-label X-ray sets take it, also when each image was left a single label.
-        self.xray_pipeline = train_set.domain == "medical" and findings and not train_set.size
+        # Multi-label X-ray sets take the X-ray pipeline, also when each image was left one label.
+        multilabel = train_set.task == "multilabel" or train_set.options.get("single_label")
+        self.xray_pipeline = train_set.domain == "medical" and multilabel and not train_set.size
         self.distances, self.features = {}, {}  # by network, as they are measured
 
     def decode(self, cells, args, env):
@@ -270,8 +273,6 @@ def make_cell(network, target, shots, seed, indices, args, env):
 def main():
     args = options.parse(__doc__, FLAGS, **DEFAULTS)
     args.method = "finetune"
-    if args.model:
-        models.check_name(args.model)
     env = setup(args.precision)
     targets, networks, cells = open_targets(args, env), open_networks(args, open_network), []
     for target in targets:
@@ -295,7 +296,26 @@ def main():
     return grid.finish(cells)
 
 
+PARTS = {}  # {(network, pixels, images): in how many parts such a batch was computed}
+
+
 def fine_tune(cell, signals, args, env, title=None):
+    """`train` in as few parts of a batch as fit into memory, or in those of --accumulate."""
+    share = math.ceil(cell.config["batch_size"] / env.ranks)
+    key = cell.network.model, cell.config["crop"], share
+    if args.accumulate or key not in PARTS:
+        with torch.device("meta"):
+            model = models.create_model(key[0], 2, args.checkpoint_activations)
+        PARTS[key] = args.accumulate or memory.estimate_parts(model, key[1], share, env)
+    work = functools.partial(train, cell, signals, args, env, title)
+    result, parts = memory.halving_parts(work, PARTS[key], share, env)
+    if parts > PARTS[key]:
+        print(f"{key[0]} at {key[1]} pixels: out of memory, computed in {parts} parts from here on")
+        PARTS[key] = parts
+    return result
+
+
+def train(cell, signals, args, env, title, accumulate):
     """Fine-tunes the whole network and evaluates its last step on the test set.
 
     A full-shot run keeps a checkpoint beside its result and continues from it. title: of what is
@@ -308,7 +328,8 @@ def fine_tune(cell, signals, args, env, title=None):
     if len(cell.indices) < len(train_set):
         train_set = train_set.subset(target.rows(cell))
     torch.manual_seed(cell.seed)
-    model = models.create_model(network.model, len(train_set.classes))  # with a fresh head
+    classes = len(train_set.classes)
+    model = models.create_model(network.model, classes, args.checkpoint_activations)  # fresh head
     if network.path:
         models.load_weights(model, network.path, read_weights(network.path), head=False)
     if recipe.zero_head:
@@ -324,8 +345,10 @@ def fine_tune(cell, signals, args, env, title=None):
     run = Run(cell.checkpoint, model, optimizer, config, env, args.save_minutes)
     order = config["batch_size"], cell.seed, config["sampling"], env.rank, env.ranks
     batches = data.Batches(train_set, pipeline, *order, pairs=rule.mixup > 0)
-    stream = loader(batches, run.step, rule.steps, args.workers, env.device.type == "cuda")
-    forward = parallel(model.train(), env, args.compile)  # averages gradients over the ranks
+    stream = loader(batches, run.step, rule.steps, args.workers, env.device)
+    if args.compile:
+        model.compile_blocks()
+    forward = parallel(model.train(), env)  # averages gradients over the ranks
     with Log(env, run.step, rule.steps, config["batch_size"], args.log_every, None, title) as log:
         while run.step < rule.steps:
             began = time.monotonic()
@@ -337,7 +360,7 @@ def fine_tune(cell, signals, args, env, title=None):
             # MixUp (Zhang et al. 2018, arXiv:1710.09412) of neighbours, one coefficient a step.
             rng = data.generator(cell.seed, data.Stream.MIXUP, run.step)
             share = float(rng.beta(rule.mixup, rule.mixup)) if rule.mixup else None
-            for images, labels in parts(forward, batch, targets, 1, env, multiple=2):
+            for images, labels in parts(forward, batch, targets, accumulate, env, multiple=2):
                 inputs = to_input(images, normalization, env.device)
                 partner = torch.arange(len(inputs), device=env.device).bitwise_xor(1)
                 partner = partner.clamp(max=len(inputs) - 1)
@@ -359,11 +382,11 @@ def fine_tune(cell, signals, args, env, title=None):
             run.save_or_stop(signals, log)
         run.save()
         at_once = max(config["batch_size"], images_at_once(rule.crop))
-        tested = in_order(*target.test, at_once, env.rank, env.ranks, args.workers)
+        tested = in_order(*target.test, at_once, env.rank, env.ranks, args.workers, env.device)
         test_set = target.test_set
         metrics = evaluate(model, tested, test_set.labels, test_set.classes, env, normalization)
         log.evaluation(run.step, metrics)
-    flops = models.forward_flops(network.model, len(train_set.classes), rule.crop)
+    flops = models.forward_flops(network.model, classes, rule.crop)
     return metrics, run.summary(len(train_set), config["batch_size"], flops)
 
 
@@ -375,7 +398,7 @@ def images_at_once(size):
 def extract(model, cell, part, args, env):
     """The network's features of part = (dataset, pipeline): (N,D) float32, on the CPU."""
     at_once = images_at_once(cell.config["crop"])
-    stream = in_order(*part, at_once, env.rank, env.ranks, args.workers)
+    stream = in_order(*part, at_once, env.rank, env.ranks, args.workers, env.device)
     width, count = model.head.conv.in_channels, len(part[0])
     model.eval()
     return predict(model.features, width, stream, count, env, cell.network.normalization)

@@ -2,6 +2,7 @@
 
     python -m benchmarks train           # one training step: ours and timm's, eager and compiled
     python -m benchmarks train --peers   # the same from files to the loss, with timm's own loader
+    python -m benchmarks gpu             # on a GPU: what agrees with a CPU, and how fast it is
     python -m benchmarks memory          # the peak of one step of R152x4, plain and checkpointed
     python -m benchmarks scaling         # two processes of one thread beside one: pre-training
     python -m benchmarks grid            # the same: the cells of a few-shot grid
@@ -21,6 +22,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.distance import distance
+from benchmarks.gpu import gpu
 from benchmarks.index import index
 from benchmarks.linear import linear
 from benchmarks.loading import load
@@ -54,6 +56,8 @@ OPTIONS = {
     "--rows": dict(type=NUMBER, help="images of made mimic tables"),
     "--images": dict(type=NUMBER, help="paths in the class index"),
     "--listed": dict(type=NUMBER, help="of them files really made, to time the listing"),
+    "--minutes": dict(type=positive(float), help="for all of it"),
+    "--out": dict(metavar="DIR", help="holds gpu.jsonl, a line an arm"),
     "--json": dict(metavar="PATH", help="also write the result there (default: no)"),
 }
 
@@ -73,6 +77,7 @@ INDEX = {"--rows": 377_110, "--images": 14_000_000, "--listed": 100_000, "--roun
 FITS = {"--shots": [1, 10, 100], "--threads": [1], "--rounds": 3, "--fits": 1}
 BENCHMARKS = {
     "train": Benchmark(train, NETWORK | TRAINING),
+    "gpu": Benchmark(gpu, {"--minutes": 10.0, "--out": "gpu"}),
     "memory": Benchmark(memory, LARGEST),
     "scaling": Benchmark(scaling, NETWORK | {"--steps": 10, "--rounds": 3}),
     "grid": Benchmark(grid, {"--seeds": 10, "--rounds": 2}),

@@ -68,7 +68,7 @@ def train(args, env):
 def arms_on_one_batch(args, env, classes):
     """{arm: iterator of steps}, of both networks, with our optimiser."""
     images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=env.device)
-    images = images.contiguous(memory_format=models.memory_format(env.device))
+    images = images.contiguous(memory_format=models.LAYOUT[env.device.type])
     labels = torch.randint(classes, (args.batch_size,), device=env.device)
     ours, timms = models.create_model(args.model, classes), timm_network(args, classes)
     arms = {}
@@ -77,7 +77,7 @@ def arms_on_one_batch(args, env, classes):
         optimizer = sgd(network.parameters(), args.batch_size)
         for mode in ("eager",) if args.no_compile else ("eager", "compiled"):
             for precision in ("fp32", "bf16"):
-                forward = parallel(network, env, mode == "compiled")
+                forward = torch.compile(network) if mode == "compiled" else network
                 chosen = env._replace(precision=precision)
                 arm = steps(itertools.repeat((images, labels)), forward, optimizer, chosen)
                 arms[f"{package}, {mode}, {precision}"] = arm
@@ -110,12 +110,13 @@ def our_training(args, env, dataset, options):
     pipeline = pretrain.choose_pipeline(dataset, args.image_size, train=True)
     dataset, pipeline = preload(dataset, pipeline)
     batches = data.Batches(dataset, pipeline, args.batch_size)
-    stream = loader(batches, 0, sys.maxsize, pin_memory=env.device.type == "cuda")
-    forward = parallel(model, env, "compiled" in options)
-    return training_loop(forward, optimizer, stream, args.batch_size, env)
+    stream = loader(batches, 0, sys.maxsize, None, env.device)
+    if "compiled" in options:
+        model.compile_blocks()
+    return training_loop(parallel(model, env), optimizer, stream, args.batch_size, env)
 
 
-def training_loop(network, optimizer, stream, batch_size, env):
+def training_loop(network, optimizer, stream, batch_size, env, accumulate=1):
     """The loop of pretrain.py, without its tests, checkpoints and signals: yields after each step.
 
     stream: (images uint8 (N,C,H,W), labels (N,), N).
@@ -127,7 +128,7 @@ def training_loop(network, optimizer, stream, batch_size, env):
             set_learning_rate(optimizer, lr)
             optimizer.zero_grad(set_to_none=True)
             loss = 0.0
-            for images, labels in parts(network, batch, targets, 1, env):
+            for images, labels in parts(network, batch, targets, accumulate, env):
                 with env.autocast():
                     logits = network(to_input(images, normalization, env.device))
                 part_loss = loss_sum(logits, labels, "multiclass")

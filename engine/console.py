@@ -167,7 +167,8 @@ def write_atomically(path, write):
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # its folder may be a file
+            temporary.unlink()
 
 
 def write_json(path, record):

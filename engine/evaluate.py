@@ -2,10 +2,12 @@
 
 import functools
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from engine.metrics import compute_metrics
+from engine.console import say
+from engine.metrics import Diverged, answers, compute_metrics, loss_sum
 
 
 def to_input(images, normalization, device):
@@ -24,25 +26,78 @@ def _statistics(normalization, device):
 
 @torch.inference_mode()
 def predict(forward, width, stream, num_images, env, normalization):
-    """forward(image) of every image, in order, on every rank: (num_images, width) float32, in host
-    memory.
+    """forward(image) of every image, in order, on every rank: (num_images, width) float32, on the
+    device.
 
     forward: (B,3,H,W) -> (B, width), of a network in eval mode. stream: (rows (B,), images uint8
     (B,C,H,W)) of this rank's part; one of the ranks has each row.
     """
-    outputs = torch.zeros(num_images, width)
+    outputs = torch.zeros(num_images, width, device=env.device)
     for rows, images in stream:
         with env.autocast():
             output = forward(to_input(images, normalization, env.device))
-        outputs[rows] = output.float().cpu()
+        outputs[rows] = output.float()
     if env.ranks > 1:
         dist.all_reduce(outputs)  # every row is zero but on one rank
     return outputs
 
 
+# What may be held for AUC and average precision, which want all scores of a class together: so many
+# classes, and scores (N x C) of at most 16 bytes each, 1.1 GB.
+MAX_CLASSES, MAX_SCORES = 2000, 2**26
+
+
 def evaluate(model, stream, labels, classes, env, normalization):
-    """compute_metrics of a test set; stream: as of `predict`. The model is in eval mode for it."""
+    """compute_metrics of a test set; stream: as of `predict`. The model is in eval mode for it.
+
+    Beyond MAX_CLASSES or MAX_SCORES accuracy, top5 and loss are summed by batches on the device;
+    mean_auc, mean_ap and per_class are None then, and a line says so.
+    """
     model.eval()
-    logits = predict(model, len(classes), stream, len(labels), env, normalization)
+    if len(classes) <= MAX_CLASSES and len(labels) * len(classes) <= MAX_SCORES:
+        logits = predict(model, len(classes), stream, len(labels), env, normalization)
+        metrics = compute_metrics(logits, labels, classes, env)
+    else:
+        _say_left_out(len(labels), len(classes), env)
+        metrics = _sum_by_batches(model, stream, labels, len(classes), env, normalization)
     model.train()
-    return compute_metrics(logits, labels, classes)
+    return metrics
+
+
+@functools.lru_cache  # once
+def _say_left_out(num_images, num_classes, env):
+    text = (
+        f"AUC and average precision are left out: {num_images:,} images x {num_classes:,} classes"
+    )
+    say(env, f"{text}, above {MAX_SCORES:,} scores or {MAX_CLASSES:,} classes")
+
+
+@torch.inference_mode()
+def _sum_by_batches(model, stream, labels, num_classes, env, normalization):
+    labels = torch.as_tensor(np.array(labels), device=env.device)
+    task = "multilabel" if labels.ndim == 2 else "multiclass"
+    # Right answers, those among five, the loss, outputs that are not finite.
+    sums = torch.zeros(4, dtype=torch.float64, device=env.device)
+    top5 = task == "multiclass" and num_classes > 5
+    for rows, images in stream:
+        with env.autocast():
+            logits = model(to_input(images, normalization, env.device)).float()
+        own = labels[torch.as_tensor(rows).to(env.device)]
+        right, in_top5 = answers(logits, own)
+        bad = (~logits.isfinite()).sum()
+        loss = loss_sum(logits, own, task)
+        sums += torch.stack([right, in_top5 if top5 else bad, loss, bad]).double()
+    if env.ranks > 1:
+        dist.all_reduce(sums)
+    right, in_top5, loss, bad = sums.tolist()
+    if bad:
+        raise Diverged("the network's outputs are not finite; a smaller --lr may mend it")
+    count = int((~labels.isnan()).sum()) if task == "multilabel" else len(labels)
+    return {
+        "accuracy": right / count,
+        "top5": in_top5 / count if top5 else None,
+        "mean_auc": None,
+        "mean_ap": None,
+        "loss": loss / count,
+        "per_class": None,
+    }

@@ -209,7 +209,11 @@ class Grid:
     """
 
     def __init__(self, jobs, results, env, together=False):
-        self.jobs = list(jobs) if together else sorted(jobs, key=operations, reverse=True)
+        self.jobs = list(jobs)
+        if (
+            not together
+        ):  # of equal length those of one network in a row, whose weights are read once
+            self.jobs.sort(key=lambda job: (-operations(job), job[0].network.name))
         self.env, self.together, self.results = env, together, results
         self.cells = [cell for job in self.jobs for cell in job]
         self.places = {cell.path: place for place, cell in enumerate(self.cells, 1)}
@@ -258,6 +262,11 @@ class Grid:
         except tolerated as error:
             if os.environ.get("TRACEBACK"):
                 raise
+            if lost_device(error):
+                raise ValueError(
+                    f"{cell}: the device is lost ({console.one_line(error)}); the same command "
+                    "runs what is unfinished"
+                ) from error
             self.failures[str(cell.path)] = console.one_line(error)
 
     def title(self, cell):
@@ -338,6 +347,15 @@ class Grid:
         total = max(busy) / (self.env.ranks if self.together else 1)
         processes = "one process" if self.env.ranks == 1 else f"{self.env.ranks} processes"
         print(f"about {tqdm.format_interval(total)} on {processes}")
+
+
+def lost_device(error):
+    """Whether after this error the device is of no use to this process: all cells would fail."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    signs = "CUDA error", "cuDNN error", "CUBLAS_STATUS", "NCCL error", "device-side assert"
+    named = any(sign in str(error) for sign in signs)
+    return isinstance(error, torch.AcceleratorError) or isinstance(error, RuntimeError) and named
 
 
 def operations(job):

@@ -13,28 +13,43 @@ import torch.distributed as dist
 from engine.console import say
 
 # Makers' figures for dense bf16 products; the first name that the device's own name holds counts.
+# TF32 is half of them (on none of these is it otherwise).
 PEAKS = {
+    "GB200": 2500e12,
+    "B200": 2250e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
+    "H800": 989e12,
+    "H20": 148e12,
     "A100": 312e12,
+    "A800": 312e12,
+    "A10G": 70e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
+    "RTX 4090": 165e12,
 }
 
 
 @functools.lru_cache
 def peak_flops(device, precision):
-    """Of the maker for bf16 on a GPU in PEAKS; elsewhere the best of five products of 1024 x 1024.
+    """Of the maker for bf16 and TF32 on a GPU in PEAKS; elsewhere, and for fp32, the best of five
+    products (8192 x 8192 on a GPU, 1024 x 1024 on a CPU) in that precision.
 
-    precision: "fp32" or "bf16".
+    precision: "fp32", "tf32" or "bf16".
     """
-    if device.type == "cuda" and precision == "bf16":
-        name = torch.cuda.get_device_name(device)
-        for known, peak in PEAKS.items():
-            if known in name:
-                return peak
-    side, best = 1024, 0.0
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((peak for known, peak in PEAKS.items() if known in name), None)
+    if peak and precision != "fp32":
+        return peak if precision == "bf16" else peak / 2
+    return measured_flops(device, precision)
+
+
+def measured_flops(device, precision):
+    """The best of five products, in floating-point operations a second."""
+    side, best = 8192 if device.type == "cuda" else 1024, 0.0
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     matrix = torch.ones(side, side, dtype=dtype, device=device)
     for _ in range(5):
@@ -68,7 +83,9 @@ def free_memory(device):
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
     if not os.path.exists("/proc/meminfo"):
-        raise ValueError("--batch-size auto: this system does not tell its memory; give a number")
+        raise ValueError(
+            "this system does not tell its memory; give --batch-size and --accumulate as numbers"
+        )
     return proc_bytes("/proc/meminfo", "MemAvailable")
 
 
@@ -94,8 +111,9 @@ def largest_batch(model, image_size, limit, env):
     """
     momentum = [torch.empty_like(p).zero_() for p in model.parameters()]
     fits, batch = 1, 1
-    while batch <= limit and _step_fits(model, image_size, batch, env):
-        fits, batch = batch, 2 * batch
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False):  # of sizes tried once
+        while batch <= limit and _step_fits(model, image_size, batch, env):
+            fits, batch = batch, 2 * batch
     del momentum
     model.zero_grad(set_to_none=True)
     if env.ranks > 1:
@@ -115,15 +133,67 @@ def parts_that_fit(model, image_size, batch_size, env):
 
 def _step_fits(model, image_size, batch, env):
     """Whether forward and backward of so many images leave a fifth of the memory free."""
-    free = free_memory(env.device) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = free_memory(env.device)
+    if env.device.type == "cpu":  # which all processes of the machine share
+        free /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     reset_peak_memory(env.device)
-    before = peak_memory(env.device)
+    before, failed = peak_memory(env.device), False
     try:
         training_step(model, batch, image_size, env)
     except torch.OutOfMemoryError:
+        failed = True
+    if failed:  # out of the handler, whose traceback holds the activations
+        model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
-        return False
-    return peak_memory(env.device) - before < 0.8 * free
+    return not failed and peak_memory(env.device) - before < 0.8 * free
+
+
+def activation_bytes(model, image_size, precision):
+    """What a training step keeps of one image for its backward pass, in bytes: counted on the meta
+    device (where the model is), where nothing is computed. Blocks that are computed again are not
+    counted.
+    """
+    totals = []
+    for count in (1, 2):  # the difference leaves out what does not grow with the batch
+        kept = {}
+
+        def keep(tensor, kept=kept):
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(torch.empty(count, 3, image_size, image_size, device="meta"))
+        totals.append(sum(storage.nbytes() for storage in kept.values()))
+    return (totals[1] - totals[0]) // (2 if precision == "bf16" else 1)
+
+
+def estimate_parts(model, image_size, share, env):
+    """In how many parts a process computes `share` images, by what a step keeps of each.
+
+    model: on the meta device. Weights, gradients, momentum and standardised weights are counted.
+    """
+    room = 0.8 * free_memory(env.device) - 16 * sum(p.numel() for p in model.parameters())
+    if env.device.type == "cpu":
+        room /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    kept = activation_bytes(model, image_size, env.precision)
+    return min(share, max(1, math.ceil(share * kept / max(room, 1))))
+
+
+def halving_parts(work, parts, most, env):
+    """(what work(parts) returns, parts), with twice as many parts when memory runs out, to `most`.
+
+    Raises OutOfMemoryError where the smallest part does not fit, or several ranks work together:
+    one alone cannot choose.
+    """
+    while True:
+        try:
+            return work(parts), parts
+        except torch.OutOfMemoryError:
+            if parts >= most or env.ranks > 1:
+                raise
+        # Out of the handler, whose traceback holds the activations.
+        torch.cuda.empty_cache()
+        parts = min(2 * parts, most)
 
 
 def flops_per_second(model, batch, image_size, flops, env):

@@ -4,10 +4,13 @@ import math
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 # domain of the target -> the metric that the study reports
 MAIN_METRIC = {"natural": "accuracy", "medical": "mean_auc"}
+
+CHUNK = 4096  # images whose scores are computed in 64 bits at a time
 
 
 class Diverged(ValueError):
@@ -57,40 +60,45 @@ def average_precision(scores, targets):
     return float((precision * gained).sum())
 
 
-def compute_metrics(logits, labels, classes):
+def compute_metrics(logits, labels, classes, env=None):
     """Metrics of a whole test set as fractions; what is undefined is None.
 
-    logits: (N,C). labels: (N,) int64 for multi-class, (N,C) in {0,1,nan} for multi-label.
+    logits: (N,C). labels: (N,) int64 for multi-class, (N,C) in {0,1,nan} for multi-label. env: of
+    processes.Env; its ranks, which all have the same logits, share out the classes.
     accuracy: share of right answers (multi-label: of right yes/no answers over all valid labels,
     at probability 0.5). mean_auc, mean_ap: means over the classes for which they are defined, one
     against the rest. loss: mean over valid labels. Raises Diverged for non-finite logits.
     """
-    logits = torch.as_tensor(logits).double()
+    logits = torch.as_tensor(logits).cpu()
     labels = torch.as_tensor(np.array(labels))  # a copy: those of a pack cannot be written
-    if not logits.isfinite().all():
-        raise Diverged("the network's outputs are not finite; a smaller --lr may mend it")
+    refuse_nonfinite(logits)
     task = "multilabel" if labels.ndim == 2 else "multiclass"
-    top5 = None
-    if task == "multiclass":
-        scores = logits.softmax(1).numpy()
-        targets = F.one_hot(labels, len(classes)).double()
-        predicted = F.one_hot(logits.argmax(1), len(classes)).numpy() == 1
-        accuracy = float((logits.argmax(1) == labels).double().mean())
-        if len(classes) > 5:
-            top5 = float((logits.topk(5).indices == labels[:, None]).any(1).double().mean())
-    else:
-        scores, targets, predicted = logits.numpy(), labels.double(), (logits > 0).numpy()
-        valid = ~labels.isnan().numpy()
-        accuracy = float((predicted == (targets.numpy() == 1))[valid].mean())
-    targets = targets.numpy()
-    per_class = {
-        name: _class_metrics(scores[:, c], predicted[:, c], targets[:, c])
-        for c, name in enumerate(classes)
-    }
     count = int((~labels.isnan()).sum()) if task == "multilabel" else len(labels)
+    right, in_top5 = answers(logits, labels)
+    rank, ranks = (env.rank, env.ranks) if env else (0, 1)
+    mine = range(rank, len(classes), ranks)
+    scores = np.empty((len(mine), len(logits)))  # a row a class, in 64 bits
+    for start in range(0, len(logits), CHUNK):
+        chunk = logits[start : start + CHUNK].double()
+        chunk = chunk.softmax(1) if task == "multiclass" else chunk
+        scores[:, start : start + CHUNK] = chunk[:, mine.start :: ranks].T
+    predicted = logits.argmax(1) if task == "multiclass" else None
+    found = {}
+    for c, row in zip(mine, scores):
+        if task == "multiclass":
+            found[c] = _class_metrics(row, (predicted == c).numpy(), (labels == c).numpy())
+        else:
+            valid = ~labels[:, c].isnan().numpy()
+            truth, answer = labels[:, c].numpy()[valid] == 1, logits[:, c].numpy()[valid] > 0
+            found[c] = _class_metrics(row[valid], answer, truth)
+    if ranks > 1:
+        parts = [None] * ranks
+        dist.all_gather_object(parts, found)
+        found = {c: values for part in parts for c, values in part.items()}
+    per_class = {name: found[c] for c, name in enumerate(classes)}
     return {
-        "accuracy": accuracy,
-        "top5": top5,
+        "accuracy": int(right) / count if count else math.nan,
+        "top5": int(in_top5) / count if in_top5 is not None else None,
         "mean_auc": _mean([m["auc"] for m in per_class.values()]),
         "mean_ap": _mean([m["ap"] for m in per_class.values()]),
         "loss": float(loss_sum(logits, labels, task)) / count,
@@ -98,9 +106,24 @@ def compute_metrics(logits, labels, classes):
     }
 
 
-def _class_metrics(scores, predicted, targets):
-    valid = ~np.isnan(targets)
-    scores, predicted, truth = scores[valid], predicted[valid], targets[valid] == 1
+def refuse_nonfinite(logits):
+    if not logits.isfinite().all():
+        raise Diverged("the network's outputs are not finite; a smaller --lr may mend it")
+
+
+def answers(logits, labels):
+    """(how many answers are right, for how many images the label is among the five likeliest
+    classes), as tensors; the second None for multi-label or at most five classes.
+    """
+    if labels.ndim == 2:
+        return ((logits > 0) == (labels == 1))[~labels.isnan()].sum(), None
+    right = (logits.argmax(1) == labels).sum()
+    if logits.shape[1] <= 5:
+        return right, None
+    return right, (logits.topk(5).indices == labels[:, None]).any(1).sum()
+
+
+def _class_metrics(scores, predicted, truth):
     hits, claims, positives = (predicted & truth).sum(), predicted.sum(), truth.sum()
     auc, ap = roc_auc(scores, truth), average_precision(scores, truth)
     return {

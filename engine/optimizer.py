@@ -33,8 +33,8 @@ class SGD_AGC(torch.optim.SGD):
 
     def _choose_kernels(self):
         for group in self.param_groups:
-            on_cpu = all(p.device.type == "cpu" for p in group["params"])
-            group.update(fused=on_cpu, foreach=not on_cpu)
+            fused = all(p.device.type in ("cpu", "cuda") for p in group["params"])
+            group.update(fused=fused, foreach=not fused)
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
@@ -69,25 +69,32 @@ class SGD_AGC(torch.optim.SGD):
 
 
 def clip_units(params, clipping, eps):
-    """Scales the gradients of these parameters in place, unit by unit; (their norms, scales)."""
-    grads = [p.grad for p in params]
-    bounds, norms = _unit_norms(params).clamp_(min=eps).mul_(clipping), _unit_norms(grads)
+    """Scales the gradients of these parameters in place, unit by unit; (their norms, scales).
+
+    Vectors, of which there are twice as many as filters, take a handful of launches together.
+    """
+    filters, vectors = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]
+    grads, flat = [p.grad for p in filters], [p.grad for p in vectors]
+    bounds = _unit_norms(filters, vectors).clamp_(min=eps).mul_(clipping)
+    norms = _unit_norms(grads, flat)
     # At most 1, and exactly 1 where nothing is clipped.
     scales = bounds.div_(norms.clamp(min=1e-30)).clamp_(max=1)
-    units = [len(p) if p.ndim > 1 else 1 for p in params]
-    shapes = [(-1,) + (1,) * (p.ndim - 1) for p in params]
-    by_tensor = [scale.view(shape) for scale, shape in zip(scales.split(units), shapes)]
-    torch._foreach_mul_(grads, by_tensor)
+    *by_filter, by_vector = scales.split([*map(len, filters), len(vectors)])
+    for grad, scale in zip(grads, by_filter):
+        grad.mul_(scale.view(-1, *[1] * (grad.ndim - 1)))
+    if flat:
+        sizes = [grad.numel() for grad in flat]
+        scaled = torch.cat([grad.view(-1) for grad in flat])
+        scaled *= torch.cat([s.expand(n) for s, n in zip(by_vector.unbind(), sizes)])
+        torch._foreach_copy_(flat, scaled.split(sizes))
     return norms, scales
 
 
-def _unit_norms(tensors):
+def _unit_norms(filters, vectors):
     """The norms of all units of all tensors, one vector."""
-    norms = [
-        torch.linalg.vector_norm(t, dim=tuple(range(1, t.ndim)) if t.ndim > 1 else None).view(-1)
-        for t in tensors
-    ]
-    return torch.cat(norms)
+    norms = [torch.linalg.vector_norm(t, dim=tuple(range(1, t.ndim))) for t in filters]
+    whole = torch._foreach_norm(vectors) if vectors else []
+    return torch.cat([*norms, *[norm.view(1) for norm in whole]])
 
 
 def set_learning_rate(optimizer, lr):

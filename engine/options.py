@@ -40,11 +40,14 @@ TABLE = """
 --weight-decay amount - (default: recipe)
 --clipping amount - of AGC; 0: plain SGD (default: recipe)
 --image-size number - side in pixels (default: recipe)
---precision auto|fp32|bf16 auto auto: bf16 where the hardware computes in it, else fp32
+--precision auto|fp32|tf32|bf16 auto auto: bf16 where the hardware computes in it, else fp32; tf32:
+    fp32 whose products GPUs round
 --compile flag - torch.compile the training step
---accumulate number 1 parts in which a process computes its share of a batch
+--accumulate number - parts in which a process computes its share of a batch (default: 1; of
+    transfer: as few as fit into memory)
 --checkpoint-activations flag - less memory, a third more arithmetic
---workers count 0 processes a rank that read images ahead
+--workers count - processes a rank that read images ahead (default: 0 on CPUs and where all is
+    decoded in memory, else 8 or a process's share of the cores)
 --log-every number 50 steps
 --save-minutes positive 10.0 minutes between checkpoints
 --time-limit positive - minutes, then save and leave with status 75, or 0 under torchrun; the same

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torchvision
 
-from engine.console import EXIT_STOPPED, complain
+from engine.console import EXIT_BAD_INPUT, EXIT_STOPPED, complain
 
 BEGAN = time.monotonic()
 
@@ -35,6 +35,11 @@ def run_script(main):
             print(f"{stop}; the same command continues", file=sys.stderr)
         status = stop.status
     if dist.is_initialized():
+        if status == EXIT_BAD_INPUT and torch.cuda.is_available():
+            # What one rank met leaves the others waiting: destroying the group would wait for them
+            # too. torchrun ends them when this process leaves.
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(status)
         dist.destroy_process_group()
     sys.exit(status)
 
@@ -45,7 +50,9 @@ def run_script(main):
 
 
 class Env(NamedTuple):
-    """Where this process runs. precision: "fp32", or "bf16" for autocast."""
+    """Where this process runs. precision: "fp32", "tf32" (its products on CUDA rounded to TF32), or
+    "bf16" for autocast.
+    """
 
     rank: int
     ranks: int
@@ -90,9 +97,14 @@ def setup(precision="auto", timeout=None):
         )
     if ranks > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timeout)
+        own = device if device.type == "cuda" else None
+        dist.init_process_group(backend, timeout=timeout, device_id=own)
     if precision == "auto":
         precision = "bf16" if _computes_bf16(device) else "fp32"
+    if precision == "tf32" and device.type == "cpu":
+        raise ValueError("--precision tf32: CPUs have none; give fp32, or auto")
+    # PyTorch's own default for convolutions is TF32.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     return Env(rank, ranks, device, precision)
 
 
@@ -179,23 +191,26 @@ class StopSignal:
 # ------------------------------------------------------------------------------------------------
 
 
-def parallel(model, env, compile=False):
-    """The callable that trains this model: averaging gradients over ranks, compiled if asked."""
+def parallel(model, env):
+    """The callable that trains this model, averaging gradients over ranks."""
     if env.ranks > 1:
         ids = [env.device] if env.device.type == "cuda" else None
         model = torch.nn.parallel.DistributedDataParallel(
             model, device_ids=ids, gradient_as_bucket_view=True
         )
-    return torch.compile(model) if compile else model
+    return model
 
 
 def parts(network, images, labels, count, env, multiple=1):
-    """Yields a rank's batch in `count` parts (fewer where it is small), on the device: (images,
-    labels). Gradients are averaged over the ranks once, in the backward pass of the last part.
+    """Yields a rank's batch in parts, on the device: (images, labels). Gradients are averaged over
+    the ranks once, in the backward pass of the last part.
 
-    network: of `parallel`. multiple: of so many images is each part but the last.
+    network: of `parallel`. count: of parts, or up to twice as many where these are equal, as one
+    shape is one compiled graph. multiple: so many neighbours stay together.
     """
-    size = math.ceil(len(images) / count / multiple) * multiple
+    units = math.ceil(len(images) / multiple)
+    count = next((c for c in range(count, 2 * count) if units % c == 0), count)
+    size = math.ceil(units / count) * multiple
     images = images.to(env.device, non_blocking=True).split(size)
     labels = labels.to(env.device, non_blocking=True).split(size)
     for number in range(len(images)):

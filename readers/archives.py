@@ -121,7 +121,11 @@ def _tar_members(path):
     with open(path, "rb") as file:
         try:
             archive = tarfile.open(fileobj=file, mode="r:")
-            headers = archive.getmembers()
+            headers = []
+            for member in archive:
+                if member.size < 0:  # tarfile would go round in a circle
+                    raise tarfile.ReadError(f"{member.name}: {member.size} bytes")
+                headers.append(member)
             file.seek(archive.offset)
             end = file.read()  # blocks of zeros; tarfile itself stops at any damage without a word
             if len(end) < 512 or end.strip(b"\0"):

@@ -241,3 +241,12 @@ class Decoded(NamedTuple):
 
     def where(self, i):
         return self.original.where(i)
+
+
+def in_memory(reader):
+    """Whether the images of a reader need no decoding."""
+    if isinstance(reader, Subset):
+        return in_memory(reader.reader)
+    if isinstance(reader, Joined):
+        return all(map(in_memory, reader.readers))
+    return isinstance(reader, (Array, Decoded))

@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from readers.images import in_memory
+
+CPU = torch.device("cpu")
 CHUNK = 16  # images of a dataset that a process is given at a time
 
 
@@ -20,9 +23,9 @@ def available_cores():
     return os.cpu_count()
 
 
-def loader(batches, start, stop, workers=0, pin_memory=False):
-    """Iterator over batches[start:stop]; `workers` processes read ahead (0: none)."""
-    return iter(_loader(batches, range(start, stop), workers, pin_memory))
+def loader(batches, start, stop, workers=0, device=CPU):
+    """Iterator over batches[start:stop], read ahead by so many processes, or as `_loader` says."""
+    return iter(_loader(batches, range(start, stop), workers, device))
 
 
 class _Part(torch.utils.data.Dataset):
@@ -42,25 +45,32 @@ class _Part(torch.utils.data.Dataset):
         return self.rows[k], torch.stack(images)
 
 
-def in_order(dataset, pipeline, batch_size, rank=0, ranks=1, workers=0, pin_memory=False):
+def in_order(dataset, pipeline, batch_size, rank=0, ranks=1, workers=0, device=CPU):
     """This rank's part of a test set: iterating yields (rows (b,) int64, images uint8 (b,C,H,W)),
     as often as one likes, with the same worker processes.
 
     Of each `batch_size` images every `ranks`-th, so that one rank has each image; none is empty.
     """
     part = _Part(dataset, pipeline, batch_size, rank, ranks)
-    return _loader(part, range(len(part)), workers, pin_memory, persistent_workers=workers > 0)
+    return _loader(part, range(len(part)), workers, device, keep=True)
 
 
-def _loader(dataset, sampler, workers, pin_memory, **settings):
+def _loader(batches, sampler, workers, device, keep=False):
+    """workers None: 0 for a CPU and where the images are decoded in memory; for a GPU, which takes
+    thousands of images a second where a core reads hundreds, 8 or the process's share of the cores.
+    """
+    on_gpu = device.type == "cuda"
+    if workers is None:
+        share = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = min(8, share) if on_gpu and not in_memory(batches.dataset.reader) else 0
     return torch.utils.data.DataLoader(
-        dataset,
+        batches,
         batch_size=None,
         sampler=sampler,
         num_workers=workers,
         worker_init_fn=_ignore_signals,
-        pin_memory=pin_memory,
-        **settings,
+        pin_memory=on_gpu,
+        persistent_workers=keep and workers > 0,
     )
 
 

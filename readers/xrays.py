@@ -170,9 +170,15 @@ def mimic_rows(name, folder, split, views):
     kept &= mine
     dicoms, subjects, studies = dicoms[kept], subjects[kept], studies[kept]
 
-    annotated, *findings = tables.read_table(findings_table, {"study_id": NUMBER} | FINDING_COLUMNS)
+    columns = {"study_id": NUMBER, "subject_id": NUMBER} | FINDING_COLUMNS
+    annotated, owners, *findings = tables.read_table(findings_table, columns)
     row = tables.positions(studies, annotated, findings_table)
     labelled = row >= 0
+    if (wrong := labelled & (owners[row] != subjects)).any():
+        raise ValueError(
+            f"{findings_table}: study {studies[wrong][0]} is of another subject than in "
+            f"{metadata.name}; fetch both of one release"
+        )
     dropped["studies without labels"] = int((~labelled).sum())
     labels = _finding_labels(*findings)[row[labelled]]
     return dicoms[labelled], subjects[labelled], studies[labelled], labels, dropped

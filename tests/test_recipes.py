@@ -61,10 +61,10 @@ def test_recipes_of_the_study(recipe, source, domain, model, expected):
 def test_a_new_size_states_its_class_and_gets_its_recipe(monkeypatch):
     small = "R14x0.5 R26x0.5 R26x1 R50x1".split()
     large = "R50x3 R101x1 R101x3 R152x2 R152x4".split()
-    assert {name: size.recipe for name, size in models.MODELS.items()} == {
+    assert {name: size.size_class for name, size in models.MODELS.items()} == {
         name: size for size, names in (("small", small), ("large", large)) for name in names
     }
-    with pytest.raises(TypeError, match="recipe"):
+    with pytest.raises(TypeError, match="size_class"):
         models.Size((3, 4, 6, 3), 2)
     for size, as_of in (("small", "R50x1"), ("large", "R152x4")):
         monkeypatch.setitem(models.MODELS, "R50x2", models.Size((3, 4, 6, 3), 2, size))

@@ -67,7 +67,7 @@ def test_a_result_of_another_config_is_refused_by_the_setting(tmp_path, ours, me
         ("--batch-size x", "argument --batch-size: invalid int value: 'x'"),
         (
             "--precision fp16",
-            "argument --precision: unknown 'fp16', did you mean bf16? (auto, fp32, bf16)",
+            "argument --precision: unknown 'fp16', did you mean bf16? (auto, fp32, tf32, bf16)",
         ),
     ),
 )

@@ -215,8 +215,8 @@ CPU = processes.Env(0, 1, torch.device("cpu"), "fp32")
 
 @pytest.mark.parametrize(
     "images, count, multiple, sizes",
-    ((7, 1, 1, [7]), (7, 3, 1, [3, 3, 1]), (7, 5, 1, [2, 2, 2, 1]), (7, 2, 2, [4, 3]))
-    + ((10, 3, 2, [4, 4, 2]), (5, 5, 2, [2, 2, 1]), (1, 4, 2, [1])),
+    ((7, 1, 1, [7]), (7, 3, 1, [3, 3, 1]), (7, 5, 1, [1] * 7), (7, 2, 2, [4, 3]))
+    + ((10, 3, 2, [2] * 5), (5, 5, 2, [2, 2, 1]), (1, 4, 2, [1])),
 )
 def test_parts_are_the_batch_in_order(images, count, multiple, sizes):
     batch, labels = torch.arange(images)[:, None], torch.arange(images)

@@ -1,0 +1,334 @@
+"""What would be on a GPU, as far as a CPU can tell: fake CUDA tensors, counted operations, imitated
+memory and errors."""
+
+import itertools
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, refuses
+from grids import call
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import data
+import models
+import transfer
+from benchmarks.train import training_loop
+from engine import evaluate, grid, memory, processes
+from engine.optimizer import SGD_AGC
+from readers import workers
+from readers.images import Array, Decoded, Files, ImageDataset, Joined, Subset
+from readers.transforms import Pipeline, keep
+
+CPU = processes.Env(0, 1, torch.device("cpu"), "fp32")
+CUDA = torch.device("cuda", 0)
+
+
+# ------------------------------------------------------------------------------------------------
+# The network
+# ------------------------------------------------------------------------------------------------
+
+
+# In a process of its own: after fake CUDA tensors PyTorch has threads that no fork survives.
+LAYERS = """
+import sys; sys.path.insert(0, {root!r})
+import torch, models
+from torch._subclasses.fake_tensor import FakeTensorMode
+torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+torch.cuda.is_bf16_supported = lambda *args, **more: True
+device, dtypes, strides = torch.device("cuda", 0), [], []
+def look(layer, inputs, output):
+    dtypes.append(output.dtype)
+    if isinstance(layer, models.StdConv2d):
+        kernel = models.standardize(layer.weight)
+        strides.append(kernel.stride(1) == 1 and kernel.stride(3) == kernel.shape[1])
+with FakeTensorMode(), torch.autocast("cuda", torch.bfloat16):
+    with device:
+        model = models.create_model("R50x1", 10)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Conv2d):  # as place() would
+            kernel = layer.weight.detach().to(memory_format=models.LAYOUT["cuda"])
+            layer.weight = torch.nn.Parameter(kernel)
+        if isinstance(layer, (models.StdConv2d, models.GroupNorm)):
+            layer.register_forward_hook(look)
+    model(torch.empty(2, 3, 64, 64, device=device))
+assert len(dtypes) == 53 + 49 and set(dtypes) == {{torch.bfloat16}}, set(dtypes)
+assert len(strides) == 53 and all(strides)  # 1 x 1 kernels too say that channels come last
+"""
+
+
+def test_every_layer_keeps_bf16_and_channels_last():
+    command = [sys.executable, "-c", LAYERS.format(root=str(ROOT))]
+    subprocess.run(command, capture_output=True, text=True, check=True)
+
+
+@pytest.mark.parametrize("precision", ("fp32", "bf16"))
+def test_kept_weights_change_no_output_and_follow_the_weights(precision):
+    torch.manual_seed(0)
+    env, images = CPU._replace(precision=precision), torch.randn(3, 3, 32, 32)
+    model = models.create_model("R14x0.5", 4).eval()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def plain():
+        with env.autocast():  # with gradients nothing is kept
+            return model(images).detach()
+
+    def kept():
+        with torch.inference_mode(), env.autocast():
+            return [model(images).clone() for _ in range(2)][1]
+
+    first = plain()
+    assert torch.equal(kept(), first)
+    assert model.root.conv.kept is not None
+    model(images).sum().backward()
+    optimizer.step()  # in place, without train()
+    assert torch.equal(kept(), plain()) and not torch.equal(plain(), first)
+    models.create_model("R14x0.5", 4)
+    model.load_state_dict(models.create_model("R14x0.5", 4).state_dict())
+    assert torch.equal(kept(), plain())
+    model.train()
+    assert model.root.conv.kept is None
+    assert not any("kept" in key for key in model.state_dict())
+
+
+@pytest.mark.slow
+def test_compiled_blocks_have_the_eager_gradients():
+    gradients = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        model = models.create_model("R14x0.5", 4)
+        if compile:
+            model.compile_blocks()
+        model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients):
+        assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
+
+
+# ------------------------------------------------------------------------------------------------
+# A step
+# ------------------------------------------------------------------------------------------------
+
+
+class Counted(TorchDispatchMode):
+    """The names of all operations."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_step_waits_for_the_device_and_clipping_takes_few_launches():
+    model = models.create_model("R50x1", 10)
+    optimizer = SGD_AGC(model.parameter_groups(), 0.01)
+    assert all(group["fused"] for group in optimizer.param_groups)
+    images, labels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)
+    loop = training_loop(model, optimizer, itertools.repeat((images, labels, 2)), 2, CPU)
+    next(loop), next(loop)
+    with Counted() as counted:
+        next(loop)
+    assert not {"_local_scalar_dense", "nonzero", "is_nonzero"} & set(counted.names)
+    with Counted() as counted:
+        optimizer.step()
+    launching = [
+        name
+        for name in counted.names
+        if name
+        not in (
+            "view",
+            "expand",
+            "split",
+            "unbind",
+            "split_with_sizes",
+            "alias",
+            "detach",
+            "slice",
+            "select",
+            "_unsafe_view",
+        )
+    ]
+    assert len(launching) < 220  # a launch each, but for lists; it took 467
+
+
+def test_the_peak_of_a_gpu_is_of_its_precision(monkeypatch):
+    names = {"NVIDIA L40": 181, "NVIDIA L40S": 362, "NVIDIA L4": 121, "NVIDIA H100 NVL": 835}
+    names |= {"NVIDIA GB200": 2500, "NVIDIA A10G": 70, "NVIDIA H100 80GB HBM3": 989}
+    monkeypatch.setattr(memory, "measured_flops", lambda *args: 1.0)
+    for name, tera in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        peak = memory.peak_flops.__wrapped__
+        assert peak(CUDA, "bf16") == tera * 1e12 and peak(CUDA, "tf32") == tera * 5e11
+        assert peak(CUDA, "fp32") == 1.0
+
+
+def test_fp32_is_fp32_unless_asked():
+    processes.setup("fp32")
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    refuses(ValueError, lambda: processes.setup("tf32"), "--precision tf32")
+
+
+# ------------------------------------------------------------------------------------------------
+# Memory
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, size, mebibytes",  # traced on another count of the same
+    (("R50x1", 224, 39.3), ("R50x1", 480, 174.7), ("R152x4", 224, 325), ("R152x4", 480, 1490)),
+)
+def test_what_a_step_keeps_of_an_image(name, size, mebibytes):
+    with torch.device("meta"):
+        model = models.create_model(name, 1000)
+    found = memory.activation_bytes(model, size, "bf16") / 2**20
+    assert found == pytest.approx(mebibytes, rel=0.08)
+
+
+@pytest.mark.parametrize("gibibytes, parts", ((10_000, 1), (80, 4), (24, 34)))
+def test_parts_of_the_largest_network_by_memory(gibibytes, parts, monkeypatch):
+    """R152x4 at 480 pixels: 1.44 GiB an image of 128, and 14 GiB for weights and their like."""
+    monkeypatch.setattr(memory, "free_memory", lambda device: gibibytes * 2**30)
+    with torch.device("meta"):
+        model = models.create_model("R152x4", 10)
+    env = CPU._replace(precision="bf16", device=CUDA)
+    assert memory.estimate_parts(model, 480, 128, env) == pytest.approx(parts, rel=0.15)
+
+
+def test_auto_asks_each_gpu_for_its_own_memory(monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda device: 100 * 2**20)
+    monkeypatch.setattr(memory, "reset_peak_memory", lambda device: None)
+    peaks = itertools.cycle((0, 60 * 2**20))
+    monkeypatch.setattr(memory, "peak_memory", lambda device: next(peaks))
+    monkeypatch.setattr(memory, "training_step", lambda *args: None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert memory._step_fits(None, 32, 1, CPU._replace(device=CUDA))
+    assert not memory._step_fits(None, 32, 1, CPU)  # whose memory all eight share
+
+
+def test_a_cell_out_of_memory_is_tried_in_more_parts(monkeypatch, tmp_path, capsys):
+    """Also the next ones, and the results are those of the whole batch."""
+    real, counts = transfer.train, []
+
+    def train(cell, signals, args, env, title, accumulate):
+        counts.append(accumulate)
+        if accumulate < 4 and not args.accumulate:
+            raise torch.OutOfMemoryError("imitated")
+        return real(cell, signals, args, env, title, accumulate)
+
+    monkeypatch.setattr(transfer, "train", train)
+    monkeypatch.setattr(transfer, "PARTS", {})
+    words = ("--checkpoint", "scratch", "--target", "synthetic-natural-target", "--steps", 2)
+    words += ("--seeds", 2, "--precision", "fp32")
+    call(transfer, *words, "--out", tmp_path / "parts")
+    assert counts == [1, 2, 4, 4]
+    assert capsys.readouterr().out.count("out of memory") == 1
+    call(transfer, *words, "--accumulate", 1, "--out", tmp_path / "whole")
+    found = [path.read_text() for path in sorted(tmp_path.glob("*/*/*/full-seed0.json"))]
+    losses = [float(text.split('"loss": ')[1].split(",")[0]) for text in found]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+SCORES = """
+import sys, time; sys.path.insert(0, {root!r})
+import numpy as np, torch
+from engine import evaluate, memory, processes
+env = processes.Env(0, 1, torch.device("cpu"), "fp32")
+class Model(torch.nn.Module):
+    def forward(self, images):
+        torch.manual_seed(int(images.sum()) % 97)
+        return torch.randn(len(images), 21_841)
+rows = np.split(np.arange(20_000), range(256, 20_000, 256))
+stream = ((torch.from_numpy(r), torch.zeros(len(r), 3, 2, 2, dtype=torch.uint8)) for r in rows)
+labels, norm = np.zeros(20_000, np.int64), ((0.5,) * 3, (0.5,) * 3)
+found = evaluate.evaluate(Model(), stream, labels, range(21_841), env, norm)
+assert found["mean_auc"] is None and found["per_class"] is None and found["top5"] < 0.1, found
+print(memory.peak_memory(env.device))
+"""
+
+
+def test_evaluation_of_21841_classes_stays_small():
+    """20,000 x 21,841 scores are 1.7 GB; they are never held."""
+    command = [sys.executable, "-c", SCORES.format(root=str(ROOT))]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "left out: 20,000 images x 21,841 classes" in out
+    assert int(out.splitlines()[-1]) < 2e9
+
+
+@pytest.mark.parametrize("task", ("multiclass", "multilabel"))
+def test_sums_by_batches_are_the_metrics_of_the_whole(task, monkeypatch):
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.integers(0, 256, (50, 3, 4, 4), np.uint8))
+    labels = rng.integers(0, 7, 50)
+    if task == "multilabel":
+        labels = rng.choice(np.float32([0, 1, np.nan]), (50, 7))
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 7))
+    rows = torch.arange(50).split(8)
+    norm, found = ((0.5,) * 3, (0.5,) * 3), []
+    for limit in (2**26, 10):
+        monkeypatch.setattr(evaluate, "MAX_SCORES", limit)
+        stream = ((r, images[r]) for r in rows)
+        found.append(evaluate.evaluate(model, stream, labels, "abcdefg", CPU, norm))
+    whole, sums = found
+    assert sums["accuracy"] == whole["accuracy"] and sums["top5"] == whole["top5"]
+    assert sums["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    assert sums["mean_auc"] is None and whole["mean_auc"] > 0
+
+
+# ------------------------------------------------------------------------------------------------
+# Errors, and reading ahead
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error, lost",
+    (
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (RuntimeError("shapes do not match"), False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), True),
+        (torch.AcceleratorError("device-side assert", 1), True),
+    ),
+)
+def test_a_lost_device_ends_the_grid_and_no_other_error_does(error, lost):
+    cell = types.SimpleNamespace(path="x.json")
+    one = grid.Grid([], {}, CPU)
+
+    def run():
+        with one.tolerating(cell):
+            raise error
+
+    if lost:
+        refuses(ValueError, run, "the device is lost", "the same command")
+    else:
+        run()
+    assert list(one.failures) == ([] if lost else ["x.json"])
+
+
+@pytest.mark.parametrize("cores, processes, expected", ((64, 8, 8), (16, 8, 2), (128, 1, 8)))
+def test_a_gpu_has_images_read_ahead(cores, processes, expected, monkeypatch):
+    monkeypatch.setattr(workers, "available_cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda batches, **settings: settings)
+    files = Files("", np.array([b"a.png"]), "L")
+    pixels = Decoded(torch.empty(0), np.zeros(1), np.zeros((1, 3)), files)
+    array = Array("memory", np.zeros((1, 2, 2, 3), np.uint8))
+    for reader, count in (
+        (files, expected),
+        (Subset(Joined([files, files], np.array([1, 2])), np.arange(1)), expected),
+        (Subset(pixels, np.arange(1)), 0),
+        (Joined([array, pixels], np.array([1, 2])), 0),
+    ):
+        dataset = ImageDataset("x", reader, np.zeros(1, np.int64), "a", "multiclass", "natural")
+        batches = data.Batches(dataset, Pipeline(keep, keep), 1)
+        for device, wanted in ((CUDA, count), (CPU.device, 0)):
+            settings = workers._loader(batches, range(1), None, device)
+            assert settings["num_workers"] == wanted
+            assert settings["pin_memory"] == (device.type == "cuda")
