@@ -171,7 +171,10 @@ def estimate_parts(model, image_size, share, env):
     """In how many parts a process computes `share` images, by what a step keeps of each.
 
     model: on the meta device. Weights, gradients, momentum and standardised weights are counted.
+    Where the system does not tell its memory, it is one.
     """
+    if env.device.type == "cpu" and not os.path.exists("/proc/meminfo"):
+        return 1
     room = 0.8 * free_memory(env.device) - 16 * sum(p.numel() for p in model.parameters())
     if env.device.type == "cpu":
         room /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
