@@ -19,7 +19,7 @@ import models
 from engine import console, distance, memory, options
 from engine.checkpoint import Run, read_result, save_tensors
 from engine.evaluate import evaluate, predict, to_input
-from engine.log import Log, trim_log
+from engine.log import Log
 from engine.metrics import loss_sum
 from engine.optimizer import SGD_AGC, set_learning_rate
 from engine.processes import StopSignal, environment, parallel, parts, run_script, setup
@@ -78,24 +78,34 @@ def choose_recipe(name, source, domain, model):
     """
     source = data.base_name(source)
     name = name or ("synthetic" if source in ("synthetic-natural", "synthetic-xray") else "paper")
-    families = {family for family, _ in RECIPES[name]}
-    family = source if source in families else domain
-    if family not in families:
-        known = ", ".join(sorted(families, reverse=True))
+    recipes, size = RECIPES[name], models.MODELS[model].size_class
+    recipe = recipes.get((source, size)) or recipes.get((domain, size))
+    if not recipe:
+        known = ", ".join(sorted({family for family, _ in recipes}, reverse=True))
         raise ValueError(f"--recipe {name} is for {known} sources, not {source}")
-    return name, RECIPES[name][family, models.MODELS[model].size_class]
+    return name, recipe
+
+
+def step_schedule(lr, epoch, warmup, epochs):
+    """A tenth after 1/3, 2/3 and 8/9 of the run (epochs 30, 60, 80 of 90)."""
+    return lr * 0.1 ** sum(epoch >= epochs * part / 9 for part in (3, 6, 8))
+
+
+def cosine_schedule(lr, epoch, warmup, epochs):
+    """To zero, from the end of the warm-up on."""
+    return lr / 2 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
+
+
+SCHEDULES = {"step": step_schedule, "cosine": cosine_schedule}
 
 
 def learning_rate(epoch, lr, start_lr, warmup, epochs, schedule):
-    """The rate at a (fractional) epoch: linear from start_lr to lr during warm-up, then `schedule`.
-
-    "step": a tenth after 1/3, 2/3 and 8/9 of the run (epochs 30, 60, 80 of 90). "cosine": to zero.
+    """The rate at a (fractional) epoch: linear from start_lr to lr during warm-up, then `schedule`,
+    one of SCHEDULES.
     """
     if epoch < warmup:
         return start_lr + (lr - start_lr) * epoch / warmup
-    if schedule == "cosine":
-        return lr / 2 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
-    return lr * 0.1 ** sum(epoch >= epochs * part / 9 for part in (3, 6, 8))
+    return SCHEDULES[schedule](lr, epoch, warmup, epochs)
 
 
 def choose_pipeline(source, size, train, rand_augment=False):
@@ -132,6 +142,7 @@ DEFAULTS = {
     "model": dict(default="R14x0.5", **options.words(*models.MODELS)),
     "out": dict(default="runs"),
     "recipe": options.words(*RECIPES),
+    "schedule": options.words(*SCHEDULES),
     "batch_size": options.number_or("auto"),
     "accumulate": dict(default=1),
 }
@@ -242,7 +253,6 @@ def pretrain(train_set, test_set, config, folder, args, env):
     run = Run(folder / "checkpoint.pt", model, optimizer, config, env, args.save_minutes)
     if run.step:
         console.say(env, f"{folder}: continues after step {run.step}")
-    trim_log(env, folder / "log.jsonl", run.step)
 
     # Small sets are decoded once, into memory.
     size, batch_size = config["image_size"], config["batch_size"]
@@ -352,7 +362,7 @@ def report(record):
     """The closing table."""
     metrics, train = record["metrics"], record["train"]
     shown = ("accuracy", "top5", "mean_auc", "mean_ap", "loss")
-    rows = [[name, f"{metrics[name]:.4f}"] for name in shown if metrics[name] is not None]
+    rows = [[name, f"{metrics[name]:.4f}"] for name in shown if metrics.get(name) is not None]
     rows += [
         ["seconds", f"{train['seconds']:.0f}"],
         ["images/s", f"{train['images_per_second']:.0f}"],

@@ -13,7 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
 from charts import style
-from charts.results import AUTO, METRICS, size_order
+from charts.results import METRICS, size_order
+from engine.console import MAIN_METRIC
 
 
 class Curve(NamedTuple):
@@ -21,7 +22,9 @@ class Curve(NamedTuple):
     factor: int = 1  # from logged to shown number
 
 
-TESTS = {key: Curve(f"test {METRICS[key].axis}", METRICS[key].factor) for key in AUTO.values()}
+TESTS = {
+    key: Curve(f"test {METRICS[key].axis}", METRICS[key].factor) for key in MAIN_METRIC.values()
+}
 CURVES = {  # key in log.jsonl -> its panel
     "loss": Curve("training loss"),
     **TESTS,
@@ -120,7 +123,7 @@ def load_logs(folders):
         # One test metric a run, that of its domain; before that is known, accuracy where only
         # multi-class runs have a top5.
         unknown = "accuracy" if any("top5" in record for record in records) else "mean_auc"
-        wanted = AUTO.get(domain, unknown)
+        wanted = MAIN_METRIC.get(domain, unknown)
         if points[wanted]:
             points |= {key: [] for key in TESTS if key != wanted}
         logs.append(Log("/".join(own[-depth:]), domain, images, points))

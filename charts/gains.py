@@ -11,6 +11,7 @@ import numpy as np
 
 from charts import results
 from charts.results import DISTANCES, Cell, group
+from engine.console import MAIN_METRIC
 
 KINDS = {  # kind of gain -> what differs, and what is shared beside target, shots and seed
     "network": ("model", "source"),
@@ -173,7 +174,7 @@ def paired_gains(runs, metric):
     gains, notices = [], []
     for kind in KINDS:
         for (target, _, *line), members in group(runs, *alike).items():
-            name = results.AUTO[target.domain] if metric == "auto" else metric
+            name = MAIN_METRIC[target.domain] if metric == "auto" else metric
             gain, more = paired_gain(GainLine(kind, *line), members, name)
             gains += [gain] if gain else []
             notices += more

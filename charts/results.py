@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from engine.console import MAIN_METRIC
+
 
 class Metric(NamedTuple):
     axis: str  # its name at an axis
@@ -23,7 +25,6 @@ METRICS = {
     "mean_auc": Metric("mean AUC", 1, 3, "mean AUC"),
     "mean_ap": Metric("mean average precision", 1, 3, "mean average precision"),
 }
-AUTO = {"natural": "accuracy", "medical": "mean_auc"}  # domain of the target -> metric
 DISTANCES = {  # of "distance" in a result file, where it has one -> its name in tables
     "frechet_relative": "log10 of relative Fréchet distance",
     "energy": "energy",
@@ -123,8 +124,8 @@ def checked_result(data, path, origin="own", classes=0):
     metrics = {key: number(data["metrics"], key, 0, 1) for key in METRICS}
     if not data["metrics"].keys() & METRICS.keys():
         raise ValueError(f"metrics hold none of {', '.join(METRICS)}")
-    if data["source_domain"] not in DOMAINS or data["target_domain"] not in AUTO:
-        raise ValueError(f"a domain is none of {', '.join(AUTO)}")
+    if data["source_domain"] not in DOMAINS or data["target_domain"] not in MAIN_METRIC:
+        raise ValueError(f"a domain is none of {', '.join(MAIN_METRIC)}")
     if data["shots"] is not None and data["shots"] < 1:
         raise ValueError(f"shots is {data['shots']}")
     target = Target(data["target"], data["target_domain"], origin)
@@ -295,7 +296,7 @@ def summarise(results, metric):
         images[source] = max(images.get(source, 0), result.source_images or 0)
     cells = []
     for (target, line, shots), runs in group(results, "target", "line", "shots").items():
-        name = AUTO[target.domain] if metric == "auto" else metric
+        name = MAIN_METRIC[target.domain] if metric == "auto" else metric
         scores = spread([run.metrics[name] for run in runs if run.metrics[name] is not None])
         classes = runs[0].classes if len({run.classes for run in runs}) == 1 else 0
         about = {"source_images": images[line.source], "classes": classes}

@@ -89,10 +89,12 @@ def load_checkpoint(path, config):
 
 
 def check_same_config(path, theirs, ours):
-    """Raises ValueError naming the first setting of `ours` that was another there."""
+    """Raises ValueError naming the first setting of `ours` that was another there. One that an
+    older file does not name was off, None or False.
+    """
     theirs, ours = json.loads(json.dumps([theirs, ours]))  # tuples become lists, as in the file
     for key in sorted(ours):
-        if theirs.get(key) != ours[key]:
+        if theirs.get(key) != ours[key] and (key in theirs or ours[key]):
             raise ValueError(
                 f"{path} was made with {key} = {theirs.get(key)}, not {ours[key]}; "
                 "use the same options, give another --out, or remove it"

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+# domain of the target -> the metric that the study reports
+MAIN_METRIC = {"natural": "accuracy", "medical": "mean_auc"}
 EXIT_BAD_INPUT, EXIT_STOPPED = 2, 75  # 75 is EX_TEMPFAIL: run the same command again
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from engine import console
 from engine.checkpoint import load_checkpoint, read_result
 from engine.memory import flops_per_second
-from engine.metrics import MAIN_METRIC, Diverged
+from engine.metrics import Diverged
 from engine.processes import Stopped, environment
 
 # A process whose share of the cells is done may wait long for the last ones of the others.
@@ -119,7 +119,7 @@ class Cell(NamedTuple):
     @property
     def metric(self):
         """The study's for such a target."""
-        return MAIN_METRIC[self.target.train_set.domain]
+        return console.MAIN_METRIC[self.target.train_set.domain]
 
     @property
     def kind(self):
@@ -155,7 +155,7 @@ def unfinished(cells, out, env):
     for cell in cells:
         record = read_result(cell.path, cell.kind, cell.config)
         if record:
-            results[str(cell.path)] = record["metrics"][cell.metric]
+            results[str(cell.path)] = record["metrics"].get(cell.metric)
         else:
             load_checkpoint(cell.checkpoint, cell.config)
             todo.append(cell)

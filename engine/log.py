@@ -25,6 +25,8 @@ class Log:
         self.env, self.path, self.title, self.batch_size = env, path, title, batch_size
         self.start, self.last, self.every, self.began = start, last, every, time.monotonic()
         self.bar = progress_bar(env if title else env._replace(rank=1), last, start, title)
+        if path:
+            trim_log(env, path, start)
         self.bad = torch.full((), math.inf, dtype=torch.float64, device=env.device)
         self._begin()
 

@@ -7,9 +7,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-# domain of the target -> the metric that the study reports
-MAIN_METRIC = {"natural": "accuracy", "medical": "mean_auc"}
-
 CHUNK = 4096  # images whose scores are computed in 64 bits at a time
 
 

@@ -36,7 +36,7 @@ TABLE = """
 --scratch-steps number - train scratch a second time, for so many steps (default: no)
 --lr positive - learning rate (pretrain.py: at a batch of 256, scaled linearly) (default: recipe)
 --warmup amount - epochs of it (default: the recipe's share of --epochs)
---schedule step|cosine - (default: recipe)
+--schedule text - (default: recipe)
 --weight-decay amount - (default: recipe)
 --clipping amount - of AGC; 0: plain SGD (default: recipe)
 --image-size number - side in pixels (default: recipe)

@@ -10,8 +10,10 @@ def parts_of(name):
 
 
 def base_name(name):
-    """The name of the dataset itself: nih of nih@256, synthetic-xray of synthetic-xray~0.4."""
-    return name.partition("@")[0].partition("~")[0]
+    """The name of the dataset itself: nih of nih@256, synthetic-xray of synthetic-xray~0.4, of a
+    union those of its members.
+    """
+    return "+".join(part.partition("@")[0].partition("~")[0] for part in parts_of(name))
 
 
 def without_place(name):
