@@ -62,7 +62,7 @@ def found():
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["finetune", "linear", "nearest-mean"])
+@pytest.mark.parametrize("method", ["finetune", "nearest-mean"])
 def test_a_failing_cell_stops_no_other(folder, checkpoint, monkeypatch, capsys, method):
     original = fewshot.METHODS[method]
 
@@ -98,15 +98,6 @@ def test_a_failing_distance_fails_each_cell_with_its_reason(
 # ------------------------------------------------------------------------------------------------
 
 
-def start_two(script, args, home, patch=None):
-    """Starts two processes of a script; returns their numbers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    argv = (f"{script.__name__}.py", *args)
-    return [start(script.main, argv, home, patch, rank, 2, port) for rank in (0, 1)]
-
-
 def dies_in_its_second_cell():
     """A patch: the second of two processes dies, once the first has done a cell too."""
     fine_tune, cells = fewshot.METHODS["finetune"], []
@@ -125,7 +116,12 @@ def dies_in_its_second_cell():
 def test_a_killed_process_loses_the_cell_in_flight_alone(folder, checkpoint, tmp_path):
     """Two processes of torchrun do the rest, and all is as one does it, to the last bit."""
     args = grid_args(folder, (checkpoint, "scratch"))
-    pids = start_two(fewshot, args, tmp_path, dies_in_its_second_cell)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    argv = "fewshot.py", *args
+    about = fewshot.main, argv, tmp_path, dies_in_its_second_cell
+    pids = [start(*about, rank, 2, port) for rank in (0, 1)]
     assert [wait(pid) for pid in pids] == [1, -signal.SIGKILL]
     before = {path: path.stat() for path in tmp_path.glob("results/*/*/*.json")}
     assert len(before) == 7
@@ -144,15 +140,6 @@ def test_a_killed_process_loses_the_cell_in_flight_alone(folder, checkpoint, tmp
     for name, record in one.items():
         assert record["metrics"] == two[name]["metrics"]
         assert record["distance"] == two[name]["distance"]
-
-
-def test_divergence_stops_no_other_cell_on_two_processes(folder, checkpoint, tmp_path):
-    args = ("--checkpoint", checkpoint, "--target", f"folder:{folder}", "--recipe", "bit", *QUICK)
-    args += ("--batch-size", 8, "--steps", 4, "--log-every", 1, "--seeds", 2, "--lr", 1e30)
-    pids = start_two(transfer, args, tmp_path)
-    assert [wait(pid) for pid in pids] == [1, 0] and not found()
-    output = (tmp_path / "rank0.out").read_text()
-    assert "2 cells failed" in output and output.count("not finite") == 2
 
 
 def test_a_time_limit_stops_both_processes_in_one_line(folder, checkpoint, tmp_path):

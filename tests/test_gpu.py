@@ -87,7 +87,6 @@ def test_kept_weights_change_no_output_and_follow_the_weights(precision):
     model(images).sum().backward()
     optimizer.step()  # in place, without train()
     assert torch.equal(kept(), plain()) and not torch.equal(plain(), first)
-    models.create_model("R14x0.5", 4)
     model.load_state_dict(models.create_model("R14x0.5", 4).state_dict())
     assert torch.equal(kept(), plain())
     model.train()
@@ -114,6 +113,9 @@ def test_compiled_blocks_have_the_eager_gradients():
 # ------------------------------------------------------------------------------------------------
 
 
+VIEWS = "view expand split unbind split_with_sizes alias detach slice select _unsafe_view".split()
+
+
 class Counted(TorchDispatchMode):
     """The names of all operations."""
 
@@ -138,29 +140,12 @@ def test_no_step_waits_for_the_device_and_clipping_takes_few_launches():
     assert not {"_local_scalar_dense", "nonzero", "is_nonzero"} & set(counted.names)
     with Counted() as counted:
         optimizer.step()
-    launching = [
-        name
-        for name in counted.names
-        if name
-        not in (
-            "view",
-            "expand",
-            "split",
-            "unbind",
-            "split_with_sizes",
-            "alias",
-            "detach",
-            "slice",
-            "select",
-            "_unsafe_view",
-        )
-    ]
+    launching = [name for name in counted.names if name not in VIEWS]
     assert len(launching) < 220  # a launch each, but for lists; it took 467
 
 
 def test_the_peak_of_a_gpu_is_of_its_precision(monkeypatch):
-    names = {"NVIDIA L40": 181, "NVIDIA L40S": 362, "NVIDIA L4": 121, "NVIDIA H100 NVL": 835}
-    names |= {"NVIDIA GB200": 2500, "NVIDIA A10G": 70, "NVIDIA H100 80GB HBM3": 989}
+    names = {"NVIDIA L40S": 362, "NVIDIA L4": 121, "NVIDIA H100 NVL": 835, "NVIDIA A10G": 70}
     monkeypatch.setattr(memory, "measured_flops", lambda *args: 1.0)
     for name, tera in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
@@ -182,23 +167,13 @@ def test_fp32_is_fp32_unless_asked():
 
 @pytest.mark.parametrize(
     "name, size, mebibytes",  # traced on another count of the same
-    (("R50x1", 224, 39.3), ("R50x1", 480, 174.7), ("R152x4", 224, 325), ("R152x4", 480, 1490)),
+    (("R50x1", 224, 39.3), ("R152x4", 480, 1490)),
 )
 def test_what_a_step_keeps_of_an_image(name, size, mebibytes):
     with torch.device("meta"):
         model = models.create_model(name, 1000)
     found = memory.activation_bytes(model, size, "bf16") / 2**20
     assert found == pytest.approx(mebibytes, rel=0.08)
-
-
-@pytest.mark.parametrize("gibibytes, parts", ((10_000, 1), (80, 4), (24, 34)))
-def test_parts_of_the_largest_network_by_memory(gibibytes, parts, monkeypatch):
-    """R152x4 at 480 pixels: 1.44 GiB an image of 128, and 14 GiB for weights and their like."""
-    monkeypatch.setattr(memory, "free_memory", lambda device: gibibytes * 2**30)
-    with torch.device("meta"):
-        model = models.create_model("R152x4", 10)
-    env = CPU._replace(precision="bf16", device=CUDA)
-    assert memory.estimate_parts(model, 480, 128, env) == pytest.approx(parts, rel=0.15)
 
 
 def test_auto_asks_each_gpu_for_its_own_memory(monkeypatch):
@@ -292,7 +267,6 @@ def test_sums_by_batches_are_the_metrics_of_the_whole(task, monkeypatch):
     (
         (torch.OutOfMemoryError("CUDA out of memory"), False),
         (RuntimeError("shapes do not match"), False),
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
         (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), True),
         (torch.AcceleratorError("device-side assert", 1), True),
     ),
@@ -312,7 +286,7 @@ def test_a_lost_device_ends_the_grid_and_no_other_error_does(error, lost):
     assert list(one.failures) == ([] if lost else ["x.json"])
 
 
-@pytest.mark.parametrize("cores, processes, expected", ((64, 8, 8), (16, 8, 2), (128, 1, 8)))
+@pytest.mark.parametrize("cores, processes, expected", ((16, 8, 2), (128, 1, 8)))
 def test_a_gpu_has_images_read_ahead(cores, processes, expected, monkeypatch):
     monkeypatch.setattr(workers, "available_cores", lambda: cores)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))

