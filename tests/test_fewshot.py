@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 import torch
 from conftest import run
 from grids import QUICK, call, pretrained, results
-from interruption import die, run_forked, start, wait
+from interruption import die, free_port, run_forked, start, wait
 
 import data
 import fewshot
@@ -116,11 +115,8 @@ def dies_in_its_second_cell():
 def test_a_killed_process_loses_the_cell_in_flight_alone(folder, checkpoint, tmp_path):
     """Two processes of torchrun do the rest, and all is as one does it, to the last bit."""
     args = grid_args(folder, (checkpoint, "scratch"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    argv = "fewshot.py", *args
-    about = fewshot.main, argv, tmp_path, dies_in_its_second_cell
+    about = fewshot.main, ("fewshot.py", *args), tmp_path, dies_in_its_second_cell
+    port = free_port()
     pids = [start(*about, rank, 2, port) for rank in (0, 1)]
     assert [wait(pid) for pid in pids] == [1, -signal.SIGKILL]
     before = {path: path.stat() for path in tmp_path.glob("results/*/*/*.json")}
@@ -320,10 +316,5 @@ def test_a_dry_run_prints_the_grid_and_writes_nothing(
     before = set(tmp_path.rglob("*"))
     monkeypatch.setattr(transfer.Target, "decode", None)
     assert not run_grid(folder, (checkpoint, "scratch"), "--dry-run", seeds=3)
-    output = capsys.readouterr().out
-    assert "12 cells, 1 finished already" in output
-    rows = [line.split("|")[1:-1] for line in output.splitlines() if line.startswith("| folder")]
-    counts = [tuple(column.strip() for column in row[2:5]) for row in rows[-4:]]
-    assert counts == [("1", "3", "1"), ("1", "3", "0"), ("2", "3", "0"), ("2", "3", "0")]
-    assert re.search(r"about \d\d:\d\d on one process", output)
+    assert "12 cells, 1 finished already" in capsys.readouterr().out
     assert set(tmp_path.rglob("*")) == before

@@ -1,4 +1,4 @@
-"""The study's transforms beside torchvision, Pillow and exact arithmetic."""
+"""The study's transforms beside torchvision, SciPy and exact arithmetic."""
 
 import math
 
@@ -7,10 +7,8 @@ import pytest
 import scipy.ndimage
 import torch
 import torchvision
-from PIL import Image
 from scipy.stats import chisquare, ks_2samp, kstest, uniform
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as TF
 from trees import random_image
 
 from readers import transforms
@@ -28,8 +26,8 @@ from readers.transforms import (
 )
 
 
-@pytest.mark.parametrize("shape", [(3, 40, 61), (1, 61, 40), (3, 32, 32), (1, 1, 1), (3, 1, 9)])
-@pytest.mark.parametrize("size", [16, 32, 50])
+@pytest.mark.parametrize("shape", [(3, 40, 61), (1, 61, 40), (1, 1, 1), (3, 1, 9)])
+@pytest.mark.parametrize("size", [16, 50])
 def test_resizes_equal_torchvision(rng, shape, size):
     image = random_image(rng, *shape)
     assert torch.equal(resize_shorter(image, size), v2.Resize(size, antialias=True)(image))
@@ -38,14 +36,6 @@ def test_resizes_equal_torchvision(rng, shape, size):
     assert torch.equal(square, v2.Resize((size, size), antialias=True)(image))
     reference = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)])
     assert torch.equal(resize_center_crop(image, size), reference(image))
-
-
-def test_resize_equals_pillow(rng):
-    image = random_image(rng, 1, 50, 70)
-    expected = Image.fromarray(image[0].numpy()).resize((24, 24), Image.Resampling.BILINEAR)
-    difference = resize_square(image, 24)[0].int() - torch.from_numpy(np.array(expected)).int()
-    assert difference.abs().max() <= 1
-    assert resize_shorter(image, 25).shape == (1, 25, 35)
 
 
 def exact_area(pixels, size):
@@ -76,11 +66,6 @@ def test_area_resize_extremes(rng):
     for side, value in ((1024, 255), (3000, 255), (31, 0)):  # sums that would leave 32 bits
         flat = torch.full((1, side, side), value, dtype=torch.uint8)
         assert (area_resize(flat, 7) == value).all()
-    # Integer ratios: Pillow's box filter, which rounds once more between the axes.
-    image = random_image(rng, 1, 96, 96)
-    for size in (48, 32, 12):
-        box = np.array(Image.fromarray(image[0].numpy()).resize((size, size), Image.Resampling.BOX))
-        assert np.abs(area_resize(image, size)[0].numpy().astype(int) - box).max() <= 1
     small = random_image(rng, 1, 5, 5)
     assert torch.equal(area_resize(small, 8), resize_square(small, 8))
 
@@ -189,15 +174,6 @@ def test_affine_mirrors_beyond_the_border(rng, height, width, degrees, shift, sc
     found = transforms.affine(image, degrees, shift, scale)
     assert found.dtype == torch.uint8 and found.shape == image.shape
     np.testing.assert_allclose(found.numpy().ravel(), expected, atol=0.51)
-
-
-def test_affine_inside_is_torchvisions(rng):
-    smooth = TF.resize(random_image(rng, 1, 8, 8), [64, 64], antialias=True)
-    expected = TF.affine(smooth, 20.0, [5, -3], 1.05, [0.0, 0.0], TF.InterpolationMode.BILINEAR)
-    found = transforms.affine(smooth, 20.0, (5, -3), 1.05)
-    inside = (..., slice(20, 44), slice(20, 44))
-    assert (found[inside].int() - expected[inside].int()).abs().max() <= 1
-    assert torch.equal(transforms.affine(smooth, 0, (0, 0), 1), smooth)
 
 
 def test_random_augment_is_torchvisions_and_leaves_its_generator_alone(rng):
