@@ -186,7 +186,7 @@ def test_each_cell_reads_its_own_images_and_says_what_is_used(
         assert torch.equal(part[1].read(part[0], 7), testing.read(original, 7))
     for record in found().values():  # what changes no result stands elsewhere
         assert not record["config"].keys() & {"workers", "out", "log_every", "checkpoint"}
-        assert record["layout"] == {"checkpoint": str(checkpoint / "model.pt"), "workers": 0}
+        assert record["layout"] == {"checkpoint": str(checkpoint / "model.pt"), "workers": None}
 
 
 def test_each_image_is_read_once_for_the_whole_grid(folder, checkpoint, monkeypatch):

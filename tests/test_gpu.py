@@ -9,7 +9,6 @@ import types
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import ROOT, refuses
 from grids import call
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,7 +47,7 @@ def look(layer, inputs, output):
         strides.append(kernel.stride(1) == 1 and kernel.stride(3) == kernel.shape[1])
 with FakeTensorMode(), torch.autocast("cuda", torch.bfloat16):
     with device:
-        model = models.create_model("R50x1", 10)
+        model = models.create_model("R14x0.5", 10)
     for layer in model.modules():
         if isinstance(layer, torch.nn.Conv2d):  # as place() would
             kernel = layer.weight.detach().to(memory_format=models.LAYOUT["cuda"])
@@ -56,8 +55,8 @@ with FakeTensorMode(), torch.autocast("cuda", torch.bfloat16):
         if isinstance(layer, (models.StdConv2d, models.GroupNorm)):
             layer.register_forward_hook(look)
     model(torch.empty(2, 3, 64, 64, device=device))
-assert len(dtypes) == 53 + 49 and set(dtypes) == {{torch.bfloat16}}, set(dtypes)
-assert len(strides) == 53 and all(strides)  # 1 x 1 kernels too say that channels come last
+assert len(dtypes) == 17 + 13 and set(dtypes) == {{torch.bfloat16}}, set(dtypes)
+assert len(strides) == 17 and all(strides)  # 1 x 1 kernels too say that channels come last
 """
 
 
@@ -92,20 +91,6 @@ def test_kept_weights_change_no_output_and_follow_the_weights(precision):
     model.train()
     assert model.root.conv.kept is None
     assert not any("kept" in key for key in model.state_dict())
-
-
-@pytest.mark.slow
-def test_compiled_blocks_have_the_eager_gradients():
-    gradients = []
-    for compile in (False, True):
-        torch.manual_seed(0)
-        model = models.create_model("R14x0.5", 4)
-        if compile:
-            model.compile_blocks()
-        model(torch.randn(2, 3, 32, 32)).square().sum().backward()
-        gradients.append([p.grad for p in model.parameters()])
-    for a, b in zip(*gradients):
-        assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
 
 
 # ------------------------------------------------------------------------------------------------
@@ -213,6 +198,7 @@ def test_a_cell_out_of_memory_is_tried_in_more_parts(monkeypatch, tmp_path, caps
 @pytest.mark.parametrize("task", ("multiclass", "multilabel"))
 def test_sums_by_batches_are_the_metrics_of_the_whole(task, monkeypatch, capsys):
     """Where the scores are too many to be held, as those of 21,841 classes."""
+    evaluate._say_left_out.cache_clear()  # it is said once
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(0, 256, (50, 3, 4, 4), np.uint8))
     labels = rng.integers(0, 7, 50)

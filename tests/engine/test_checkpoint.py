@@ -1,6 +1,5 @@
 """Pre-training killed, refused the disk or struck by an error: continued as if it had not been."""
 
-import contextlib
 import os
 import shutil
 import signal
@@ -192,26 +191,15 @@ def disk(tmp_path):
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def fill(disk, size=None):
-    """Takes so many bytes of the disk, or all."""
-    with open(disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
-        while size is None or file.tell() < size:
-            file.write(bytes(4096))
-
-
-def refused(training, name, patch=None):
-    """It stops with one line, which names the file, the reason and what to do."""
-    ((out, err),) = training.go(2, patch)
-    assert err.count("\n") == 1 and err.startswith("error: ") and "wrote" not in out
-    for word in (f"/{name}: ", "the disk is full", "free some space", "the same command"):
-        assert word in err
-
-
 def test_no_room_for_the_second_checkpoint(folder, tmp_path, disk):
-    fill(disk, 40 << 20)
+    """It stops with one line, which names the file, the reason and what to do."""
+    (disk / "filler").write_bytes(bytes(40 << 20))
     training = Training(folder, tmp_path, out=disk / "out")
     for _ in range(2):  # still full
-        refused(training, "checkpoint.pt")
+        ((out, err),) = training.go(2)
+        assert err.count("\n") == 1 and err.startswith("error: ") and "wrote" not in out
+        for word in ("/checkpoint.pt: ", "the disk is full", "free some space", "the same command"):
+            assert word in err
         assert training.step == 8 and not training.paths(".*")
     (disk / "filler").unlink()
     training.finish()
