@@ -75,6 +75,12 @@ def start(main, argv, home, patch=None, rank=0, ranks=1, port=0):
         os._exit(status)
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def wait(pid):
     """Its status, negative for a signal; what is left of its group ends too."""
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
@@ -86,9 +92,7 @@ def wait(pid):
 def run_forked(main, argv, home, status=0, patch=None, ranks=1):
     """The same on all ranks, to the end, which has this status: [(stdout, stderr) of each]."""
     memory.peak_flops(torch.device("cpu"), "fp32")  # measured once: the forked ones know it
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     pids = [start(main, argv, home, patch, rank, ranks, port) for rank in range(ranks)]
     statuses = [wait(pid) for pid in pids]
     texts = [

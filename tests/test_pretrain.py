@@ -13,13 +13,12 @@ import models
 import pretrain
 from engine import memory
 from readers.images import ImageDataset
-from readers.transforms import Pipeline, keep
 
 # ------------------------------------------------------------------------------------------------
 # One run, many layouts
 # ------------------------------------------------------------------------------------------------
 
-CHESTS, CHEST_BATCH = 96, 12
+CHESTS = 96
 LAYOUTS = {  # ranks, options
     "one": (1, ()),
     "two": (2, ()),
@@ -31,11 +30,10 @@ LAYOUTS = {  # ranks, options
 # On every rank and in every part another number of images: 13 is 7 + 6, 5 + 5 + 3, 4 + 3 + 3 + 3.
 SOURCES = {
     "folder": ("--batch-size", 13, "--epochs", 3.25, "--lr", 0.1),
-    "chests": ("--source", "nih", "--batch-size", CHEST_BATCH, "--epochs", 1.875, "--lr", 0.03),
+    "chests": ("--source", "nih", "--batch-size", 12, "--epochs", 1.875, "--lr", 0.03),
 }
-PAIRS = [("folder", layout) for layout in LAYOUTS] + [
-    ("chests", name) for name in list(LAYOUTS)[:4]
-]
+PAIRS = [("folder", layout) for layout in LAYOUTS]
+PAIRS += [("chests", layout) for layout in ("one", "two", "two-accumulate")]
 
 
 def chests(*args, **options):
@@ -65,15 +63,6 @@ def runs(folder, tmp_path_factory):
         patch = of_chests if source == "chests" else None
         found[source, layout].go(patch=patch, ranks=ranks)
     return found
-
-
-def test_in_the_first_epoch_one_rank_has_no_label():
-    found = []
-    for rank in (0, 1):
-        batches = data.Batches(chests(), Pipeline(keep, keep), CHEST_BATCH, rank=rank, ranks=2)
-        labels = [batches[step][1] for step in range(CHESTS // CHEST_BATCH)]
-        found.append([int((~part.isnan()).sum()) for part in labels])
-    assert min(found[0]) > 0 and found[1] == [0] * 8
 
 
 @pytest.mark.parametrize("source, layout", [pair for pair in PAIRS if "one" not in pair])
@@ -124,28 +113,11 @@ def test_batch_size_auto_changes_no_result(folder, tmp_path):
         assert (record["config"]["batch_size"], record["layout"]["accumulate"]) == (64, parts)
         assert len(auto.losses()) == 3
         found.append(auto)
-        before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in auto.paths("*")}
+        before = {path: path.stat().st_mtime_ns for path in auto.paths("*")}
         ((out, _),) = Training(folder, home, "--recipe", "synthetic", "--batch-size", 64).go()
         assert "finished already" in out
-        after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in auto.paths("*")}
-        assert after == before
+        assert {path: path.stat().st_mtime_ns for path in auto.paths("*")} == before
     assert found[1].losses() == pytest.approx(found[0].losses(), rel=1e-4)
-    ((_, err),) = Training(folder, home, "--batch-size", "auto", "--accumulate", 2).go(2)
-    assert err == "error: --accumulate: --batch-size auto chooses it; leave out one of them\n"
-
-
-def test_the_optimised_recipe_does_not_depend_on_workers(folder, tmp_path):
-    options, found = ("--epochs", 1, "--image-size", 24, "--batch-size", 10), []
-    for workers in (0, 2):
-        more = ("--recipe", "optimised", "--workers", workers)
-        out = tmp_path / str(workers)
-        found.append(Training(folder, tmp_path, *more, out=out, options=options))
-        found[-1].go()
-    config = found[0].result()["config"]
-    assert (config["recipe"], config["rand_augment"]) == ("optimised", True)
-    assert (config["schedule"], config["warmup"], config["clipping"]) == ("cosine", 15 / 120, 0.01)
-    assert len(found[0].losses()) == 6
-    found[1].assert_same(found[0])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -184,15 +156,6 @@ def test_the_learning_rate_of_each_step(
     (config,) = caught.value.args
     found = [pretrain.rate(step, config) for step in range(len(expected))]
     assert found == pytest.approx(expected, rel=1e-6)
-
-
-def test_larger_networks_warm_up_from_a_batch_of_16():
-    _, recipe = pretrain.choose_recipe("paper", "imagenet1k", "natural", "R152x4")
-    config = recipe._asdict() | {"batch_size": 1024, "images": 1024 * 100}
-    found = [pretrain.rate(s, config) for s in (0, 750, 1500, 2999, 3000, 6000, 8000)]
-    peak, first = 0.03 * 4, 0.03 / 16
-    expected = [first, (first + peak) / 2, peak, peak, peak / 10, peak / 100, peak / 1000]
-    assert found == pytest.approx(expected, rel=1e-9)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -59,7 +59,6 @@ def test_a_result_of_another_config_is_refused_by_the_setting(tmp_path, ours, me
 @pytest.mark.parametrize(
     "arguments, message",
     (
-        ("--bach-size 4", "unknown option --bach-size; did you mean --batch-size?"),
         ("--bach-size=4", "unknown option --bach-size; did you mean --batch-size?"),
         ("--batch 4", "unknown option --batch; did you mean --batch-size?"),
         ("--batch-size 0", "argument --batch-size: 0 is not above zero"),

@@ -1,7 +1,6 @@
 """Distances of a target from a source: SciPy's values, and what they must not depend on."""
 
 import itertools
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ import data
 import models
 import pretrain
 from benchmarks import distance as benchmark
-from engine import checkpoint, distance
+from engine import distance
 from engine.distance import (
     DIMENSIONS,
     SAMPLE,
@@ -53,7 +52,7 @@ def test_sample_is_fixed_sorted_and_without_repeats():
 
 
 def test_projection_is_orthonormal_and_depends_on_the_width_alone():
-    for width in (DIMENSIONS, 1024, 2048):
+    for width in (DIMENSIONS, 1024):
         columns = projection(width).double()
         assert columns.shape == (width, DIMENSIONS)
         unit = torch.eye(DIMENSIONS).double()
@@ -68,12 +67,9 @@ def test_projection_is_orthonormal_and_depends_on_the_width_alone():
     # Householder's reflections leave signs open; here the triangle's diagonal is positive.
     gaussian = torch.from_numpy(np.random.default_rng(1024).standard_normal((1024, DIMENSIONS)))
     assert (gaussian.T @ first.double()).diagonal().min() > 20
-    # On average it shortens squared lengths to the share of dimensions that is left.
-    x = normal(0, 200, 1024)
-    share = project(x).square().sum() / x.square().sum()
-    assert abs(share / (DIMENSIONS / 1024) - 1) < 0.05
-    assert project(x).dtype == torch.float32 and project(x).shape == (200, DIMENSIONS)
-    torch.testing.assert_close(project(x)[:3], x[:3].float() @ first)
+    x = normal(0, 3, 1024)
+    assert project(x).dtype == torch.float32
+    torch.testing.assert_close(project(x), x.float() @ first)
     with pytest.raises(ValueError, match=f"64 dimensions.*{DIMENSIONS}"):
         project(normal(0, 3, 64))
 
@@ -111,15 +107,7 @@ def test_energy_is_a_double_loop():
     between = mean(itertools.product(x, y))
     within = sum(mean(itertools.permutations(z, 2)) for z in (x, y))
     assert energy(x, y) == pytest.approx((2 * between - within) / (2 * between), rel=1e-9)
-
-
-def test_energy_ends():
-    apart = energy(normal(8, 50, 3), normal(9, 50, 3) + 1e6)
-    assert apart == pytest.approx(1, abs=1e-4)
     assert energy(torch.ones(4, 3).double(), torch.ones(5, 3).double()) == 0
-    # Without bias, so on either side of 0.
-    equal = [energy(normal(i, 60, 8), normal(i + 500, 40, 8)) for i in range(100)]
-    assert min(equal) < 0 < max(equal) and abs(np.mean(equal)) < 0.001
 
 
 # ------------------------------------------------------------------------------------------------
@@ -162,7 +150,7 @@ def test_compare_with_the_source_itself_is_one_and_zero():
     for images, tolerance in ((64, 0.02), (20, 0.05), (6, 0.1)):
         results = [
             compare(normal(i, 128, 16) * scales, normal(i + 1000, images, 16) * scales)
-            for i in range(100)
+            for i in range(50)
         ]
         relative, coefficient = (np.array([r[key] for r in results]) for key in MEASURES)
         assert abs(relative.mean() - 1) < tolerance
@@ -180,18 +168,6 @@ def test_compare_does_not_depend_on_order_rotation_scale_or_place():
     assert [other[key] for key in MEASURES] == pytest.approx(
         [expected[key] for key in MEASURES], rel=0.15
     )
-
-
-def test_compare_grows_with_a_shift_and_not_with_the_number_of_images():
-    source = normal(16, 512, 16)
-    results = [
-        [compare(source, normal(i, images, 16) + shift) for i in range(30)]
-        for shift, images in ((0, 256), (0.2, 256), (0.4, 256), (0.4, 40))
-    ]
-    for key in MEASURES:
-        equal, near, far, fewer = ([r[key] for r in setting] for setting in results)
-        assert max(equal) < min(near) and max(near) < min(far)
-        assert np.mean(fewer) == pytest.approx(np.mean(far), rel=0.1)
 
 
 def test_appearance_counts_more_than_the_mix_of_classes():
@@ -225,7 +201,7 @@ def test_compare_refuses_what_has_no_distance():
 
 
 # ------------------------------------------------------------------------------------------------
-# The sample of a source, and the benchmark
+# The sample of a source
 # ------------------------------------------------------------------------------------------------
 
 
@@ -240,7 +216,7 @@ def test_requirements_of_a_measure():
         assert (extent.ratio, extent.least) == (pytest.approx(1.1 / 0.4), 0)
 
 
-def test_the_sample_is_the_networks_features_and_the_benchmark_takes_it(tmp_path, monkeypatch):
+def test_the_sample_is_the_networks_features():
     """Of a tenth of a source and a network that has learnt nothing, at 16 pixels."""
     torch.manual_seed(0)
     model, (mean, std) = models.create_model("R14x0.5", 36), NORMALIZATION["natural"]
@@ -252,24 +228,3 @@ def test_the_sample_is_the_networks_features_and_the_benchmark_takes_it(tmp_path
     with torch.inference_mode():
         expected = project(model.eval().features(inputs))
     torch.testing.assert_close(found[[0, 300, 511]], expected, rtol=1e-3, atol=1e-4)
-
-    def measure(**facts):
-        facts |= {"name": "R14x0.5", "classes": ["c"] * 36, "domain": "natural", "mean": mean}
-        facts |= {"std": std, "images": 800, "image_size": 16, "model": model.state_dict()}
-        path = tmp_path / f"{facts['source']}.pt"
-        checkpoint.save_tensors(path, facts)
-        args = SimpleNamespace(checkpoint=[str(path)], seeds=2, rounds=1)
-        return benchmark.distance(args, ENV)
-
-    monkeypatch.setattr(benchmark, "GAPS", (0, 1))
-    report = measure(source="synthetic-natural-0.1", sample=found)
-    (measured,) = report.values["measured"].values()
-    for key, row in zip(MEASURES, report.rows, strict=True):
-        (near, far), label = measured[key], row["measure"]
-        assert label == key and len(near) == 2 and max(near) < min(far) and len(row) == 4
-    seconds = measured["seconds"]
-    assert len(report.required) == 7
-    assert report.required[-1][2:] == (seconds["transfer"] / seconds["distance"], 20)
-    for source, kept in (("nih", found), ("synthetic-xray", None)):
-        with pytest.raises(ValueError, match="no sample of a synthetic source"):
-            measure(source=source, sample=kept)

@@ -110,12 +110,10 @@ def test_when_one_process_stops_all_do(store):
 @pytest.mark.parametrize(
     "env, together, error, tolerated",
     [
-        (ALONE, False, RuntimeError, True),
         (FIRST, False, RuntimeError, True),
         (ALONE, True, RuntimeError, True),
         (FIRST, True, Diverged, True),  # all see it alike
         (FIRST, True, RuntimeError, False),  # the others would wait for this one
-        (FIRST, True, Stopped, False),
         (ALONE, False, Stopped, False),
     ],
 )

@@ -20,7 +20,7 @@ def network():
     return models.create_model("R14x0.5", 4)
 
 
-@pytest.mark.parametrize("limit, largest", ((1, 1), (2, 2), (7, 4), (8, 8), (24, 16)))
+@pytest.mark.parametrize("limit, largest", ((1, 1), (7, 4), (8, 8)))
 def test_the_largest_batch_is_a_power_of_two_up_to_the_limit(limit, largest, monkeypatch):
     """And the search leaves the network as it was."""
     monkeypatch.setattr(memory, "free_memory", lambda device: 2**50)
@@ -44,10 +44,10 @@ class Hungry(torch.nn.Module):
 
 @pytest.mark.parametrize(
     "free, processes, largest",
-    ((0, 1, 1), (120, 1, 1), (240, 1, 2), (480, 1, 4), (2**20, 1, 4), (960, 4, 2)),
+    ((0, 1, 1), (120, 1, 1), (240, 1, 2), (2**20, 1, 4), (960, 4, 2)),
 )
 def test_less_memory_makes_smaller_batches(free, processes, largest, monkeypatch):
-    """64, 128 and 256 MiB are within four fifths of 120, 240 and 480, and twice as much is not.
+    """64 and 128 MiB are within four fifths of 120 and 240, and twice as much is not.
     The processes of a machine share its memory.
     """
     monkeypatch.setattr(memory, "free_memory", lambda device: free * 2**20)
@@ -66,10 +66,7 @@ def test_the_rank_with_the_least_memory_decides(monkeypatch):
     assert memory.parts_that_fit(network(), 16, 15, CPU._replace(ranks=2)) == 4
 
 
-@pytest.mark.parametrize(
-    "name, peer", (("R50x1", "resnetv2_50x1_bit"), ("R152x4", "resnetv2_152x4_bit"))
-)
-def test_flops_equal_twice_the_multiply_adds_of_timms_convolutions(name, peer):
+def test_flops_equal_twice_the_multiply_adds_of_timms_convolutions():
     total = 0
 
     def count(layer, inputs, output):
@@ -77,14 +74,13 @@ def test_flops_equal_twice_the_multiply_adds_of_timms_convolutions(name, peer):
         total += output[0].numel() * layer.weight[0].numel()
 
     with torch.device("meta"):
-        model = timm.create_model(peer, num_classes=1000)
+        model = timm.create_model("resnetv2_50x1_bit", num_classes=1000)
         for layer in model.modules():
             if isinstance(layer, torch.nn.Conv2d):
                 layer.register_forward_hook(count)
         model(torch.empty(1, 3, 224, 224))
-    assert models.forward_flops(name, 1000, 224) == pytest.approx(2 * total, rel=0.001)
-    if name == "R50x1":
-        assert total == pytest.approx(4.1e9, rel=0.01)  # as the literature has it
+    assert models.forward_flops("R50x1", 1000, 224) == pytest.approx(2 * total, rel=0.001)
+    assert total == pytest.approx(4.1e9, rel=0.01)  # as the literature has it
 
 
 def test_peak_of_a_processor(monkeypatch):

@@ -1,9 +1,7 @@
 """Processes that are asked to stop, that die, and that train one network together."""
 
-import contextlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +10,7 @@ import interruption
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import env
 from interruption import SAVE_EACH_STEP, STEPS, Training, at_step, send, undisturbed
 
 from engine import processes
@@ -23,7 +22,7 @@ from engine import processes
 
 @pytest.mark.parametrize(
     "name, workers, step",
-    (("SIGTERM", 2, 6), ("SIGUSR1", 0, 6), ("SIGINT", 2, 10), ("SIGTERM", 0, STEPS)),
+    (("SIGTERM", 2, 6), ("SIGINT", 2, 10), ("SIGUSR1", 0, STEPS)),
 )
 def test_a_signal_saves_the_step_under_way(name, workers, step, folder, tmp_path):
     training = Training(folder, tmp_path, "--workers", workers)
@@ -35,7 +34,7 @@ def test_a_signal_saves_the_step_under_way(name, workers, step, folder, tmp_path
     assert f"continues after step {step}\n" in out and err == ""
 
 
-@pytest.mark.parametrize("before, asked, after", ((2, 0, 2), (2, 1, 2), (2, 1, 1), (1, 0, 2)))
+@pytest.mark.parametrize("before, asked, after", ((2, 1, 2), (2, 0, 1), (1, 0, 2)))
 def test_one_rank_is_asked_and_all_save(before, asked, after, folder, tmp_path):
     """As many ranks continue bitwise; others, with the same images, to the same losses."""
     training = Training(folder, tmp_path, "--workers", 2 * (before == after))
@@ -62,10 +61,7 @@ def test_time_limit(folder, tmp_path):
         ((_, err),) = training.go(75)
         assert err == f"stopped by --time-limit after step {step}; the same command continues\n"
         assert training.step == step
-    training = Training(folder, tmp_path, "--time-limit", 30)
-    training.go(75, at_step(6, interruption.time_passes))
-    assert training.step == 6
-    training.finish()
+    Training(folder, tmp_path).finish()
 
 
 def test_time_limit_under_torchrun(folder, tmp_path):
@@ -118,90 +114,47 @@ def test_restarts_that_would_not_meet_are_refused(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------
-# Two nodes: network namespaces joined by a virtual cable, and by the directory they write to
+# Two nodes, here of one machine: an agent of torchrun each
 # ------------------------------------------------------------------------------------------------
 
-ADDRESSES = ("10.231.7.1", "10.231.7.2")  # seen inside the namespaces only
-CABLE = "cable0"
-# In node 2, one after the other: the worker dies, then the agent with it.
+# In node 2, once, the agent dies and its worker with it.
 DYING = """
 def die_with_agent():
+    Path("died").touch()
     os.kill(os.getppid(), signal.SIGKILL)
     die()
 
-def once(step, act):
-    died = Path(f"died-{step}")
-    if os.environ["NODE"] == "2" and not died.exists():
-        at_step(step, lambda: (died.touch(), act()))()
-
-once(18, die_with_agent)
-once(10, die)"""
+if os.environ["NODE"] == "2" and not Path("died").exists():
+    at_step(14, die_with_agent)()"""
 
 
-def ip(*args):
-    """Skips the test where `ip` (iproute2) is missing or may not do that."""
-    done = shutil.which("ip") and subprocess.run(("ip", *args), capture_output=True, text=True)
-    if not done or done.returncode:
-        pytest.skip(f"no network namespaces here: ip {' '.join(args)}: {done and done.stderr}")
-
-
-@pytest.fixture
-def nodes():
-    """The names of two network namespaces: nothing but a loopback and an end of the cable."""
-    names = [f"node{number}-{os.getpid()}" for number in (1, 2)]
-    with contextlib.ExitStack() as stack:
-        for name in names:
-            ip("netns", "add", name)
-            stack.callback(remove, name)
-        ends = [("name", CABLE, "netns", name) for name in names]
-        ip("link", "add", *ends[0], "type", "veth", "peer", *ends[1])
-        for name, address in zip(names, ADDRESSES):
-            ip("-n", name, "address", "add", f"{address}/24", "dev", CABLE)
-            for device in ("lo", CABLE):
-                ip("-n", name, "link", "set", device, "up")
-        yield names
-
-
-def remove(name):
-    listing = ("ip", "netns", "pids", name)
-    while pids := subprocess.run(listing, capture_output=True, text=True).stdout.split():
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
-    subprocess.run(("ip", "netns", "delete", name), check=True)
-
-
-def start_agent(names, number, training):
+def start_agent(number, port, training):
     """torchrun on this node, which starts one worker."""
-    # Said outright, as a machine may give its own name any address. A silent agent counts as gone
-    # after 6 seconds, not 15.
-    meeting = f"is_host={number == 0},keep_alive_interval=1,keep_alive_max_attempt=6"
+    # A silent agent counts as gone after 6 seconds, not 15.
+    meeting = f"is_host={number == 1},keep_alive_interval=1,keep_alive_max_attempt=6"
     launch = (
-        *("ip", "netns", "exec", names[number], sys.executable, "-m", "torch.distributed.run"),
-        *("--nnodes=2", "--nproc_per_node=1", "--max-restarts=3", "--monitor-interval=0.1"),
-        *("--rdzv-backend=c10d", f"--rdzv-endpoint={ADDRESSES[0]}:29400", "--rdzv-id=test"),
-        *(f"--rdzv-conf={meeting}", f"--local-addr={ADDRESSES[number]}"),
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"),
+        *("--max-restarts=3", "--monitor-interval=0.1", "--rdzv-backend=c10d", "--rdzv-id=test"),
+        *(f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-conf={meeting}", "--local-addr=127.0.0.1"),
     )
-    settings = {"NODE": str(number + 1), "GLOO_SOCKET_IFNAME": CABLE, "OMP_NUM_THREADS": "1"}
     # The store that torchrun would share with its workers keeps the addresses of those before a
     # restart; a worker that starts first calls them, and fails or waits for ever (PyTorch 2.14).
-    settings["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    settings = {"NODE": str(number), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with open(training.home / f"agent{number}.txt", "a") as file:
-        options = dict(cwd=training.home, env=os.environ | settings, stdout=file, stderr=file)
+        options = dict(cwd=training.home, env=env() | settings, stdout=file, stderr=file)
         return subprocess.Popen((*launch, *training.driver(DYING)), **options)
 
 
-def test_a_node_loses_its_worker_and_then_dies(nodes, folder, tmp_path):
-    """First its agent and the other start the workers again, then a new agent takes its place."""
-    training = Training(folder, tmp_path, *SAVE_EACH_STEP)
-    agents = [start_agent(nodes, number, training) for number in (0, 1)]
+def test_a_node_dies_and_another_takes_its_place(folder, tmp_path):
+    training, port = Training(folder, tmp_path, *SAVE_EACH_STEP), interruption.free_port()
+    agents = [start_agent(number, port, training) for number in (1, 2)]
     statuses = [agents[1].wait(interruption.HANG)]
-    agents[1] = start_agent(nodes, 1, training)
+    agents[1] = start_agent(2, port, training)
     statuses += [agent.wait(interruption.HANG) for agent in agents]
-    said = "".join((tmp_path / f"agent{number}.txt").read_text() for number in (0, 1))
+    said = "".join((tmp_path / f"agent{number}.txt").read_text() for number in (1, 2))
     assert statuses == [-signal.SIGKILL, 0, 0], said
     continued = [int(step) for step in re.findall(r"continues after step (\d+)", said)]
-    assert len(continued) >= 2 and all(0 < step < STEPS for step in continued), said
+    assert continued and all(0 < step < STEPS for step in continued), said
     # Two numbers have one sum: it does not matter which node came to be which rank.
     training.assert_same(undisturbed(folder, 2))
 
@@ -215,8 +168,7 @@ CPU = processes.Env(0, 1, torch.device("cpu"), "fp32")
 
 @pytest.mark.parametrize(
     "images, count, multiple, sizes",
-    ((7, 1, 1, [7]), (7, 3, 1, [3, 3, 1]), (7, 5, 1, [1] * 7), (7, 2, 2, [4, 3]))
-    + ((10, 3, 2, [2] * 5), (5, 5, 2, [2, 2, 1]), (1, 4, 2, [1])),
+    ((7, 1, 1, [7]), (7, 3, 1, [3, 3, 1]), (7, 2, 2, [4, 3]), (10, 3, 2, [2] * 5), (1, 4, 2, [1])),
 )
 def test_parts_are_the_batch_in_order(images, count, multiple, sizes):
     batch, labels = torch.arange(images)[:, None], torch.arange(images)

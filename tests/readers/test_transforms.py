@@ -1,4 +1,4 @@
-"""The study's transforms beside torchvision, Pillow and exact arithmetic."""
+"""The study's transforms beside torchvision, SciPy and exact arithmetic."""
 
 import math
 
@@ -7,10 +7,8 @@ import pytest
 import scipy.ndimage
 import torch
 import torchvision
-from PIL import Image
-from scipy.stats import chisquare, ks_2samp
+from scipy.stats import chisquare, ks_2samp, kstest, uniform
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as TF
 from trees import random_image
 
 from readers import transforms
@@ -19,7 +17,6 @@ from readers.transforms import (
     random_affine_flip,
     random_augment,
     random_crop_flip,
-    random_flip,
     random_resized_crop_flip,
     random_shift_flip,
     resize_center_crop,
@@ -29,8 +26,8 @@ from readers.transforms import (
 )
 
 
-@pytest.mark.parametrize("shape", [(3, 40, 61), (1, 61, 40), (3, 32, 32), (1, 1, 1), (3, 1, 9)])
-@pytest.mark.parametrize("size", [16, 32, 50])
+@pytest.mark.parametrize("shape", [(3, 40, 61), (1, 61, 40), (1, 1, 1), (3, 1, 9)])
+@pytest.mark.parametrize("size", [16, 50])
 def test_resizes_equal_torchvision(rng, shape, size):
     image = random_image(rng, *shape)
     assert torch.equal(resize_shorter(image, size), v2.Resize(size, antialias=True)(image))
@@ -39,14 +36,6 @@ def test_resizes_equal_torchvision(rng, shape, size):
     assert torch.equal(square, v2.Resize((size, size), antialias=True)(image))
     reference = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)])
     assert torch.equal(resize_center_crop(image, size), reference(image))
-
-
-def test_resize_equals_pillow(rng):
-    image = random_image(rng, 1, 50, 70)
-    expected = Image.fromarray(image[0].numpy()).resize((24, 24), Image.Resampling.BILINEAR)
-    difference = resize_square(image, 24)[0].int() - torch.from_numpy(np.array(expected)).int()
-    assert difference.abs().max() <= 1
-    assert resize_shorter(image, 25).shape == (1, 25, 35)
 
 
 def exact_area(pixels, size):
@@ -77,11 +66,6 @@ def test_area_resize_extremes(rng):
     for side, value in ((1024, 255), (3000, 255), (31, 0)):  # sums that would leave 32 bits
         flat = torch.full((1, side, side), value, dtype=torch.uint8)
         assert (area_resize(flat, 7) == value).all()
-    # Integer ratios: Pillow's box filter, which rounds once more between the axes.
-    image = random_image(rng, 1, 96, 96)
-    for size in (48, 32, 12):
-        box = np.array(Image.fromarray(image[0].numpy()).resize((size, size), Image.Resampling.BOX))
-        assert np.abs(area_resize(image, size)[0].numpy().astype(int) - box).max() <= 1
     small = random_image(rng, 1, 5, 5)
     assert torch.equal(area_resize(small, 8), resize_square(small, 8))
 
@@ -98,26 +82,19 @@ def windows(height, width, count, rng):
     return np.array([transforms._resized_crop_window(height, width, rng) for _ in range(count)])
 
 
-@pytest.mark.parametrize("height, width", [(300, 400), (256, 256)])
-def test_resized_crop_is_torchvisions(rng, height, width):
+def test_resized_crop_is_torchvisions(rng):
+    """The same distribution of area, aspect ratio and place in the room there is."""
     torch.manual_seed(0)
-    image = torch.empty(1, height, width)
     draw = torchvision.transforms.RandomResizedCrop.get_params
-    theirs = np.array([draw(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(6000)])
-    ours = windows(height, width, 6000, rng)
+    image = torch.empty(1, 300, 400)
+    theirs = np.array([draw(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(3000)])
 
     def properties(boxes):
         top, left, h, w = boxes.T
-        # Where a window has room to move, its place in that room.
-        room = (height > h + 20) & (width > w + 20)
-        places = (top / np.maximum(height - h, 1))[room], (left / np.maximum(width - w, 1))[room]
-        return h * w, w / h, *places
+        return h * w, w / h, top / (301 - h), left / (401 - w)
 
-    for mine, reference in zip(properties(ours), properties(theirs)):
+    for mine, reference in zip(properties(windows(300, 400, 3000, rng)), properties(theirs)):
         assert ks_2samp(mine, reference).pvalue > 0.01
-    top, left, h, w = ours.T
-    assert (top >= 0).all() and (left >= 0).all()
-    assert (top + h <= height).all() and (left + w <= width).all()
 
 
 @pytest.mark.parametrize("height, width", [(10, 1000), (1000, 10), (1, 1), (1, 50), (3, 200)])
@@ -132,7 +109,7 @@ def test_resized_crop_of_elongated_images(rng, height, width):
 
 def test_resized_crop_pixels(rng):
     image, seen = random_image(rng, 3, 50, 40), set()
-    for seed in range(20):
+    for seed in range(8):
         crop = random_resized_crop_flip(image, np.random.default_rng(seed), 16)
         top, left, h, w = transforms._resized_crop_window(50, 40, np.random.default_rng(seed))
         expected = v2.Resize((16, 16))(image[:, top : top + h, left : left + w])
@@ -142,15 +119,13 @@ def test_resized_crop_pixels(rng):
     assert seen == {True, False}
 
 
-def test_crop_and_flip_windows_are_equally_likely(rng):
+def test_crop_and_flip_windows(rng):
     image = torch.arange(42, dtype=torch.uint8).reshape(1, 6, 7)
     views = [image[:, t : t + 4, l : l + 4] for t in range(3) for l in range(4)]
-    views = [tuple(v.flatten().tolist()) for view in views for v in (view, view.flip(-1))]
-    drawn = [tuple(random_crop_flip(image, rng, 4).flatten().tolist()) for _ in range(4800)]
+    views = [v.numpy().tobytes() for view in views for v in (view, view.flip(-1))]
+    drawn = [random_crop_flip(image, rng, 4).numpy().tobytes() for _ in range(2400)]
     counts = [drawn.count(view) for view in views]
-    assert sum(counts) == 4800 and chisquare(counts).pvalue > 0.001
-    flips = sum(torch.equal(random_flip(image, rng), image.flip(-1)) for _ in range(1000))
-    assert 430 < flips < 570
+    assert sum(counts) == 2400 and chisquare(counts).pvalue > 0.001
 
 
 def test_shift_flip_windows(rng):
@@ -172,18 +147,12 @@ def test_affine_draws(rng, monkeypatch):
 
     image = random_image(rng, 1, 40, 60)
     monkeypatch.setattr(transforms, "affine", record)
-    flips = 0
-    for seed in range(3000):
-        flipped = random_affine_flip(image, np.random.default_rng(seed))
-        flips += torch.equal(flipped, image.flip(-1))
+    drawings = [random_affine_flip(image, np.random.default_rng(seed)) for seed in range(1000)]
+    flips = sum(torch.equal(found, image.flip(-1)) for found in drawings)
     angles, across, down, scales = np.array(drawn).T
     for values, bound in ((angles, 45), (across, 15), (down, 10), (scales - 1, 0.1)):
-        # Within the bounds, near to both of them, and even between.
-        assert np.abs(values).max() <= bound + 1e-9
-        assert values.max() > 0.95 * bound and values.min() < -0.95 * bound
-        assert abs(values.mean()) < 0.05 * bound
-        assert abs(values.std() / (bound / math.sqrt(3)) - 1) < 0.06
-    assert abs(flips / 3000 - 0.5) < 0.04
+        assert kstest(values, uniform(-bound, 2 * bound).cdf).pvalue > 0.01
+    assert 430 < flips < 570
 
 
 def mapped(image, angle, shift, scale):
@@ -207,15 +176,6 @@ def test_affine_mirrors_beyond_the_border(rng, height, width, degrees, shift, sc
     np.testing.assert_allclose(found.numpy().ravel(), expected, atol=0.51)
 
 
-def test_affine_inside_is_torchvisions(rng):
-    smooth = TF.resize(random_image(rng, 1, 8, 8), [64, 64], antialias=True)
-    expected = TF.affine(smooth, 20.0, [5, -3], 1.05, [0.0, 0.0], TF.InterpolationMode.BILINEAR)
-    found = transforms.affine(smooth, 20.0, (5, -3), 1.05)
-    inside = (..., slice(20, 44), slice(20, 44))
-    assert (found[inside].int() - expected[inside].int()).abs().max() <= 1
-    assert torch.equal(transforms.affine(smooth, 0, (0, 0), 1), smooth)
-
-
 def test_random_augment_is_torchvisions_and_leaves_its_generator_alone(rng):
     image = random_image(rng, 3, 40, 30)
     state = torch.random.get_rng_state()
@@ -225,11 +185,3 @@ def test_random_augment_is_torchvisions_and_leaves_its_generator_alone(rng):
     torch.manual_seed(int(np.random.default_rng(1).integers(2**63)))
     assert torch.equal(found[0], v2.RandAugment(2, 9)(image))
     torch.random.set_rng_state(state)
-
-
-def test_xray_pipeline(rng):
-    image = random_image(rng, 1, 50, 70)
-    for train, augment in ((True, random_affine_flip), (False, transforms.keep)):
-        pipeline = transforms.xray_pipeline(24, train)
-        assert torch.equal(pipeline.prepare(image), area_resize(image[..., 10:60], 24))
-        assert pipeline.augment is augment and pipeline.size == 24
