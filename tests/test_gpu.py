@@ -195,6 +195,32 @@ def test_a_cell_out_of_memory_is_tried_in_more_parts(monkeypatch, tmp_path, caps
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+SCORES = """
+import sys, time; sys.path.insert(0, {root!r})
+import numpy as np, torch
+from engine import evaluate, memory, processes
+env = processes.Env(0, 1, torch.device("cpu"), "fp32")
+class Model(torch.nn.Module):
+    def forward(self, images):
+        torch.manual_seed(int(images.sum()) % 97)
+        return torch.randn(len(images), 21_841)
+rows = np.split(np.arange(20_000), range(256, 20_000, 256))
+stream = ((torch.from_numpy(r), torch.zeros(len(r), 3, 2, 2, dtype=torch.uint8)) for r in rows)
+labels, norm = np.zeros(20_000, np.int64), ((0.5,) * 3, (0.5,) * 3)
+found = evaluate.evaluate(Model(), stream, labels, range(21_841), env, norm)
+assert found["mean_auc"] is None and found["per_class"] is None and found["top5"] < 0.1, found
+print(memory.peak_memory(env.device))
+"""
+
+
+def test_evaluation_of_21841_classes_stays_small():
+    """20,000 x 21,841 scores are 1.7 GB; they are never held."""
+    command = [sys.executable, "-c", SCORES.format(root=str(ROOT))]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "left out: 20,000 images x 21,841 classes" in out
+    assert int(out.splitlines()[-1]) < 2e9
+
+
 @pytest.mark.parametrize("task", ("multiclass", "multilabel"))
 def test_sums_by_batches_are_the_metrics_of_the_whole(task, monkeypatch, capsys):
     """Where the scores are too many to be held, as those of 21,841 classes."""
