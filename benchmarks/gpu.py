@@ -254,7 +254,7 @@ def layouts(env, small):
 
 
 def launches(env, small):
-    """Kernels of a training step: the device's launches, or operations on a CPU."""
+    """Kernels of a training step: the device's launches, or a CPU's profiled calls."""
     kind = torch.profiler.ProfilerActivity.CPU if small else torch.profiler.ProfilerActivity.CUDA
     for name in ("R14x0.5",) if small else ("R50x1", "R152x4"):
         loop = warm_loop(env, name)
