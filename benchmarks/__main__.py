@@ -42,7 +42,6 @@ OPTIONS = {
     "--classes": dict(type=NUMBER, help="outputs of the network"),
     "--rounds": dict(type=NUMBER, help="turns an arm; the best counts"),
     "--steps": dict(type=NUMBER, help="training steps a turn"),
-    "--fits": dict(type=NUMBER, help="fits a turn"),
     "--threads": dict(type=NUMBER, help="threads of the CPU, the same for all packages"),
     "--no-compile": dict(action="store_true", help="leave out the compiled arms, minutes each"),
     "--peers": dict(action="store_true", help="from files to the loss, with each one's own loader"),
@@ -74,7 +73,7 @@ TRAINING = {"--rounds": 5, "--steps": 4, "--threads": torch.get_num_threads()}
 TRAINING |= {"--no-compile": False, "--peers": False, "--folder": None}
 LARGEST = {"--model": "R152x4", "--image-size": 224, "--batch-size": 1, "--classes": 21_841}
 INDEX = {"--rows": 377_110, "--images": 14_000_000, "--listed": 100_000, "--rounds": 3}
-FITS = {"--shots": [1, 10, 100], "--threads": [1], "--rounds": 3, "--fits": 1}
+FITS = {"--shots": [1, 10, 100], "--threads": [1], "--rounds": 3}
 BENCHMARKS = {
     "train": Benchmark(train, NETWORK | TRAINING),
     "gpu": Benchmark(gpu, {"--minutes": 10.0, "--out": "gpu"}),

@@ -37,8 +37,7 @@ def distance(args, env):
 
     Each row: mean ± standard deviation over seeds, other images each. A step is what a measure
     gains from a gap to the next, its spread the larger standard deviation of the two gaps. The time
-    of a distance, without reading images and weights, is compared with that of a run of fewshot.py
-    that measures it; the other runs of that network and target take it from there.
+    of a distance, without reading, is compared with that of the run of fewshot.py that measures it.
     """
     options = Options(checkpoint=args.checkpoint, method="linear")  # which leaves scratch out
     networks = open_networks(options, transfer.open_network)
@@ -56,9 +55,9 @@ def distance(args, env):
         found = distances(network, model.eval(), record["image_size"], args.seeds, env)
         for measure, values in found.items():
             spread = values.std(axis=1, ddof=min(1, args.seeds - 1))
-            texts = [f"{mean:.3f} ± {sd:.3f}" for mean, sd in zip(values.mean(1), spread)]
-            gaps = {f"gap {gap}": text for gap, text in zip(GAPS, texts)}
-            rows.append({"network": name, "measure": measure} | gaps)
+            rows.append({"network": name, "measure": measure})
+            for gap, mean, sd in zip(GAPS, values.mean(1), spread):
+                rows[-1][f"gap {gap}"] = f"{mean:.3f} ± {sd:.3f}"
             required += requirements(f"{measure} of {name}", values)
         seconds = times(network, model, record["image_size"], args.rounds, env)
         ratio = seconds["transfer"] / seconds["distance"]
@@ -74,8 +73,8 @@ def distances(network, model, size, seeds, env):
     places = list(itertools.product(range(len(GAPS)), range(seeds)))
     with progress_bar(env, len(places), title=network.source, unit="target") as bar:
         for row, seed in places:
-            options = {"seed": seed, "size": size, "gap": GAPS[row]}
-            target = data.load_dataset(TARGETS[network.domain], **options)
+            name = TARGETS[network.domain]
+            target = data.load_dataset(name, seed=seed, size=size, gap=GAPS[row])
             target = target.subset(sample(len(target), SAMPLE // 2))
             stream = in_order(target, Pipeline(keep, keep), 256)
             about = model.head.conv.in_channels, stream, len(target), env, network.normalization

@@ -7,28 +7,28 @@ found. On a CPU everything runs in small: that tests this file, and measures not
 import contextlib
 import itertools
 import json
+import math
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import models
 from benchmarks.loading import make_photos
-from benchmarks.measure import Report, Required, import_peer, synchronize
-from benchmarks.train import our_training, steps, training_loop
+from benchmarks.measure import Report, Required, repeat, seconds, synchronize
+from benchmarks.train import our_network, our_training, timm_training, training_loop
 from engine import memory
 from engine.checkpoint import Run
 from engine.console import one_line, say
-from engine.optimizer import SGD_AGC
 from engine.processes import parallel
 from pretrain import choose_pipeline
 from readers.workers import available_cores, loader
@@ -44,7 +44,7 @@ R14x0.5 4  32  10    eager | contiguous | compiled
 
 
 class Arm(NamedTuple):
-    """What was found. least, most: what it should be, or None."""
+    """What was found. least or most: what it should be, or neither."""
 
     part: str
     arm: str
@@ -54,10 +54,11 @@ class Arm(NamedTuple):
     most: float | None = None
 
     @property
-    def good(self):
-        least = -float("inf") if self.least is None else self.least
-        most = float("inf") if self.most is None else self.most
-        return least <= self.value <= most
+    def ratio(self):
+        """At least 1 where the value is what it should be."""
+        if self.least is not None:
+            return self.value / self.least
+        return math.inf if self.most is None or self.value == 0 else self.most / self.value
 
 
 def gpu(args, env):
@@ -65,38 +66,48 @@ def gpu(args, env):
     launches and layouts of a step, memory that runs out; training steps beside timm's; loading;
     few-shot cells.
     """
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    proofs = (device, agreement, accumulated, resumed, synchronising, compiled, layouts, launches)
-    parts = {part: 0.25 / 9 for part in (*proofs, out_of_memory)}
-    parts |= {speeds: 0.5, loading: 0.15, cells: 0.1}
-    found, small = [], env.device.type == "cpu"
-    with open(out / "gpu.jsonl", "a") as file:
-        for part, share in parts.items():
-            with within(60 * args.minutes * share, part.__name__):
-                for arm in part(env, small):
+    small = env.device.type == "cpu"
+    proofs = (device, agreement, accumulated, resumed, synchronising, layouts, launches)
+    proofs += (out_of_memory, compiled)
+    parts = [(proof.__name__, proof(env, small), 0.25 / len(proofs)) for proof in proofs]
+    rows = [line.split(maxsplit=4) for line in SPEEDS.strip().splitlines()]
+    arms = [
+        (name, *map(int, numbers), arm.strip())
+        for name, *numbers, listed in (rows[-1:] if small else rows[:-1])
+        for arm in listed.split("|")
+    ]
+    parts += [(", ".join(map(str, arm)), speed(env, small, *arm), 0.5 / len(arms)) for arm in arms]
+    parts += [("loading", loading(env, small), 0.15), ("cells", cells(env, small), 0.1)]
+    found, path = [], Path(args.out, "gpu.jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic()
+    with open(path, "a") as file:
+        for name, part, share in parts:
+            end += 60 * args.minutes * share  # what a part leaves of its time is the next one's
+            with within(max(1, end - time.monotonic()), name):
+                for arm in part:
                     found.append(arm)
                     file.write(json.dumps(arm._asdict()) + "\n")
                     file.flush()
                     say(env, f"{arm.part}: {arm.arm}: {arm.value:.4g} {arm.unit}")
-    rows = [arm._asdict() | {"good": "" if arm.good else "NO"} for arm in found]
+    rows = [arm._asdict() | {"good": "" if arm.ratio >= 1 else "NO"} for arm in found]
     missed = [
-        Required(f"{arm.part}, {arm.arm}", arm.unit, arm.value, arm.least or arm.most)
+        Required(f"{arm.part}, {arm.arm}", "its bound", arm.ratio, 1.0)
         for arm in found
-        if not arm.good
+        if not arm.ratio >= 1
     ]
     return Report({"arms": rows}, rows, missed)
 
 
 @contextlib.contextmanager
-def within(seconds, name):
+def within(limit, name):
     """A block that ends after so many seconds; its error is a line on stderr, and no more."""
 
     def late(*_):
-        raise TimeoutError(f"more than {seconds:.0f} s")
+        raise TimeoutError(f"more than {limit:.0f} s")
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, limit)
     try:
         yield
     except Exception as error:
@@ -117,15 +128,14 @@ def device(env, small):
         best = memory.measured_flops(env.device, precision)
         yield Arm("device", f"product, {precision}", best / 1e12, "TFLOP/s")
     block = torch.zeros(2**20 if small else 2**30, dtype=torch.uint8, device=env.device)
-    seconds = min(timed(env, lambda: block.clone()) for _ in range(5))
-    yield Arm("device", "copy", 2 * len(block) / seconds / 1e9, "GB/s")
+    best = min(seconds(repeat(block.clone), 1, env.device) for _ in range(5))
+    yield Arm("device", "copy", 2 * len(block) / best / 1e9, "GB/s")
 
 
 def network(env, name="R14x0.5", classes=10):
     """(model, optimiser with AGC) of seed 0, on the device."""
     torch.manual_seed(0)
-    model = models.create_model(name, classes, device=env.device).train()
-    return model, SGD_AGC(model.parameter_groups(), 0.05)
+    return our_network(name, classes, env, clipping=0.01)
 
 
 def batches(count, size=16, side=32):
@@ -138,10 +148,9 @@ def batches(count, size=16, side=32):
     return itertools.cycle([(x, y, size) for x, y in zip(images, labels)])
 
 
-def trained(env, count, accumulate=1, model=None, optimizer=None, skip=0):
-    """The network after `count` steps of the loop, and its optimiser."""
-    if model is None:
-        model, optimizer = network(env)
+def trained(env, count, accumulate=1, start=None, skip=0):
+    """(network, optimiser) after `count` steps of the loop, from `start`."""
+    model, optimizer = start or network(env)
     stream = itertools.islice(batches(8), skip, None)
     loop = training_loop(parallel(model, env), optimizer, stream, 16, env, accumulate)
     for _ in range(count):
@@ -153,9 +162,7 @@ def difference(a, b):
     """The largest difference of two networks' logits, relative to the largest logit."""
     images = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        a, b = (
-            model.to("cpu", memory_format=models.LAYOUT["cpu"]).eval()(images) for model in (a, b)
-        )
+        a, b = (models.place(model, "cpu").eval()(images) for model in (a, b))
     return float((a - b).abs().max() / a.abs().max())
 
 
@@ -186,54 +193,30 @@ def resumed(env, small):
         run.step = 3
         run.save()
         again = Run(path, *network(exact), {}, exact)
-        model, _ = trained(exact, 3, 1, again.model, again.optimizer, skip=3)
-    yield Arm(
-        "resume",
-        "after 3 steps",
-        difference(trained(exact, 6)[0], model),
-        "of a logit",
-        most=0.0 if small else 1e-4,
-    )
+        model, _ = trained(exact, 3, start=(again.model, again.optimizer), skip=3)
+    found, most = difference(trained(exact, 6)[0], model), 0.0 if small else 1e-4
+    yield Arm("resume", "after 3 steps", found, "of a logit", most=most)
 
 
-class Calls(TorchDispatchMode):
-    """Counts the operations under way, and those for which the host waits for the device."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select")
-
-    def __init__(self):
-        super().__init__()
-        self.all = self.waiting = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.all += 1
-        self.waiting += func.__name__.split(".")[0] in self.WAITING
-        return func(*args, **(kwargs or {}))
-
-
-def warm_loop(env, name="R14x0.5", size=16, side=32):
+def warm_loop(env, name="R14x0.5"):
     """The loop of a training under way, two steps in."""
-    model, optimizer = network(env, name)
-    loop = training_loop(model, optimizer, batches(2, size, side), size, env)
+    loop = training_loop(*network(env, name), batches(2, size=2), 2, env)
     next(loop), next(loop)
     return loop
 
 
 def synchronising(env, small):
-    """Calls in 20 steps for which the host waits."""
+    """CUDA's own check of 20 steps: an error where the host waits for the device."""
     loop = warm_loop(env)
-    with Calls() as calls:
-        for _ in range(20):
-            next(loop)
-    yield Arm("synchronise", "operations", calls.waiting, "calls", most=0)
     if not small:
         torch.cuda.set_sync_debug_mode("error")
-        try:
-            for _ in range(20):
-                next(loop)
-        finally:
+    try:
+        for _ in range(20):
+            next(loop)
+    finally:
+        if not small:
             torch.cuda.set_sync_debug_mode("default")
-        yield Arm("synchronise", "CUDA's own check", 0, "calls", most=0)
+    yield Arm("synchronise", "CUDA's own check", 0, "calls", most=0)
 
 
 def compiled(env, small):
@@ -271,18 +254,14 @@ def layouts(env, small):
 
 
 def launches(env, small):
-    """Kernels of a training step: the device's launches, or operations on a CPU."""
+    """Kernels of a training step: the device's launches, or a CPU's profiled calls."""
+    kind = torch.profiler.ProfilerActivity.CPU if small else torch.profiler.ProfilerActivity.CUDA
     for name in ("R14x0.5",) if small else ("R50x1", "R152x4"):
-        loop = warm_loop(env, name, size=2)
-        if small:
-            with Calls() as calls:
-                next(loop)
-            yield Arm("launches", name, calls.all, "operations a step")
-            continue
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        loop = warm_loop(env, name)
+        with torch.profiler.profile(activities=[kind]) as profile:
             next(loop)
             synchronize(env.device)
-        count = sum("LaunchKernel" in event.name for event in profile.events())
+        count = sum(small or "LaunchKernel" in event.name for event in profile.events())
         yield Arm("launches", name, count, "a step")
 
 
@@ -296,7 +275,7 @@ def out_of_memory(env, small):
         return torch.empty(int(2 * room) // parts, dtype=torch.uint8, device=env.device).numel()
 
     _, count = memory.halving_parts(work, 1, 16, env)
-    yield Arm("out of memory", "parts that fit", count, "parts", least=2, most=16)
+    yield Arm("out of memory", "parts that fit", count, "parts", least=2)
     trained(env, 1)
     yield Arm("out of memory", "a step after it", 1, "step", least=1)
 
@@ -306,59 +285,39 @@ def out_of_memory(env, small):
 # ------------------------------------------------------------------------------------------------
 
 
-def timed(env, work):
-    """Seconds of work(), waited for."""
-    synchronize(env.device)
-    began = time.perf_counter()
-    work()
-    synchronize(env.device)
-    return time.perf_counter() - began
-
-
-def speeds(env, small):
+def speed(env, small, name, size, side, classes, arm):
     """Images a second of training steps on one batch, share of the peak, and memory."""
     warm, count = (1, 2) if small else (10, 30)
-    rows = [line.split(maxsplit=4) for line in SPEEDS.strip().splitlines()]
-    for name, *numbers, arms in rows[-1:] if small else rows[:-1]:
-        size, side, classes = map(int, numbers)
-        flops = 3 * size * models.forward_flops(name, classes, side)
-        for arm in map(str.strip, arms.split("|")):
-            with within(180, f"{name} x {size}, {arm}"):
-                memory.reset_peak_memory(env.device)
-                loop = training(env, name, size, side, classes, arm.split(", "))
-                for _ in range(warm):
-                    next(loop)
-                seconds = statistics.median(timed(env, loop.__next__) for _ in range(count))
-                title = f"{name} x {size}, {arm}"
-                yield Arm("speed", title, size / seconds, "images/s")
-                peak = memory.peak_flops(env.device, env.precision)
-                yield Arm("share of peak", title, flops / seconds / peak, "")
-                yield Arm("memory", title, memory.peak_memory(env.device) / 2**30, "GiB")
-            loop = None
-            if not small:
-                torch.cuda.empty_cache()
+    if not small:
+        torch.cuda.empty_cache()
+    memory.reset_peak_memory(env.device)
+    loop = on_one_batch(env, name, size, side, classes, arm.split(", "))
+    for _ in range(warm):
+        next(loop)
+    step = statistics.median(seconds(loop, 1, env.device) for _ in range(count))
+    title = f"{name} x {size}, {arm}"
+    yield Arm("speed", title, size / step, "images/s")
+    flops = 3 * size * models.forward_flops(name, classes, side)
+    peak = memory.peak_flops(env.device, env.precision)
+    yield Arm("share of peak", title, flops / step / peak, "")
+    yield Arm("memory", title, memory.peak_memory(env.device) / 2**30, "GiB")
 
 
-def training(env, name, size, side, classes, options):
+def on_one_batch(env, name, size, side, classes, options):
     """Iterator of training steps on one batch that lies on the device."""
-    layout = torch.contiguous_format if "contiguous" in options else None
     images = torch.randint(256, (size, 3, side, side), dtype=torch.uint8, device=env.device)
     labels = torch.randint(classes, (size,), device=env.device)
     if "timm" in options:
-        timm, optim = import_peer("timm"), import_peer("timm.optim")
-        model = timm.create_model(f"resnetv2_{name[1:]}_bit", num_classes=classes).to(env.device)
-        layout = torch.channels_last if "channels_last" in options else torch.contiguous_format
-        model = model.to(memory_format=layout).train()
-        optimizer = optim.create_optimizer_v2(model, "sgd", lr=0.01, momentum=0.9, fused=True)
-        forward = torch.compile(model) if "compiled" in options else model
-        stream = itertools.repeat((images.float().to(memory_format=layout), labels))
-        return steps(stream, forward, optimizer, env, layout)
-    model = models.create_model(name, classes, device=env.device).train()
-    if layout:
-        model = model.to(memory_format=layout)
+        images = images.float()
+        if "channels_last" in options:
+            images = images.contiguous(memory_format=torch.channels_last)
+        stream = itertools.repeat((images, labels))
+        return timm_training(name, classes, stream, [*options, "fused"], size, env)
+    model, optimizer = network(env, name, classes)
+    if "contiguous" in options:
+        model.to(memory_format=torch.contiguous_format)
     if "compiled" in options:
         model.compile_blocks()
-    optimizer = SGD_AGC(model.parameter_groups(), 0.01)
     return training_loop(model, optimizer, itertools.repeat((images, labels, size)), size, env)
 
 
@@ -369,18 +328,15 @@ def loading(env, small):
         dataset = data.load_dataset(f"folder:{make_photos(Path(made), 256, 10, count // 10)}")
         pipeline = choose_pipeline(dataset, side, train=True)
         for workers in sorted({0, min(2 if small else 4, available_cores()), available_cores()}):
-            batches = data.Batches(dataset, pipeline, size)
             last = 2 if small else 8 + 8 * workers
-            stream = loader(batches, 0, last, workers, env.device)
-            seconds = timed(env, lambda stream=stream: [None for _ in stream])
-            yield Arm("loading", f"JPEG, {workers} workers", last * size / seconds, "images/s")
-        args = SimpleNamespace(
-            model="R14x0.5" if small else "R50x1", image_size=side, batch_size=size
-        )
+            stream = loader(data.Batches(dataset, pipeline, size), 0, last, workers, env.device)
+            speed = last * size / seconds(iter(stream), last, env.device)
+            yield Arm("loading", f"JPEG, {workers} workers", speed, "images/s")
+        model, steps = ("R14x0.5", 2) if small else ("R50x1", 20)
+        args = SimpleNamespace(model=model, image_size=side, batch_size=size)
         loop = our_training(args, env, dataset, ["defaults"])
         next(loop)
-        seconds = timed(env, lambda: [next(loop) for _ in range(2 if small else 20)])
-        speed = (2 if small else 20) * size / seconds
+        speed = steps * size / seconds(loop, steps, env.device)
         yield Arm("loading", "end to end, decoded in memory", speed, "images/s")
 
 
@@ -392,5 +348,6 @@ def cells(env, small):
         options += f" --steps {5 if small else 100} --target synthetic-natural-target --out"
         with tempfile.TemporaryDirectory() as out:
             command = [sys.executable, script, *options.split(), out]
-            seconds = timed(env, lambda c=command: subprocess.run(c, check=True, stdout=-3))
-        yield Arm("few-shot", f"{pixels} pixels", 2 * 60 / seconds, "cells a minute")
+            run = partial(subprocess.run, command, check=True, stdout=subprocess.DEVNULL)
+            spent = seconds(repeat(run), 1, env.device)
+        yield Arm("few-shot", f"{pixels} pixels", 2 * 60 / spent, "cells a minute")

@@ -57,12 +57,11 @@ def xray_arms(root, folder):
     packs.pack("nih", sets, SIZE, folder / f"nih@{SIZE}")
     dataset, packed = sets["train"], data.load_dataset(f"nih@{SIZE}", folder)
     training, testing = (pretrain.choose_pipeline(dataset, SIZE, train) for train in (True, False))
-    arms = {"study, Pillow": study_pillow}
-    if importlib.util.find_spec("cv2"):
-        arms["study, OpenCV"] = study_opencv
-        arms["OpenCV, grey, 32-bit"] = partial(study_opencv, lean=True)
     paths = [dataset.where(i) for i in range(min(len(dataset), BATCH))]
-    arms = {name: one_by_one(read, paths) for name, read in arms.items()}
+    arms = {"study, Pillow": one_by_one(study_pillow, paths)}
+    if importlib.util.find_spec("cv2"):
+        arms["study, OpenCV"] = one_by_one(study_opencv, paths)
+        arms["OpenCV, grey, 32-bit"] = one_by_one(partial(study_opencv, lean=True), paths)
     arms["ours, decoding"] = batches(dataset, testing)
     arms["ours, pack, training"] = batches(packed, training)
     arms["ours, pack, test"] = batches(packed, testing)
@@ -123,19 +122,19 @@ def central_square(pixels):
     return pixels[top : top + side, left : left + side]
 
 
-def make_xrays(root, count=BATCH, side=1024):
+def make_xrays(root):
     """A data directory with nih: made X-rays in the official layout."""
     folder = root / data.DATASETS["nih"].folder
     (folder / "images").mkdir(parents=True)
-    names = [f"{i:08d}_000.png" for i in range(count + 1)]
+    names = [f"{i:08d}_000.png" for i in range(BATCH + 1)]
     rows = ["Image Index,Finding Labels,Patient ID"]
     for i, name in enumerate(names):
-        pixels = synthetic.render("synthetic-xray", "train", i, side)[0]
+        pixels = synthetic.render("synthetic-xray", "train", i, 1024)[0]
         Image.fromarray(pixels).save(folder / "images" / name)
         rows.append(f"{name},No Finding,{i}")
     (folder / "Data_Entry_2017_v2020.csv").write_text("\n".join(rows))
-    (folder / "train_val_list.txt").write_text("\n".join(names[:count]))
-    (folder / "test_list.txt").write_text(names[count])
+    (folder / "train_val_list.txt").write_text("\n".join(names[:BATCH]))
+    (folder / "test_list.txt").write_text(names[BATCH])
     return root
 
 

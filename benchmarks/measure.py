@@ -41,18 +41,23 @@ def best_speeds(arms, rounds, steps, images, env, clock=time.perf_counter):
     arm takes its turn of `steps` steps. The best round counts: other work on a machine only ever
     slows one down.
     """
-    seconds = dict.fromkeys(arms, math.inf)
+    best = dict.fromkeys(arms, math.inf)
     with progress_bar(env, rounds * len(arms), title="turns", unit="turn") as bar:
         for _ in range(rounds):
             for name, arm in arms.items():
-                synchronize(env.device)
-                began = clock()
-                for _ in range(steps):
-                    next(arm)
-                synchronize(env.device)
-                seconds[name] = min(seconds[name], clock() - began)
+                best[name] = min(best[name], seconds(arm, steps, env.device, clock))
                 bar.update()
-    return {name: steps * images / best for name, best in seconds.items()}
+    return {name: steps * images / spent for name, spent in best.items()}
+
+
+def seconds(arm, steps, device, clock=time.perf_counter):
+    """Of so many steps of an arm, and the work they queued."""
+    synchronize(device)
+    began = clock()
+    for _ in range(steps):
+        next(arm)
+    synchronize(device)
+    return clock() - began
 
 
 def repeat(work):
@@ -107,6 +112,5 @@ def megabytes(field):
 def timed(work):
     """(what work() returns, {"seconds", "megabytes"} that it took)."""
     before, began = megabytes("VmHWM"), time.perf_counter()
-    result = work()
-    seconds = time.perf_counter() - began
-    return result, {"seconds": seconds, "megabytes": max(megabytes("VmHWM") - before, 0.1)}
+    result, spent = work(), time.perf_counter() - began
+    return result, {"seconds": spent, "megabytes": max(megabytes("VmHWM") - before, 0.1)}

@@ -1,16 +1,13 @@
 """The peak of memory in a training step."""
 
 import itertools
-import time
 
 import torch
 
-import models
-from benchmarks.measure import Report, Required, apart, synchronize
-from benchmarks.train import training_loop
+from benchmarks.measure import Report, Required, apart, seconds
+from benchmarks.train import our_network, training_loop
 from engine.console import say
 from engine.memory import peak_memory
-from engine.optimizer import SGD_AGC
 from engine.processes import setup
 
 GIBIBYTES = 20.0  # that the leanest arm may take
@@ -37,16 +34,11 @@ def memory(args, env):
 def peak(args, checkpointed, precision):
     """{"bytes", "seconds" of a step}: of this process, which does nothing else."""
     env = setup(precision)
-    model = models.create_model(args.model, args.classes, checkpointed, env.device).train()
-    optimizer = SGD_AGC(model.parameter_groups(), 0.01, weight_decay=1e-4, clipping=0.01)
+    model, optimizer = our_network(args.model, args.classes, env, 0.01, checkpointed)
     shape = args.batch_size, 3, args.image_size, args.image_size
     images = torch.randint(0, 256, shape, dtype=torch.uint8)
     labels = torch.zeros(args.batch_size, dtype=torch.int64)
     stream = itertools.repeat((images, labels, args.batch_size))
     loop = training_loop(model, optimizer, stream, args.batch_size, env)
     next(loop)  # makes the momentum
-    synchronize(env.device)
-    began = time.perf_counter()
-    next(loop)
-    synchronize(env.device)
-    return {"bytes": peak_memory(env.device), "seconds": time.perf_counter() - began}
+    return {"seconds": seconds(loop, 1, env.device), "bytes": peak_memory(env.device)}

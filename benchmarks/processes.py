@@ -5,9 +5,10 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
-from benchmarks.measure import best_speeds, speed_report
+from benchmarks.measure import best_speeds, repeat, speed_report
 from readers.synthetic import WORLDS
 
 REQUIRED = (("2 processes", "1 process", 1.8),)
@@ -48,18 +49,16 @@ def grid(args, env):
     """Cells a second of fewshot.py under torchrun with one process and with two, a thread each:
     the whole command, from its start to its closing table.
     """
-    arms = {"1 process": grids(1, args.seeds), "2 processes": grids(2, args.seeds)}
+    arms = {"1 process": repeat(partial(run_grid, 1, args.seeds))}
+    arms["2 processes"] = repeat(partial(run_grid, 2, args.seeds))
     speeds = best_speeds(arms, args.rounds, 1, CELLS * args.seeds, env)
     return speed_report(speeds, "1 process", REQUIRED, "cells/s")
 
 
-def grids(ranks, seeds):
-    """Runs one grid after the other, from the first cell to the last: yields after each."""
-    while True:
-        with tempfile.TemporaryDirectory() as out:
-            options = "--checkpoint", "scratch", "--seeds", str(seeds)
-            torchrun(ranks, "fewshot.py", *options, "--out", out)
-        yield
+def run_grid(ranks, seeds):
+    with tempfile.TemporaryDirectory() as out:
+        options = "--checkpoint", "scratch", "--seeds", str(seeds)
+        torchrun(ranks, "fewshot.py", *options, "--out", out)
 
 
 def torchrun(ranks, script, *options):

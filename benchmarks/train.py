@@ -37,14 +37,12 @@ FROM_FILES = """ours, defaults | ours, fp32 | ours, fp32, compiled | ours, bf16 
 def train(args, env):
     """Images a second of a whole training step: forward, cross-entropy, backward, SGD.
 
-    Ours "defaults" is the loop of pretrain.py with its loader and augmentation on images in memory.
-    All other arms repeat one batch that lies on the device. All have the same optimiser and memory
-    format, so that the ratios are of networks and settings.
+    "ours, defaults": what pretrain.py does without options (images held in memory, augmented; bf16
+    where the hardware has it). All other arms repeat one batch that lies on the device, with the
+    same optimiser and memory format, so that the ratios are of networks and settings.
 
-    With --peers: from files to the loss and the update, each package with its own loader and
-    optimiser. "ours, defaults": what pretrain.py does without options (images held in memory, bf16
-    where the hardware has it). "timm, defaults": what its training script does (fp32, a worker a
-    core, RandomResizedCrop, flip and colour jitter); its other arms are its options for speed.
+    With --peers each package has its own loader and optimiser. "timm, defaults": what its training
+    script does (fp32, a worker a core, RandomResizedCrop, flip and colour jitter).
     """
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
@@ -70,11 +68,12 @@ def arms_on_one_batch(args, env, classes):
     images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=env.device)
     images = images.contiguous(memory_format=models.LAYOUT[env.device.type])
     labels = torch.randint(classes, (args.batch_size,), device=env.device)
-    ours, timms = models.create_model(args.model, classes), timm_network(args, classes)
+    ours, timms = models.create_model(args.model, classes), timm_network(args.model, classes)
     arms = {}
     for package, network in (("ours", ours), ("timm", timms)):
         network = models.place(network, env.device).train()
-        optimizer = sgd(network.parameters(), args.batch_size)
+        settings = {"weight_decay": RECIPE.weight_decay, "clipping": RECIPE.clipping}
+        optimizer = SGD_AGC(network.parameters(), RECIPE.lr / 256 * args.batch_size, **settings)
         for mode in ("eager",) if args.no_compile else ("eager", "compiled"):
             for precision in ("fp32", "bf16"):
                 forward = torch.compile(network) if mode == "compiled" else network
@@ -89,24 +88,29 @@ def arms_from_files(args, env, dataset):
     arms = {}
     for name in map(str.strip, FROM_FILES.split("|")):
         package, *options = name.split(", ")
-        training = our_training if package == "ours" else timm_training
-        if not ("compiled" in options and args.no_compile):
-            arms[name] = training(args, env, dataset, options)
+        if "compiled" in options and args.no_compile:
+            continue
+        if package == "ours":
+            arms[name] = our_training(args, env, dataset, options)
+        else:
+            chosen = env._replace(precision="bf16" if "bf16" in options else "fp32")
+            about = timm_batches(args, dataset), options, args.batch_size, chosen
+            arms[name] = timm_training(args.model, len(dataset.classes), *about)
     return arms
 
 
-def sgd(params, batch_size):
-    """The optimiser of the recipe."""
-    lr = RECIPE.lr / 256 * batch_size
-    return SGD_AGC(params, lr, weight_decay=RECIPE.weight_decay, clipping=RECIPE.clipping)
+def our_network(name, classes, env, clipping, checkpointed=False):
+    """(network on the device, its optimiser for training_loop, which sets the learning rate)."""
+    network = models.create_model(name, classes, checkpointed, env.device).train()
+    settings = {"weight_decay": RECIPE.weight_decay, "clipping": clipping}
+    return network, SGD_AGC(network.parameter_groups(), 0.0, **settings)
 
 
 def our_training(args, env, dataset, options):
     """Iterator of steps, as pretrain.py trains on this dataset with these options."""
     if "defaults" not in options:
         env = env._replace(precision=options[0])
-    model = models.create_model(args.model, len(dataset.classes), device=env.device).train()
-    optimizer = sgd(model.parameter_groups(), args.batch_size)
+    model, optimizer = our_network(args.model, len(dataset.classes), env, RECIPE.clipping)
     pipeline = pretrain.choose_pipeline(dataset, args.image_size, train=True)
     dataset, pipeline = preload(dataset, pipeline)
     batches = data.Batches(dataset, pipeline, args.batch_size)
@@ -140,32 +144,33 @@ def training_loop(network, optimizer, stream, batch_size, env, accumulate=1):
             yield
 
 
-def timm_network(args, classes):
+def timm_network(model, classes):
     """timm's network of the same architecture, with random weights."""
-    timm = import_peer("timm")
-    name = f"resnetv2_{args.model.removeprefix('R')}_bit"
-    if args.model not in models.MODELS or not timm.is_model(name):
-        raise ValueError(f"--model {args.model}: timm has no {name}; BiT's sizes are in both")
+    timm, name = import_peer("timm"), f"resnetv2_{model.removeprefix('R')}_bit"
+    if model not in models.MODELS or not timm.is_model(name):
+        raise ValueError(f"--model {model}: timm has no {name}; BiT's sizes are in both")
     return timm.create_model(name, num_classes=classes)
 
 
-def timm_training(args, env, dataset, options):
-    """Iterator of steps as in timm's training script: its network, loader and optimiser."""
-    optim, timm_data = import_peer("timm.optim"), import_peer("timm.data")
-    network = timm_network(args, len(dataset.classes)).to(env.device).train()
-    layout = torch.channels_last if "channels_last" in options else torch.contiguous_format
-    network = network.to(memory_format=layout)
-    settings = {"momentum": 0.9, "weight_decay": RECIPE.weight_decay}
-    settings |= {"lr": RECIPE.lr / 256 * args.batch_size, "fused": "fused" in options or None}
-    optimizer = optim.create_optimizer_v2(network, "sgd", **settings)
+def timm_batches(args, dataset):
+    """The stream of timm's training script, without end."""
+    timm_data = import_peer("timm.data")
     images = timm_data.ImageDataset(f"{dataset.name.removeprefix('folder:')}/train")
     size = 3, args.image_size, args.image_size
     settings = {"is_training": True, "use_prefetcher": False, "color_jitter": 0.4}
     settings |= {"num_workers": available_cores(), "persistent_workers": True}
     batches = timm_data.create_loader(images, size, args.batch_size, **settings)
-    stream = itertools.chain.from_iterable(itertools.repeat(batches))
+    return itertools.chain.from_iterable(itertools.repeat(batches))
+
+
+def timm_training(model, classes, stream, options, batch_size, env):
+    """Iterator of steps on a stream as in timm's training script: its network and optimiser."""
+    layout = torch.channels_last if "channels_last" in options else torch.contiguous_format
+    network = timm_network(model, classes).to(env.device, memory_format=layout).train()
+    settings = {"momentum": 0.9, "weight_decay": RECIPE.weight_decay}
+    settings |= {"lr": RECIPE.lr / 256 * batch_size, "fused": "fused" in options or None}
+    optimizer = import_peer("timm.optim").create_optimizer_v2(network, "sgd", **settings)
     forward = torch.compile(network) if "compiled" in options else network
-    env = env._replace(precision="bf16" if "bf16" in options else "fp32")
     return steps(stream, forward, optimizer, env, layout)
 
 

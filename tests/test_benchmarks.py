@@ -83,17 +83,26 @@ def test_load_measures_every_arm(tmp_path):
 
 def test_index_measures_what_it_made(tmp_path):
     pytest.importorskip("pandas")
-    args = ("--rows", 3000, "--images", 70_000, "--listed", 500, "--rounds", 1)
+    args = ("--rows", 3000, "--images", 3001, "--listed", 500, "--rounds", 1)
     record, printed = bench("index", *args, folder=tmp_path)
     measured = record["measured"]
     assert measured.keys() == {"ours, mimic", "pandas, mimic", "listing", "building", "opening"}
     assert all(m["seconds"] > 0 and m["megabytes"] > 0 for m in measured.values())
     assert measured["ours, mimic"]["digest"] == measured["pandas, mimic"]["digest"]
-    assert "70000" in printed
+    assert "3001" in printed
     ours, pandas, opening = (measured[k] for k in ("ours, mimic", "pandas, mimic", "opening"))
     ratios = [pandas[unit] / ours[unit] for unit in ("seconds", "megabytes")]
     ratios += [100 / opening["megabytes"], 2 / opening["seconds"]]
     assert [required["ratio"] for required in record["required"]] == ratios
+
+
+@pytest.mark.slow
+def test_every_part_of_gpu_answers(tmp_path):
+    record, printed = bench("gpu", "--minutes", 60, "--out", tmp_path, folder=tmp_path)
+    arms = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert len({arm["part"] for arm in arms}) == 14 and len(arms) == len(record["arms"])
+    assert len(record["required"]) == sum(arm["good"] == "NO" for arm in record["arms"])
+    assert not any(required["reached"] for required in record["required"])
 
 
 @pytest.mark.slow
