@@ -37,9 +37,6 @@ class _Part(torch.utils.data.Dataset):
         parts = (batch[rank::ranks] for batch in batches)
         self.rows = [rows for rows in parts if len(rows)]
 
-    def __len__(self):
-        return len(self.rows)
-
     def __getitem__(self, k):
         images = [self.pipeline.read(self.dataset, int(i)) for i in self.rows[k]]
         return self.rows[k], torch.stack(images)
@@ -52,7 +49,7 @@ def in_order(dataset, pipeline, batch_size, rank=0, ranks=1, workers=0, device=C
     Of each `batch_size` images every `ranks`-th, so that one rank has each image; none is empty.
     """
     part = _Part(dataset, pipeline, batch_size, rank, ranks)
-    return _loader(part, range(len(part)), workers, device, keep=True)
+    return _loader(part, range(len(part.rows)), workers, device, keep=True)
 
 
 def _loader(batches, sampler, workers, device, keep=False):
@@ -95,9 +92,6 @@ class _Chunks(torch.utils.data.Dataset):
     def __init__(self, dataset, work, start):
         self.dataset, self.work, self.start = dataset, work, start
 
-    def __len__(self):
-        return math.ceil((len(self.dataset) - self.start) / CHUNK)
-
     def __getitem__(self, k):
         results, start = [], self.start + k * CHUNK
         for i in range(start, min(start + CHUNK, len(self.dataset))):
@@ -113,9 +107,9 @@ def each_image(dataset, work, title, workers=None, start=0):
 
     workers: processes (default: one a core). title: of the progress bar.
     """
-    chunks = _Chunks(dataset, work, start)
-    workers = min(workers or available_cores(), max(1, len(chunks)))
+    chunks, count = _Chunks(dataset, work, start), math.ceil((len(dataset) - start) / CHUNK)
+    workers = min(workers or available_cores(), max(1, count))
     with tqdm(total=len(dataset), initial=start, desc=title, unit="image", disable=None) as bar:
-        for results in loader(chunks, 0, len(chunks), workers):
+        for results in loader(chunks, 0, count, workers):
             yield from results
             bar.update(len(results))

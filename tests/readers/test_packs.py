@@ -13,7 +13,7 @@ from conftest import refuses
 from packing import NIH, Xrays, contents, error_line, pack, says
 from PIL import Image
 from torchvision.transforms import v2
-from trees import Trees, noise, save, write, write_photos
+from trees import Trees, noise, save, write_photos
 
 import data
 from data import SPLITS, load_dataset
@@ -92,7 +92,7 @@ def as_jpeg(image, quality):
     return torch.from_numpy(np.array(Image.open(content))).permute(2, 0, 1)
 
 
-@pytest.mark.parametrize("codec, quality", [("raw", 90), ("jpeg", 95), ("jpeg", 10)])
+@pytest.mark.parametrize("codec, quality", [("raw", 90), ("jpeg", 10)])
 def test_natural_pack(photos, codec, quality):
     name = f"folder:{photos}"
     originals = data.load_splits(name)
@@ -127,7 +127,6 @@ CHEXPERT = [
     "train/patient00001/study1/view1_frontal.jpg,Female,68,Frontal,AP,1.0,,,,,,,,,0.0,,,,1.0",
     "train/patient00002/study2/view1_frontal.jpg,Male,87,Frontal,PA,,,-1.0,1.0,,-1.0,0.0,,,,1.0,,,",
     "train/patient00002/study2/view2_lateral.jpg,Male,87,Lateral,,,,1.0,1.0,,-1.0,,,,,,,,",
-    "train/patient00005/study1/view1_frontal.jpg,Male,83,Frontal,AP,,1.0,,,,,,,1.0,0.0,,,,",
 ]
 
 
@@ -145,47 +144,23 @@ def write_padchest(trees):
         save(trees.padchest / "0" / row["ImageID"], trees.noise(16, 16, dtype=np.uint16))
 
 
-def write_covidx(trees):
-    """Patients with names."""
-    rows = {
-        "train": ["3 COVID-19 0.png positive", "anon17 1.png negative"],
-        "test": ["7 2.png positive"],
-    }
-    for split in SPLITS:
-        write(
-            trees.root / "COVIDx-CXR2" / f"{split}.txt", "".join(f"{r} rsna\n" for r in rows[split])
-        )
-        for row in rows[split]:
-            save(trees.root / "COVIDx-CXR2" / split / row.split()[-2], trees.noise(20, 20))
-
-
 @pytest.mark.parametrize(
-    "name, make, words, options, other",
+    "name, make, words, option, value, other",
     [
-        ("chexpert", write_chexpert, "", {}, {"views": ["L", "AP"]}),
-        ("chexpert", write_chexpert, "--views L PA", {"views": ["L", "PA"]}, {"views": ["AP"]}),
-        (
-            "padchest",
-            write_padchest,
-            "--split-by image",
-            {"split_by": "image"},
-            {"split_by": "patient"},
-        ),
-        ("covidx", write_covidx, "", {}, {}),
+        ("chexpert", write_chexpert, "--views L PA", "views", ["L", "PA"], ["AP"]),
+        ("padchest", write_padchest, "--split-by image", "split_by", "image", "patient"),
     ],
 )
-def test_labels_patients_and_options(tmp_path, name, make, words, options, other):
+def test_labels_patients_and_options(tmp_path, name, make, words, option, value, other):
     make(Trees(tmp_path))
-    originals = data.load_splits(name, tmp_path, **options)
+    originals = data.load_splits(name, tmp_path, **{option: value})
     pack(name, 8, *words.split(), root=tmp_path)
     shutil.rmtree(tmp_path / data.DATASETS[name].folder)
-    for given in ({}, options):
+    for given in ({}, {option: value}):
         for packed, original in zip(data.load_splits(f"{name}@8", tmp_path, **given), originals):
             same_but_pixels(packed, original)
-    for option, value in other.items():
-        load = partial(load_dataset, f"{name}@8", tmp_path, **other)
-        refuses(ValueError, load, f"{name}@8 was packed with {option}", value, "--data-dir")
-    refuses(ValueError, partial(load_dataset, f"{name}@8", tmp_path, gap=1), "takes no option gap")
+    load = partial(load_dataset, f"{name}@8", tmp_path, **{option: other})
+    refuses(ValueError, load, f"{name}@8 was packed with {option}", other, "--data-dir")
 
 
 def test_unions_and_parts_of_packs(xrays):
@@ -195,16 +170,14 @@ def test_unions_and_parts_of_packs(xrays):
     union, original = (
         load_dataset(name, xrays.root) for name in ("nih@10+chexpert@10", "nih+chexpert")
     )
-    assert union.classes == original.classes and len(union) == 4 + 3
+    assert union.classes == original.classes and len(union) == 4 + 2
     assert union.groups.tolist() == original.groups.tolist()
+    np.testing.assert_array_equal(union.labels, original.labels)
     assert torch.equal(union.read(5), load_dataset("chexpert@10", xrays.root).read(1))
-    for name in ("nih@10+chexpert@10", "nih+chexpert@10", "nih@10+chexpert"):
-        np.testing.assert_array_equal(load_dataset(name, xrays.root).labels, original.labels)
-    for options in ({"single_label": True}, {"fraction": 0.5, "fraction_seed": 2}):
-        packed, original = (load_dataset(n, xrays.root, **options) for n in ("nih@10", "nih"))
-        assert 0 < len(packed) < 4 and packed.labels.tolist() == original.labels.tolist()
-        for i in range(len(packed)):
-            assert os.path.basename(original.where(i)) in packed.where(i)
+    options = {"fraction": 0.5, "fraction_seed": 2}
+    packed, original = (load_dataset(n, xrays.root, **options) for n in ("nih@10", "nih"))
+    assert len(packed) == 2 and packed.labels.tolist() == original.labels.tolist()
+    assert all(os.path.basename(original.where(i)) in packed.where(i) for i in range(2))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -293,13 +266,8 @@ def test_pack_made_anew_in_the_same_process(photos):
         (["nih@16", "--size", "8"], ["nih@16", "nothing to pack"]),
         (["nih+chexpert", "--size", "8"], ["nih+chexpert", "one by one"]),
         (["synthetic-xray~0.4", "--size", "8"], ["synthetic-xray~0.4", "nothing to pack"]),
-        (["hin", "--size", "8"], ["hin", "did you mean"]),
-        (["chexpert", "--size", "8"], ["chexpert", "train.csv", "--data-dir"]),
         (["nih", "--size", "8", "--split-by", "image"], ["--split-by", "nih"]),
-        (["nih", "--size", "8", "--labels", "union"], ["--labels", "nih"]),
-        (["nih", "--size", "8", "--views", "L"], ["--views", "L", "PA"]),
         (["nih", "--size", "8", "--out", "/dev/null"], ["/dev/null"]),
-        (["folder:nowhere", "--size", "8"], ["nowhere", "PATH/train/CLASS"]),
     ],
 )
 def test_bad_arguments(xrays, capsys, args, words):
@@ -311,11 +279,9 @@ def test_bad_arguments(xrays, capsys, args, words):
 def test_broken_and_missing_images_stop_packing(photos, xrays):
     path = photos / "train" / "dog" / "1.png"
     whole = path.read_bytes()
-    for content in (b"", whole[:200], b"GIF89a" + whole):
-        path.write_bytes(content)
-        line = pack(f"folder:{photos}", 20, status=2)
-        assert says(line, path, "unreadable", "mend or remove")
-        refuses(FileNotFoundError, partial(load_dataset, f"folder:{photos}@20"), "data.py pack")
+    path.write_bytes(whole[:200])
+    assert says(pack(f"folder:{photos}", 20, status=2), path, "unreadable", "mend or remove")
+    refuses(FileNotFoundError, partial(load_dataset, f"folder:{photos}@20"), "data.py pack")
     path.write_bytes(whole)
     pack(f"folder:{photos}", 20)
     assert torch.equal(load_dataset(f"folder:{photos}@20").read(4), resized(path, 20))
