@@ -36,15 +36,6 @@ def test_rows_say_what_their_datasets_are(nih_root):
     }
 
 
-def test_both_splits_at_once(nih_root):
-    for options in ({}, {"single_label": True, "fraction": 0.5, "views": ["PA"]}):
-        for split, dataset in zip(data.SPLITS, data.load_splits("nih", nih_root, **options)):
-            alone = load_dataset("nih", nih_root, split, **options)
-            assert dataset.name == alone.name and dataset.options == alone.options
-            np.testing.assert_array_equal(dataset.labels, alone.labels)
-            assert [dataset.where(i) for i in (0, -1)] == [alone.where(i) for i in (0, -1)]
-
-
 def test_a_smaller_fraction_lies_in_a_larger(nih_root):
     chosen = [load_dataset("nih", nih_root, fraction=f, fraction_seed=3) for f in (0.2, 0.5)]
     small, large = ([d.where(i) for i in range(len(d))] for d in chosen)
@@ -94,11 +85,9 @@ def test_malformed_gaps_are_refused(gap):
         ("synthetic-xray", {"gap": 1.5}, ["must be 0 to 1, and not in the name"]),
         ("synthetic-xray~0.4", {"gap": 0.4}, ["must be 0 to 1, and not in the name"]),
         ("synthetic-xray", {"seed": -1}, ["seed -1"]),
-        ("synthetic-xray", {"fraction": 1.5}, ["--fraction 1.5"]),
         ("synthetic-xray", {"fraction": 1e-5}, ["no image", "--fraction 1e-05"]),
         ("synthetic-xray", {"split": "val"}, ["'val'", "train, test"]),
         ("nih+nih@64", {}, ["nih+nih@64", "occurs twice"]),
-        ("synthetic-natural", {"single_label": True}, ["--single-label", "multi-label"]),
         ("synthetic-xray+synthetic-xray~0.4", {}, ["three channels"]),
         ("nih@64@32", {}, ["nih@64 is a pack already"]),
         ("nih@064", {}, ["unknown dataset 'nih@064'"]),
@@ -354,42 +343,33 @@ def test_list(nih_root, tmp_path, rng):
         ([], ["COMMAND"]),
         (["chek", "nih"], ["chek", "check"]),
         (["info"], ["name"]),
-        (["info", "nih", "--sheets", "x.png"], ["--sheets", "--sheet"]),
         (["info", "folder:"], ["folder:"]),
         (["info", ""], ["name is missing"]),
         (["info", "hin@64"], ["hin", "nih"]),
-        (["check", "nih", "--data-dir", "nowhere"], ["nowhere", "--data-dir"]),
         (["download", "nih+chexpert"], ["nih+chexpert", "fetch"]),
         (["download", "nih@16"], ["nih@16", "fetch"]),
-        (["check", "cifar10", "--data-dir", "nowhere"], ["cifar10", "download"]),
     ],
 )
 def test_mistakes_on_the_command_line(args, words):
     assert says(run_data(*args, status=2), *words)
 
 
-HELP = {
-    "": "list info check pack download",
-    "list": "--data-dir --cache-dir datasets",
-    "info": "--sheet --single-label --fraction --views PA --split-by --labels intersection 1.0",
-    "check": "--report --workers",
-    "pack": "--size --codec raw jpeg --quality 90 --out --workers --data-dir",
-    "download": "--data-dir",
-}
-
-
-@pytest.mark.parametrize("command", HELP)
-def test_help(command, capsys):
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("--help", "list info check pack download"),
+        ("info --help", "--sheet --single-label --fraction 1.0 --views PA --labels intersection"),
+        ("pack --help", "--size --codec raw jpeg --quality 90 --out --workers --data-dir datasets"),
+    ],
+)
+def test_help(line, words, capsys):
     with pytest.raises(SystemExit) as ended:
-        data.main([*command.split(), "--help"])
-    assert ended.value.code == 0
+        data.main(line.split())
     out = capsys.readouterr().out
-    assert all(word in out for word in HELP[command].split()) and "None" not in out
+    assert ended.value.code == 0 and says(out, *words.split()) and "None" not in out
 
 
-def test_as_a_program(nih_root, tmp_path):
+def test_as_a_program(tmp_path):
     """Exit status and streams of `python data.py` itself."""
-    out, err = run("data.py", "info", "nih", "--data-dir", nih_root, cwd=tmp_path)
-    assert out.startswith("nih: medical, multilabel, 14 classes\n") and not err
     out, err = run("data.py", "info", "hin", cwd=tmp_path, status=2)
     assert not out and err.startswith("error: unknown dataset 'hin'; did you mean 'nih'?")

@@ -1,12 +1,10 @@
 """Images decoded once: the same pixels, each file read once, nothing left behind."""
 
-import os
 from collections import namedtuple
 from functools import partial
 
 import pytest
 import torch
-from conftest import refuses
 from trees import load_folder, random_image
 
 from data import Batches
@@ -77,13 +75,6 @@ def test_preload_over_the_limit(rng):
     # A first image that is smaller than the others must not hide their size.
     uneven, _ = held([pixels[0, :, :1, :1], *pixels[1:]] + [pixels[0]], 24)
     assert preload(uneven, pipeline, exact)[0] is uneven
-
-
-def test_preload_names_a_broken_image(pets_at_home):
-    path = pets_at_home / "train" / "cat" / "1.png"
-    os.truncate(path, 50)
-    dataset = load_folder(pets_at_home)
-    refuses(ValueError, lambda: preload(dataset, Pipeline(keep, keep)), path)
 
 
 # ------------------------------------------------------------------------------------------------
