@@ -17,20 +17,17 @@ from readers.workers import available_cores
 IN_MEMORY = 2**30  # bytes of prepared images that one process keeps
 
 
-def preload(dataset, pipeline, limit=IN_MEMORY, first=None):
+def preload(dataset, pipeline, limit=IN_MEMORY):
     """Reads and prepares every image once, into memory, when that takes at most `limit` bytes.
 
-    first: the first image, prepared, where it has been read. Returns (dataset, pipeline): the
-    prepared images with nothing left to prepare, or both as they were. A broken image is so met
-    before training.
+    Returns (dataset, pipeline): the prepared images with nothing left to prepare, or both as they
+    were. A broken image is so met before training.
     """
-    if first is None:
-        first = pipeline.read(dataset, 0)
     # The first image tells the size of all, mostly: a large dataset is not read in vain.
-    if first.numel() * len(dataset) > limit:
+    if pipeline.read(dataset, 0).numel() * len(dataset) > limit:
         return dataset, pipeline
     images, total = [], 0
-    for image in _prepared(dataset, pipeline, available_cores(), first):
+    for image in _prepared(dataset, pipeline, available_cores()):
         images.append(image)
         total += image.numel()
         if total > limit:
@@ -58,19 +55,18 @@ def decode_once(dataset, pipeline, env, folder=None):
     starts = np.arange(ranks + 1) * len(dataset) // ranks
     file, part = None, None
     try:
-        first = pipeline.read(dataset, 0)
         if env.ranks == 1:
-            kept = preload(dataset, pipeline, IN_MEMORY, first)
+            kept = preload(dataset, pipeline, IN_MEMORY)
             if kept[0] is not dataset:
                 return kept
         with _writing(folder):
             os.makedirs(folder, exist_ok=True)
         # Elsewhere other processes could not map our files.
         free = shutil.disk_usage(folder).free if os.path.isdir("/proc/self/fd") else 0
-        if first.numel() * len(dataset) < free / 2:
+        if pipeline.read(dataset, 0).numel() * len(dataset) < free / 2:
             share = dataset.subset(np.arange(starts[rank], starts[rank + 1]))
             threads = max(1, available_cores() // ranks)
-            images = _prepared(share, pipeline, threads, first if rank == 0 else None)
+            images = _prepared(share, pipeline, threads)
             file, shapes = _write(images, len(share), folder)
             part = f"/proc/{os.getpid()}/fd/{file.fileno()}", shapes
     except (ValueError, OSError) as error:
@@ -99,12 +95,11 @@ def decode_once(dataset, pipeline, env, folder=None):
     return dataset.replace(reader=reader), pipeline._replace(prepare=keep)
 
 
-def _prepared(dataset, pipeline, threads, first=None, ahead=256):
+def _prepared(dataset, pipeline, threads, ahead=256):
     """The images of a dataset, prepared, in order; `threads` at once, at most `ahead` waiting."""
 
     def read(i):
-        image = pipeline.read(dataset, i) if i > 0 or first is None else first
-        return image.contiguous()
+        return pipeline.read(dataset, i).contiguous()
 
     with ThreadPoolExecutor(min(16, threads)) as pool:
         try:

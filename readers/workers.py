@@ -1,7 +1,6 @@
 """Worker processes: those that read ahead of a loop, and those that share out all images once."""
 
 import atexit
-import math
 import multiprocessing
 import os
 import signal
@@ -87,13 +86,13 @@ def end_workers():
 
 
 class _Chunks(torch.utils.data.Dataset):
-    """[k] -> [work(dataset, i), or the error that it raised] of the k-th CHUNK images."""
+    """[start] -> [work(dataset, i), or the error that it raised] of CHUNK images from start on."""
 
-    def __init__(self, dataset, work, start):
-        self.dataset, self.work, self.start = dataset, work, start
+    def __init__(self, dataset, work):
+        self.dataset, self.work = dataset, work
 
-    def __getitem__(self, k):
-        results, start = [], self.start + k * CHUNK
+    def __getitem__(self, start):
+        results = []
         for i in range(start, min(start + CHUNK, len(self.dataset))):
             try:
                 results.append(self.work(self.dataset, i))
@@ -107,9 +106,9 @@ def each_image(dataset, work, title, workers=None, start=0):
 
     workers: processes (default: one a core). title: of the progress bar.
     """
-    chunks, count = _Chunks(dataset, work, start), math.ceil((len(dataset) - start) / CHUNK)
-    workers = min(workers or available_cores(), max(1, count))
+    starts = range(start, len(dataset), CHUNK)
+    workers = min(workers or available_cores(), max(1, len(starts)))
     with tqdm(total=len(dataset), initial=start, desc=title, unit="image", disable=None) as bar:
-        for results in loader(chunks, 0, count, workers):
+        for results in _loader(_Chunks(dataset, work), starts, workers, CPU):
             yield from results
             bar.update(len(results))

@@ -1,6 +1,5 @@
 """Names of datasets, few-shot subsets, batches that depend on seed and step alone, the commands."""
 
-import math
 import multiprocessing
 import operator
 from functools import partial
@@ -66,6 +65,7 @@ def test_gap_zero_may_be_named_or_not():
     plain, named = (load_dataset(f"synthetic-natural-target{gap}") for gap in ("", "~0"))
     np.testing.assert_array_equal(plain.read(5), named.read(5))
     assert (plain.options, named.options) == ({}, {"gap": 0.0}) and named.name[-2:] == "~0"
+    assert len(load_dataset("synthetic-xray+synthetic-xray~0")) == 16_000
     assert load_dataset("synthetic-xray", gap=1).name == "synthetic-xray~1"
     assert load_dataset("synthetic-xray", gap=1e-5).name == "synthetic-xray~0.00001"
 
@@ -97,12 +97,6 @@ def test_names_and_options_that_mean_nothing(name, options, words):
     refuses(ValueError, partial(load_dataset, name, **options), *words)
 
 
-def test_a_union_has_images_of_one_kind():
-    both = load_dataset("synthetic-xray~0.2+synthetic-xray~0.4")
-    assert len(both) == 16_000 and both.read(0).shape == both.read(8000).shape == (3, 32, 32)
-    assert len(load_dataset("synthetic-xray+synthetic-xray~0")) == 16_000
-
-
 # ------------------------------------------------------------------------------------------------
 # Few-shot subsets
 # ------------------------------------------------------------------------------------------------
@@ -116,7 +110,6 @@ def test_few_shot_counts_nesting_and_seeds(rng):
         assert chosen[shots].dtype == np.int64
         assert np.bincount(labels[chosen[shots]]).tolist() == [shots] * 4
         assert (np.diff(chosen[shots]) > 0).all()  # sorted, without replacement
-        np.testing.assert_array_equal(chosen[shots], few_shot_indices(labels, shots, seed=3))
     assert set(chosen[1]) < set(chosen[2]) < set(chosen[5])
     assert len({tuple(few_shot_indices(labels, 5, seed)) for seed in range(20)}) == 20
     # Every image of the large class has the same chance, 5 in 100 (200 seeds, 10 each).
@@ -148,9 +141,6 @@ def test_few_shot_multilabel(rng):
             assert (labels[chosen] == 1).any(1).all()  # an image without a positive helps nobody
             # Exhaustive: the rarest classes are needed, so some class has exactly `shots`.
             assert positives.min() == shots
-    assert len({tuple(few_shot_indices(labels, 3, seed)) for seed in range(10)}) == 10
-    once = np.eye(4, dtype=np.float32)[rng.integers(4, size=80)]  # one positive an image
-    assert (once[few_shot_indices(once, 7, 0)].sum(0) == 7).all()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -202,10 +192,8 @@ def test_balanced_draws_classes_evenly():
     assert chisquare(within).pvalue > 0.001 and len(np.unique(draws)) == 30000
 
 
-def test_odd_seeds():
+def test_batch_refusals():
     refuses(ValueError, lambda: batch_indices(0, 10, 4, -1), "--seed -1", "0 or more")
-    huge = [batch_indices(0, 1000, 50, seed)[0].tolist() for seed in (2**64, 2**64 + 1)]
-    assert huge[0] != huge[1]
     refuses(ValueError, lambda: batch_indices(0, 10, 4, 0, "sorted"), "'sorted'")
 
 
@@ -213,8 +201,8 @@ def read_from(images, i, size=None):
     return images[i]
 
 
-def array_dataset(rng, count=23, multilabel=False, shape=(3, 20, 26)):
-    images = random_image(rng, count, *shape)
+def array_dataset(rng, multilabel=False, count=23):
+    images = random_image(rng, count, 3, 20, 26)
     labels = rng.integers(4, size=count)
     if multilabel:
         labels = rng.choice(np.array([0, 1, np.nan], np.float32), (count, 5))
@@ -234,18 +222,17 @@ def same(one, other):
 @pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_any_number_of_ranks_sees_the_same(rng, sampling, pairs, ranks):
-    dataset = array_dataset(rng)
-    make = partial(Batches, dataset, CROP, 8, 3, sampling)
+    make = partial(Batches, array_dataset(rng, sampling != "balanced"), CROP, 8, 3, sampling)
     alone = make()
     assert len(alone) == 3
     for step in range(3):
         images, labels, count = alone[step]
         parts = [make(rank=rank, ranks=ranks, pairs=pairs)[step] for rank in range(ranks)]
-        assert count == len(labels) and {part[2] for part in parts} == {count}
+        assert count == (labels == labels).sum() and {part[2] for part in parts} == {count}
         unit = 1 + pairs
         for rank, (part, part_labels, _) in enumerate(parts):
             mine = [i for i in range(len(images)) if i // unit % ranks == rank]
-            assert torch.equal(part, images[mine]) and torch.equal(part_labels, labels[mine])
+            assert torch.equal(part, images[mine]) and same(part_labels, labels[mine])
 
 
 @pytest.mark.parametrize("step, batch_size", [(0, 30), (1, 30), (3, 8)])
@@ -261,28 +248,10 @@ def test_batch_is_what_the_pipeline_makes(rng, step, batch_size):
         assert torch.equal(image, CROP.augment(CROP.prepare(dataset.read(i)), generator))
 
 
-def test_equal_images_are_augmented_by_their_numbers(rng):
-    dataset = array_dataset(rng)
-    twins = Batches(dataset.subset([5] * 24), CROP, 24, seed=1)[0][0]  # equal pixels, own numbers
-    assert len({twin.numpy().tobytes() for twin in twins}) > 12
-
-
-def test_count_is_of_the_global_batch(rng):
-    dataset = array_dataset(rng, multilabel=True)
-    indices, _ = batch_indices(1, 23, 6, 0)
-    expected = sum(not math.isnan(v) for row in dataset.labels[indices] for v in row)
-    for ranks in (1, 2, 5):
-        for rank in range(ranks):
-            _, labels, count = Batches(dataset, CROP, 6, rank=rank, ranks=ranks)[1]
-            assert isinstance(count, int) and count == expected
-            assert labels.dtype == torch.float32 and labels.shape[1] == 5
-    assert 0 < expected < 30
-
-
 @pytest.mark.parametrize("images", [2, 8, 23])
 @pytest.mark.parametrize("ranks, workers", [(1, 0), (4, 0), (2, 1)])
 def test_in_order_one_rank_has_each_image(rng, images, ranks, workers):
-    dataset, seen = array_dataset(rng, images), []
+    dataset, seen = array_dataset(rng, count=images), []
     pipeline = Pipeline(partial(transforms.resize_square, size=9), keep)
     for rank in range(ranks):
         for rows, part in in_order(dataset, pipeline, 8, rank, ranks, workers):
@@ -328,13 +297,10 @@ def test_list(nih_root, tmp_path, rng):
     for name in ("nih", "nih@8"):
         assert rows[name][1:] == ["yes", "40 + 12", "14", "medical"]
         assert (tmp_path / rows[name][0]).is_dir()
-    made = ["(made)", "yes", "8,000 + 1,000", "36", "natural"]
-    assert rows["synthetic-natural"] == made
+    assert rows["synthetic-natural"] == ["(made)", "yes", "8,000 + 1,000", "36", "natural"]
     assert rows[f"folder:{tmp_path}/photos@8"] == ["photos@8", "yes", "1 + 1", "1", "natural"]
     assert {rows[name][1] for name in ("mimic", "pets", "chexpert")} == {"no"}
     assert rows["padchest"][1] == "damaged" and "PADCHEST" in " ".join(rows["padchest"])
-    empty = rows_of(run_data("list", "--data-dir", tmp_path / "PadChest"))
-    assert [row[1] for row in empty.values()][2:] == ["yes"] * 4 + ["no"] * 12
 
 
 @pytest.mark.parametrize(

@@ -14,17 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from conftest import refuses
-from packing import (
-    NIH,
-    Xrays,
-    contents,
-    error_line,
-    pack,
-    run_data,
-    says,
-    start,
-    wait,
-)
+from packing import NIH, Xrays, contents, error_line, pack, run_data, says, start, wait
 
 import data
 from data import load_dataset
@@ -58,11 +48,9 @@ def at_operation(number, folder, act):
     return hook
 
 
-def send(name):
-    """A signal to the process itself; every second SIGKILL to its workers too."""
-    return lambda number: (os.killpg if name == "SIGKILL" and number % 2 else os.kill)(
-        os.getpid(), getattr(signal, name)
-    )
+def kill(number):
+    """The whole group, or the main process alone."""
+    (os.killpg if number % 2 else os.kill)(os.getpid(), signal.SIGKILL)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -108,7 +96,7 @@ def test_killed_before_file_operations(whole, tmp_path):
     last = whole.operations - 9
     for number in [*range(1, last, 4), *range(last, whole.operations + 1)]:
         out, other = tmp_path / str(number), tmp_path / f"{number}-jpeg"
-        hook = at_operation(number, out, send("SIGKILL"))
+        hook = at_operation(number, out, kill)
         assert wait(start(whole.args(out), tmp_path / "log", hook)) == -signal.SIGKILL
         load = partial(load_dataset, "nih@48", out)
         refuses(FileNotFoundError, load, out / "nih@48", "python data.py pack nih --size 48")
@@ -122,7 +110,9 @@ def test_killed_before_file_operations(whole, tmp_path):
 
 def test_interrupted_by_hand(whole, tmp_path):
     """One line, status 75 as for every stopped run."""
-    hook = at_operation(whole.operations // 2, tmp_path / "out", send("SIGINT"))
+    hook = at_operation(
+        whole.operations // 2, tmp_path / "out", lambda _: signal.raise_signal(signal.SIGINT)
+    )
     status = wait(start(whole.args(tmp_path / "out"), tmp_path / "log", hook))
     output = (tmp_path / "log").read_text()
     assert "Traceback" not in output and status == 75 and says(output.splitlines()[-1], "SIGINT")
@@ -147,12 +137,11 @@ def test_images_that_are_there_are_not_read_again(whole, tmp_path):
 
 def test_two_packings_at_once(whole, tmp_path):
     out = tmp_path / "out"
-    hook = at_operation(whole.operations // 2, out, send("SIGSTOP"))
+    hook = at_operation(whole.operations // 2, out, lambda _: signal.raise_signal(signal.SIGSTOP))
     pid = start(whole.args(out), tmp_path / "log", hook)
     os.waitpid(pid, os.WUNTRACED)  # it has stopped
     try:
-        line = run_data(*whole.args(out), status=2)
-        assert says(line, "nih@48", "another process")
+        assert says(run_data(*whole.args(out), status=2), "nih@48", "another process")
     finally:
         os.kill(pid, signal.SIGCONT)
     assert wait(pid) == 0
@@ -262,11 +251,10 @@ def test_description_that_is_none_or_lost(packed, damaged):
     path.write_text(json.dumps(whole | {"schema": 99}))
     damaged(path, "99", "1", "pack it again")
     path.write_text(text)
-    for name in ("nih@32", "chexpert@16"):
-        packed.rename(packed.parent / name)
-        load = partial(load_dataset, name, packed.parent)
-        refuses(ValueError, load, packed.parent / name, "nih@16", "rename")
-        (packed.parent / name).rename(packed)
+    other = packed.rename(packed.parent / "nih@32")
+    load = partial(load_dataset, "nih@32", packed.parent)
+    refuses(ValueError, load, other, "nih@16", "rename")
+    other.rename(packed)
     path.unlink()
     # The message says to pack: that says what to remove, and then works.
     words = packed, "python data.py pack nih --size 16"

@@ -41,11 +41,6 @@ def same_but_pixels(packed, original):
     assert getattr(packed.groups, "dtype", None) == getattr(original.groups, "dtype", None)
 
 
-# ------------------------------------------------------------------------------------------------
-# What a pack holds
-# ------------------------------------------------------------------------------------------------
-
-
 def as_jpeg(image, quality):
     """Pillow's writing and reading of a (C,H,W) image."""
     content = io.BytesIO()
@@ -115,11 +110,6 @@ def test_labels_patients_and_options(tmp_path, name, make, words, option, value,
             same_but_pixels(packed, original)
     load = partial(load_dataset, f"{name}@8", tmp_path, **{option: other})
     refuses(ValueError, load, f"{name}@8 was packed with {option}", other, "--data-dir")
-
-
-# ------------------------------------------------------------------------------------------------
-# Where a pack lies, and of what it may be made
-# ------------------------------------------------------------------------------------------------
 
 
 def test_out_directory(xrays, photos, tmp_path):
@@ -210,7 +200,7 @@ def test_bad_arguments(xrays, args, words):
     assert [path.name for path in xrays.root.iterdir()] == ["NIH-ChestXRay-14"]
 
 
-def test_broken_and_missing_images_stop_packing(photos, xrays):
+def test_broken_images_stop_packing(photos):
     path = photos / "train" / "dog" / "1.png"
     whole = path.read_bytes()
     path.write_bytes(whole[:200])
@@ -219,5 +209,3 @@ def test_broken_and_missing_images_stop_packing(photos, xrays):
     path.write_bytes(whole)
     pack(f"folder:{photos}", 20)
     assert len(load_dataset(f"folder:{photos}@20")) == 9
-    xrays.image("00000005_000.png").unlink()
-    assert says(pack("nih", 8, root=xrays.root, status=2), xrays.image("00000005_000.png"))
