@@ -84,8 +84,7 @@ def test_decode_once_reads_each_image_once(rng, tmp_path, monkeypatch, in_files)
     decoded, _ = decode_once(dataset, Pipeline(keep, keep), ALONE, tmp_path)
     assert isinstance(decoded.reader, images.Joined if in_files else images.Decoded)
     assert all(torch.equal(decoded.read(i), pixels[i]) for i in range(-1, 299))
-    sizes = [0] * (1 + in_files)  # the first image tells the size of all
-    assert sorted(reads) == [*sizes, *range(300)]
+    assert sorted(reads) == [0] * (1 + in_files) + [*range(300)]  # the first tells the size of all
 
 
 def test_files_have_no_name(folder, tmp_path, monkeypatch):
