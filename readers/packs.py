@@ -30,6 +30,7 @@ from readers.transforms import resize_shorter, xray_square
 from readers.workers import each_image
 
 PACK_SCHEMA = 1
+FLUSH = 2**26  # bytes of images that a stop may lose
 
 
 class Packed(NamedTuple):
@@ -234,7 +235,10 @@ def _fill(part, sets, facts, workers):
 
 def _encode(facts, dataset, i):
     """(bytes, shape) of an image as a pack holds it; a smaller image keeps its size."""
-    image = dataset.read(i, facts["size"])
+    try:
+        image = dataset.read(i, facts["size"])
+    except OSError as error:  # of the source, not of the disk that the pack is written to
+        raise ValueError(str(error)) from error
     side = min(facts["size"], *image.shape[-2:])
     image = (xray_square if dataset.domain == "medical" else resize_shorter)(image, side)
     pixels, content = image.contiguous().numpy(), io.BytesIO()
@@ -249,14 +253,8 @@ def _refuse_small_disk(part, sets, encode):
     """Raises OSError when the disk cannot hold the pack, judged by a sample of its images."""
     needed = -sum(file.stat().st_size for file in part.iterdir())  # what is written already
     for dataset in sets.values():
-        sizes, broken = [], None
-        for i in np.unique(np.linspace(0, len(dataset) - 1, 32).astype(int)):
-            try:
-                sizes.append(len(encode(dataset, int(i))[0]))
-            except (ValueError, OSError) as error:
-                broken = broken or error
-        if not sizes:
-            raise ValueError(str(broken))
+        sample = np.unique(np.linspace(0, len(dataset) - 1, 32).astype(int))
+        sizes = [len(encode(dataset, i)[0]) for i in sample]
         index = JOURNAL.itemsize * 2 + dataset.labels[:1].nbytes + _names(dataset).itemsize
         needed += len(dataset) * (np.mean(sizes) + index)
     free = shutil.disk_usage(part).free
@@ -276,19 +274,17 @@ def _write_images(part, split, dataset, encode, workers):
         done = int(np.searchsorted(ends, os.fstat(images.fileno()).st_size, side="right"))
         journal.truncate(done * JOURNAL.itemsize)
         images.truncate(int(ends[done - 1]) if done else 0)
-        if done == len(dataset):
-            return
         records, pending = [], 0
         results = each_image(dataset, encode, f"{split} images", workers, done)
         with contextlib.closing(results):  # the bar ends above any message
             for number, result in enumerate(results, done + 1):
-                if isinstance(result, Exception):  # of the source, not of the disk
-                    raise ValueError(str(result)) from result
+                if isinstance(result, Exception):
+                    raise result
                 content, shape = result
                 images.write(content)
                 records.append((len(content), zlib.crc32(content), shape))
                 pending += len(content)
-                if pending > 2**26 or number == len(dataset):
+                if pending > FLUSH or number == len(dataset):
                     images.flush()
                     os.fsync(images.fileno())
                     journal.write(np.array(records, JOURNAL).tobytes())

@@ -1,7 +1,6 @@
 """Worker processes: those that read ahead of a loop, and those that share out all images once."""
 
 import atexit
-import math
 import multiprocessing
 import os
 import signal
@@ -37,9 +36,6 @@ class _Part(torch.utils.data.Dataset):
         parts = (batch[rank::ranks] for batch in batches)
         self.rows = [rows for rows in parts if len(rows)]
 
-    def __len__(self):
-        return len(self.rows)
-
     def __getitem__(self, k):
         images = [self.pipeline.read(self.dataset, int(i)) for i in self.rows[k]]
         return self.rows[k], torch.stack(images)
@@ -52,7 +48,7 @@ def in_order(dataset, pipeline, batch_size, rank=0, ranks=1, workers=0, device=C
     Of each `batch_size` images every `ranks`-th, so that one rank has each image; none is empty.
     """
     part = _Part(dataset, pipeline, batch_size, rank, ranks)
-    return _loader(part, range(len(part)), workers, device, keep=True)
+    return _loader(part, range(len(part.rows)), workers, device, keep=True)
 
 
 def _loader(batches, sampler, workers, device, keep=False):
@@ -90,16 +86,13 @@ def end_workers():
 
 
 class _Chunks(torch.utils.data.Dataset):
-    """[k] -> [work(dataset, i), or the error that it raised] of the k-th CHUNK images."""
+    """[start] -> [work(dataset, i), or the error that it raised] of CHUNK images from start on."""
 
-    def __init__(self, dataset, work, start):
-        self.dataset, self.work, self.start = dataset, work, start
+    def __init__(self, dataset, work):
+        self.dataset, self.work = dataset, work
 
-    def __len__(self):
-        return math.ceil((len(self.dataset) - self.start) / CHUNK)
-
-    def __getitem__(self, k):
-        results, start = [], self.start + k * CHUNK
+    def __getitem__(self, start):
+        results = []
         for i in range(start, min(start + CHUNK, len(self.dataset))):
             try:
                 results.append(self.work(self.dataset, i))
@@ -113,9 +106,9 @@ def each_image(dataset, work, title, workers=None, start=0):
 
     workers: processes (default: one a core). title: of the progress bar.
     """
-    chunks = _Chunks(dataset, work, start)
-    workers = min(workers or available_cores(), max(1, len(chunks)))
+    starts = range(start, len(dataset), CHUNK)
+    workers = min(workers or available_cores(), max(1, len(starts)))
     with tqdm(total=len(dataset), initial=start, desc=title, unit="image", disable=None) as bar:
-        for results in loader(chunks, 0, len(chunks), workers):
+        for results in _loader(_Chunks(dataset, work), starts, workers, CPU):
             yield from results
             bar.update(len(results))

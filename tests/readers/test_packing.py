@@ -6,15 +6,15 @@ import json
 import os
 import shutil
 import signal
-import time
 from collections import namedtuple
 from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from conftest import refuses
-from packing import NIH, Large, Xrays, contents, error_line, pack, says, start, until, wait, written
-from PIL import Image
+from packing import NIH, Xrays, contents, error_line, pack, run_data, says, start, wait
 
 import data
 from data import load_dataset
@@ -31,78 +31,7 @@ def xrays(tmp_path):
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory):
-    return Large(tmp_path_factory.mktemp("large"))
-
-
-def test_killed_at_ten_moments(large, tmp_path):
-    """Moments spread over the bytes written; the whole group or the main process alone."""
-    rng, kills, out = np.random.default_rng(5), 0, tmp_path / "out"
-    for k in range(10):
-        moment = large.bytes * (k + rng.random()) / 10
-        pid = start(large.args(out), tmp_path / "log")
-        until(lambda: written(out) >= moment, pid)  # noqa: B023
-        time.sleep(0.01 * rng.random())
-        (os.killpg if k % 2 else os.kill)(pid, signal.SIGKILL)
-        kills += wait(pid) == -signal.SIGKILL
-        if not (out / "large@640").exists():
-            load = partial(load_dataset, f"folder:{out}/large@640")
-            refuses(FileNotFoundError, load, f"{out}/large@640", "python data.py pack")
-    assert kills >= 9  # the last may have come too late
-    large.finish(out)
-
-
-@pytest.mark.parametrize("command", ["pack", "check"])
-def test_interrupted_by_hand(large, tmp_path, command):
-    """One line, status 75 as for every stopped run, and what is written is kept."""
-    args, out = large.args(tmp_path / "out"), tmp_path / "out"
-    pid = start(args if command == "pack" else ("check", args[1]), tmp_path / "log")
-    children = f"/proc/{pid}/task/{pid}/children"
-    if command == "pack":
-        until(lambda: written(out) >= 0.7 * large.bytes, pid)
-    else:
-        until(lambda: open(children).read(), pid)  # its worker has begun
-        time.sleep(0.05)  # Python passes over an exception in what it calls after a fork
-    os.kill(pid, signal.SIGINT)
-    status, output = wait(pid), (tmp_path / "log").read_text()
-    assert "Traceback" not in output and status == 75 and says(output.splitlines()[-1], "SIGINT")
-    if command == "pack":
-        large.finish(out)
-
-
-def test_images_that_are_there_are_not_read_again(large, tmp_path):
-    """The first of them change after a stop: the pack has them as they were."""
-    images, out = shutil.copytree(large.images, tmp_path / "large"), tmp_path / "out"
-    args = "pack", f"folder:{images}", "--size", 640, "--out", out
-    late = images / "train" / "b" / "85.png"  # not among those that tell the size needed
-    whole = late.read_bytes()
-    late.write_bytes(whole[:100])
-    assert wait(start(args, tmp_path / "log")) == 2
-    assert says(error_line((tmp_path / "log").read_text()), late, "unreadable")
-    assert written(out) > 10**8
-    late.write_bytes(whole)
-    for i in (2, 4):
-        Image.new("RGB", (640, 640), "white").save(images / "train" / "a" / f"{i:02d}.png")
-    assert wait(start(args, tmp_path / "log")) == 0
-    large.finish(out)
-
-
-def test_two_packings_at_once(large, tmp_path):
-    out = tmp_path / "out"
-    pid = start(large.args(out), tmp_path / "first")
-    until(lambda: written(out) >= 10**6, pid)
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        assert wait(start(large.args(out), tmp_path / "second")) == 2
-        assert says(error_line((tmp_path / "second").read_text()), "large@640", "another process")
-    finally:
-        os.kill(pid, signal.SIGCONT)
-    assert wait(pid) == 0
-    large.finish(out)
-
-
-FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.truncate", "os.rmdir")
+FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.truncate", "os.rmdir", "os.fsync")
 
 
 def at_operation(number, folder, act):
@@ -119,47 +48,104 @@ def at_operation(number, folder, act):
     return hook
 
 
-def die(number):
-    os.kill(os.getpid(), signal.SIGKILL)
+def kill(number):
+    """The whole group, or the main process alone."""
+    (os.killpg if number % 2 else os.kill)(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frequent():
+    """Every fifth image of 48 pixels is the last of those that are written to the disk at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packs, "FLUSH", 10_000)
+        yield
+
+
+class Whole(NamedTuple):
+    """A pack of 40 + 12 images that was made undisturbed."""
+
+    root: Path
+    contents: dict
+    operations: int  # on files, that it took
+
+    def args(self, out, *more, root=None):
+        return "pack", "nih", "--size", 48, "--data-dir", root or self.root, "--out", out, *more
+
+    def finish(self, out):
+        """Packing goes on to the same bytes."""
+        run_data(*self.args(out, "--workers", 1))
+        assert contents(out / "nih@48") == self.contents
+        assert [path.name for path in out.iterdir()] == ["nih@48"]
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """(data directory with nih@8 in undisturbed/, number of file operations that it took)."""
-    root = tmp_path_factory.mktemp("small")
-    out, note = Xrays(root).root / "undisturbed", os.open(root / "note", os.O_RDWR | os.O_CREAT)
-    hook = at_operation(None, out, lambda number: os.write(note, b"."))
-    assert wait(start(small_args(root, out), root / "log", hook)) == 0
-    return root, (root / "note").stat().st_size
+def whole(nih_root, tmp_path_factory, frequent):
+    out = tmp_path_factory.mktemp("whole")
+    note = os.open(out / "note", os.O_RDWR | os.O_CREAT)
+    hook = at_operation(None, out / "packs", lambda number: os.write(note, b"."))
+    assert wait(start(Whole(nih_root, {}, 0).args(out / "packs"), out / "log", hook)) == 0
+    return Whole(nih_root, contents(out / "packs" / "nih@48"), (out / "note").stat().st_size)
 
 
-def small_args(root, out, *more):
-    return "pack", "nih", "--size", 8, "--data-dir", root, "--out", out, *more
-
-
-def test_killed_before_file_operations(small, tmp_path):
-    """Files half there, pack.json written but the directory not renamed.
+def test_killed_before_file_operations(whole, tmp_path):
+    """Images that the journal lacks, files half there, pack.json but the directory not renamed.
 
     At whatever moment it stopped, other settings are refused or make what they say.
     """
-    root, operations = small
-    expected = contents(root / "undisturbed" / "nih@8")
-    # The last ten one by one, before them every ninth.
-    for number in [*range(1, operations - 9, 9), *range(operations - 9, operations + 1)]:
+    # The last ten one by one, before them every fourth.
+    last = whole.operations - 9
+    for number in [*range(1, last, 4), *range(last, whole.operations + 1)]:
         out, other = tmp_path / str(number), tmp_path / f"{number}-jpeg"
-        pid = start(small_args(root, out), tmp_path / "log", at_operation(number, out, die))
-        assert wait(pid) == -signal.SIGKILL
-        load = partial(load_dataset, "nih@8", out)
-        refuses(FileNotFoundError, load, out / "nih@8", "python data.py pack nih --size 8")
+        hook = at_operation(number, out, kill)
+        assert wait(start(whole.args(out), tmp_path / "log", hook)) == -signal.SIGKILL
+        load = partial(load_dataset, "nih@48", out)
+        refuses(FileNotFoundError, load, out / "nih@48", "python data.py pack nih --size 48")
         assert data.main(["list", "--data-dir", str(out)]) == 0
         if out.exists():
             shutil.copytree(out, other)
-        args = small_args(root, other, "--codec", "jpeg", "--workers", 1)
-        if data.main([*map(str, args)]) == 0:
-            assert json.loads((other / "nih@8" / "pack.json").read_text())["codec"] == "jpeg"
-        pack("nih", 8, "--out", out, root=root)
-        assert contents(out / "nih@8") == expected, number
-        assert [path.name for path in out.iterdir()] == ["nih@8"], number
+        if data.main([*map(str, whole.args(other, "--codec", "jpeg", "--workers", 1))]) == 0:
+            assert json.loads((other / "nih@48" / "pack.json").read_text())["codec"] == "jpeg"
+        whole.finish(out)
+
+
+def test_interrupted_by_hand(whole, tmp_path):
+    """One line, status 75 as for every stopped run."""
+    hook = at_operation(
+        whole.operations // 2, tmp_path / "out", lambda _: signal.raise_signal(signal.SIGINT)
+    )
+    status = wait(start(whole.args(tmp_path / "out"), tmp_path / "log", hook))
+    output = (tmp_path / "log").read_text()
+    assert "Traceback" not in output and status == 75 and says(output.splitlines()[-1], "SIGINT")
+    whole.finish(tmp_path / "out")
+
+
+def test_images_that_are_there_are_not_read_again(whole, tmp_path):
+    """The first of them change after a stop: the pack has them as they were."""
+    root, out = shutil.copytree(whole.root, tmp_path / "root"), tmp_path / "out"
+    images = root / "NIH-ChestXRay-14" / "images"
+    late = images / "00000034_000.png"  # not among those that tell the size needed
+    content = late.read_bytes()
+    late.write_bytes(content[:100])
+    args = whole.args(out, "--workers", 1, root=root)
+    assert says(run_data(*args, status=2), late, "unreadable")
+    late.write_bytes(content)
+    for i in (2, 4):
+        shutil.copy(late, images / f"{i:08d}_000.png")
+    run_data(*args)
+    whole.finish(out)
+
+
+def test_two_packings_at_once(whole, tmp_path):
+    out = tmp_path / "out"
+    hook = at_operation(whole.operations // 2, out, lambda _: signal.raise_signal(signal.SIGSTOP))
+    pid = start(whole.args(out), tmp_path / "log", hook)
+    os.waitpid(pid, os.WUNTRACED)  # it has stopped
+    try:
+        assert says(run_data(*whole.args(out), status=2), "nih@48", "another process")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert wait(pid) == 0
+    whole.finish(out)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -167,13 +153,13 @@ def test_killed_before_file_operations(small, tmp_path):
 # ------------------------------------------------------------------------------------------------
 
 
-def test_file_that_cannot_grow(large, tmp_path):
+def test_file_that_cannot_grow(whole, tmp_path):
     """As on a full disk, in the middle of the images."""
     out = tmp_path / "out"
-    assert wait(start(large.args(out), tmp_path / "log", limit=large.bytes // 2)) == 2
+    assert wait(start(whole.args(out), tmp_path / "log", limit=50_000)) == 2
     line = error_line((tmp_path / "log").read_text())
-    assert says(line, os.strerror(errno.EFBIG), out / "large@640", "run the same command again")
-    large.finish(out)
+    assert says(line, os.strerror(errno.EFBIG), out / "nih@48", "run the same command again")
+    whole.finish(out)
 
 
 def test_disk_too_small(xrays, monkeypatch):
@@ -185,7 +171,7 @@ def test_disk_too_small(xrays, monkeypatch):
     line = pack("nih", 16, root=xrays.root, status=2)
     assert says(line, xrays.root / "nih@16.part", "--out", "--size", "--codec jpeg", "GB free")
     assert images < 1e9 * float(line.partition("needs about ")[2].split()[0]) < images + 6 * 200
-    assert written(xrays.root) < 2000
+    assert not list(xrays.root.glob("nih@16.part/*.images"))
     monkeypatch.setattr(packs.shutil, "disk_usage", lambda path: usage(images + 6 * 200))
     pack("nih", 16, root=xrays.root)
 
@@ -197,14 +183,11 @@ def test_disk_too_small(xrays, monkeypatch):
 
 @contextlib.contextmanager
 def flipped(path, place):
-    """One bit of a file changed in place, for a while."""
+    """One bit of a file changed, for a while."""
     whole = path.read_bytes()
-    for byte in (whole[place] ^ 1, whole[place]):
-        with open(path, "r+b") as file:
-            file.seek(place)
-            file.write(bytes([byte]))
-        if byte != whole[place]:
-            yield
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    yield
+    path.write_bytes(whole)
 
 
 @pytest.fixture
@@ -219,7 +202,7 @@ def damaged(packed):
     return partial(refuses, ValueError, partial(load_dataset, packed.name, packed.parent))
 
 
-def test_flipped_byte_of_an_image(packed, capsys):
+def test_flipped_byte_of_an_image(packed):
     """Each byte of the images file is under the checksum of its image, which is named."""
     names, train = [row[0] for row in NIH["train"]], load_dataset("nih@16", packed.parent)
     places = np.cumsum([0, *(train.read(i).numel() for i in range(4))])
@@ -231,17 +214,23 @@ def test_flipped_byte_of_an_image(packed, capsys):
                 refuses(ValueError, partial(dataset.read, i), name, packed, "pack it again")
                 dataset.read((i + 1) % 4)
     with flipped(packed / "train.images", places[2]):
-        assert data.main(["check", "nih@16", "--data-dir", str(packed.parent)]) == 1
-        line = f"broken: train: nih@16 train image 2 ({names[2]}): damaged"
-        assert line in capsys.readouterr().out
+        out = run_data("check", "nih@16", "--data-dir", packed.parent, status=1)
+        assert f"broken: train: nih@16 train image 2 ({names[2]}): damaged" in out
 
 
-def test_flipped_byte_of_the_index_and_the_description(packed, damaged):
+def test_files_that_are_lost_cut_or_changed(packed, damaged):
     """A class, a codec, an option that went wrong must not pass."""
-    indices = [path for path in packed.iterdir() if path.suffix == ".npy"]
-    assert len(indices) == 12
-    for path in indices:
-        for place in {0, 100, path.stat().st_size // 2, path.stat().st_size - 1}:
+    files = [path for path in packed.iterdir() if path.name != "pack.json"]
+    assert len(files) == 14
+    for path in files:
+        whole = path.read_bytes()
+        for content in (whole[:-3], whole + b"\0"):
+            path.write_bytes(content)
+            damaged(path, "pack it again")
+        path.unlink()
+        damaged(path, "pack it again")
+        path.write_bytes(whole)
+        for place in {0, 100, len(whole) // 2, len(whole) - 1} if path.suffix == ".npy" else ():
             with flipped(path, place):
                 damaged(path, "pack it again")
     for place in range((packed / "pack.json").stat().st_size):
@@ -250,41 +239,27 @@ def test_flipped_byte_of_the_index_and_the_description(packed, damaged):
     assert len(load_dataset("nih@16", packed.parent)) == 4
 
 
-def test_description_that_is_none(packed, damaged):
+def test_description_that_is_none_or_lost(packed, damaged):
     path = packed / "pack.json"
     text = path.read_text()
     whole = json.loads(text)
-    bad = ["", "[]", "{}", '{"schema": 1}', text[:-40], "\xff"]
+    bad = ["", "[]", '{"schema": 1}', text[:-40], "\xff", json.dumps(whole | {"files": None})]
     bad += [json.dumps({k: v for k, v in whole.items() if k != key}) for key in whole]
-    bad += [json.dumps(whole | {key: None}) for key in ("files", "classes", "dropped", "options")]
     for content in bad:
         path.write_text(content, encoding="latin-1")
         damaged(path, "pack it again")
     path.write_text(json.dumps(whole | {"schema": 99}))
     damaged(path, "99", "1", "pack it again")
     path.write_text(text)
-    for name in ("nih@32", "chexpert@16"):
-        packed.rename(packed.parent / name)
-        load = partial(load_dataset, name, packed.parent)
-        refuses(ValueError, load, packed.parent / name, "nih@16", "rename")
-        (packed.parent / name).rename(packed)
-
-
-def test_lost_and_cut_files(packed, damaged):
-    for path in sorted(packed.iterdir()):
-        whole = path.read_bytes()
-        for content in (whole[:-3], whole + b"\0"):
-            path.write_bytes(content)
-            damaged(path, "pack it again")
-        path.unlink()
-        if path.name != "pack.json":
-            damaged(path, "pack it again")
-        else:
-            # The message says to pack: that says what to remove, and then works.
-            words = packed, "python data.py pack nih --size 16"
-            refuses(FileNotFoundError, partial(load_dataset, "nih@16", packed.parent), *words)
-            assert says(pack("nih", 16, root=packed.parent, status=2), packed, "remove")
-        path.write_bytes(whole)
+    other = packed.rename(packed.parent / "nih@32")
+    load = partial(load_dataset, "nih@32", packed.parent)
+    refuses(ValueError, load, other, "nih@16", "rename")
+    other.rename(packed)
+    path.unlink()
+    # The message says to pack: that says what to remove, and then works.
+    words = packed, "python data.py pack nih --size 16"
+    refuses(FileNotFoundError, partial(load_dataset, "nih@16", packed.parent), *words)
+    assert says(pack("nih", 16, root=packed.parent, status=2), packed, "remove")
     shutil.rmtree(packed)
     pack("nih", 16, root=packed.parent)
     assert len(load_dataset("nih@16", packed.parent)) == 4

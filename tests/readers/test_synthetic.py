@@ -1,20 +1,17 @@
 """The procedural worlds: pure functions of their arguments, honest labels, and no short cuts."""
 
 import itertools
-import subprocess
-import sys
-from functools import cache, partial
+from functools import cache
 
 import numpy as np
 import pytest
-from conftest import env, refuses
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from readers import synthetic
-from readers.synthetic import FINDINGS, SHAPES, TEXTURES, WORLDS, labels, render
+from readers.synthetic import FINDINGS, WORLDS, labels, render
 
 NAMES = tuple(WORLDS)
 MULTICLASS = tuple(name for name in NAMES if WORLDS[name].task == "multiclass")
@@ -31,23 +28,11 @@ def images(name, gap=0, count=1200, size=16):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("size", (16, 33, 64))
-def test_image_shape_and_range(name, size):
-    image = render(name, "test", 3, size)
-    assert image.shape == (3 if "natural" in name else 1, size, size)
-    assert image.dtype == np.uint8
-    assert image.std() > 10  # a picture, not a constant
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_every_argument_names_another_image(name):
     cases = [*itertools.product(("train", "test"), (0, 1, 2**33), (0, 1), (0, 0.4, 1))]
     drawn = [render(name, split, i, 24, seed, gap).tobytes() for split, i, seed, gap in cases]
     assert len(set(drawn)) == len(drawn)
-    # Again and backwards: neither earlier calls nor order may matter.
-    again = [render(name, split, i, 24, seed, gap).tobytes() for split, i, seed, gap in cases[::-1]]
-    assert again[::-1] == drawn
-    np.testing.assert_array_equal(render(name, "test", 1, 24, gap=0), render(name, "test", 1, 24))
+    assert render(name, "train", 0, 24).tobytes() == drawn[0]  # earlier calls do not matter
 
 
 # Of the first four training images at 32 pixels: mean and standard deviation.
@@ -71,46 +56,19 @@ def test_the_worlds_stay_as_they_were(name, gap, means, deviations):
     np.testing.assert_allclose(pictures.std((1, 2, 3)), deviations, atol=0.1)
 
 
-DIGEST = """
-import hashlib, itertools
-from readers.synthetic import WORLDS, labels, render
-digest = hashlib.sha256()
-for name, i, gap in itertools.product(WORLDS, range(4), (0, 0.4)):
-    digest.update(render(name, "train", i, 20, gap=gap))
-    digest.update(labels(name, "test", 9))
-print(digest.hexdigest())
-"""
-
-
-def test_same_in_another_process(capsys):
-    exec(DIGEST)
-    command = [sys.executable, "-c", DIGEST]
-    answer = subprocess.run(
-        command, env=env() | {"PYTHONHASHSEED": "1"}, capture_output=True, text=True, check=True
-    )
-    assert answer.stdout == capsys.readouterr().out
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_same_scene_at_every_size(name):
     def correlation(first, second):
         small = render(name, "train", first, 32).astype(float)
         large = render(name, "train", second, 96).astype(float)
+        assert large.shape == (3 if "natural" in name else 1, 96, 96)
         pooled = large.reshape(len(large), 32, 3, 32, 3).mean((2, 4))
         return np.corrcoef(small.ravel(), pooled.ravel())[0, 1]
 
     same = [correlation(i, i) for i in range(20)]
     other = [correlation(i, i + 1) for i in range(20)]
-    assert min(same) > 0.9
-    assert np.mean(same) > 0.95
+    assert min(same) > 0.9 and np.mean(same) > 0.95
     assert np.mean(other) < 0.9  # two chests are alike too, though less than that
-
-
-@pytest.mark.parametrize("call", (lambda *a: labels(*a, 4), lambda *a: render(*a, 0, 16)))
-def test_unknown_names_are_refused_in_one_line(call):
-    words = "synthetic-nature", "synthetic-natural", "xray"
-    refuses(ValueError, lambda: call("synthetic-nature", "train"), *words)
-    refuses(ValueError, lambda: call("synthetic-xray", "val"), "'val'", "train, test")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -121,8 +79,7 @@ def test_unknown_names_are_refused_in_one_line(call):
 @pytest.mark.parametrize("name", NAMES)
 def test_labels_of_fewer_images_are_a_prefix(name):
     many = labels(name, "train", 500)
-    for count in (0, 1, 7, 499):
-        np.testing.assert_array_equal(labels(name, "train", count), many[:count])
+    np.testing.assert_array_equal(labels(name, "train", 7), many[:7])
     assert not np.array_equal(many, labels(name, "test", 500))
     assert not np.array_equal(many, labels(name, "train", 500, seed=1))
 
@@ -132,9 +89,11 @@ def test_classes_are_balanced(name):
     world = WORLDS[name]
     y = labels(name, "train", world.train)
     assert y.dtype == np.int64 and y.shape == (world.train,)
-    share = np.bincount(y, minlength=len(world.classes)) / world.train * len(world.classes)
+    share = np.bincount(y) / world.train * len(world.classes)
     assert len(share) == len(world.classes)
     assert 0.75 < share.min() and share.max() < 1.3
+    repeats = (y[1:] == y[:-1]).mean()  # the order tells nothing
+    assert abs(repeats - 1 / len(world.classes)) < 0.04
 
 
 def test_findings_are_independent_and_common():
@@ -160,23 +119,24 @@ def test_distractors_are_as_frequent_in_both_target_classes():
 
 def test_labels_tell_what_is_painted(monkeypatch):
     painted = []
-    monkeypatch.setattr(
-        synthetic, "paint_object", lambda t, s, size, rng: painted.append(f"{t} {s}") or 0.0
-    )
-    monkeypatch.setattr(
-        synthetic, "paint_chest", lambda findings, size, rng: painted.append(findings) or 0.0
-    )
+
+    def record(*what):
+        painted.append(what[:-2])  # without the size and the generator
+        return 0.0
+
+    monkeypatch.setattr(synthetic, "paint_object", record)
+    monkeypatch.setattr(synthetic, "paint_chest", record)
     for name, world in WORLDS.items():
         painted.clear()
         for i in range(60):
             render(name, "test", i, 16)
         for row, shown in zip(labels(name, "test", 60), painted):
             if world.domain == "natural":
-                assert world.classes[row] == shown
+                assert world.classes[row] == " ".join(shown)
             elif world.task == "multilabel":
-                assert [c for c, y in zip(world.classes, row) if y] == shown
+                assert [c for c, y in zip(world.classes, row) if y] == shown[0]
             else:
-                assert ("Tuberculosis" in shown) == bool(row)
+                assert ("Tuberculosis" in shown[0]) == bool(row)
 
 
 def test_targets_are_unseen_in_the_sources():
@@ -185,8 +145,6 @@ def test_targets_are_unseen_in_the_sources():
     assert not set(source) & set(target)
     assert {t for t, _ in target} - {t for t, _ in source} == {"gridded"}
     assert {s for _, s in target} - {s for _, s in source} == {"hourglass"}
-    assert {t for t, _ in source + target} == set(TEXTURES)
-    assert {s for _, s in source + target} == set(SHAPES)
     assert "Tuberculosis" not in WORLDS["synthetic-xray"].classes
 
 
@@ -195,30 +153,10 @@ def test_targets_are_unseen_in_the_sources():
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_shapes_have_one_area(shape):
-    x, y = synthetic.grid(200)
-    area = (SHAPES[shape](1.3 * x, 1.3 * y) < 0).mean() * 2.6**2
-    assert 1.8 < area < 2.4
-
-
-@pytest.mark.parametrize("texture", TEXTURES)
-def test_textures_balance_their_tones(texture):
-    x, y = synthetic.grid(200)
-    wave = TEXTURES[texture](30 * x, 30 * y)
-    assert 0.3 < (wave > 0).mean() < 0.7
-
-
-def mean_change(finding, count=200, size=32):
-    """What a finding adds to the average chest, (size, size), all else being equal."""
-
-    def average(findings):
-        chests = (
-            synthetic.paint_chest(findings, size, np.random.default_rng(i)) for i in range(count)
-        )
-        return sum(chests)[0] / count
-
-    return average([finding]) - average([])
+def average_chest(*findings):
+    """(32, 32), of 200; another finding changes nothing else."""
+    rngs = map(np.random.default_rng, range(200))
+    return sum(synthetic.paint_chest(findings, 32, rng) for rng in rngs)[0] / 200
 
 
 # Where the average change is largest: bounds of |x| and y (down) in unit coordinates, and its sign.
@@ -237,21 +175,12 @@ REGIONS = {
 @pytest.mark.parametrize("finding", FINDINGS)
 def test_findings_change_the_region_that_they_affect(finding):
     (left, right), (top, bottom), sign = REGIONS[finding]
-    change = sign * mean_change(finding)
+    change = sign * (average_chest(finding) - average_chest())
     x, y = synthetic.grid(32)
     region = (np.abs(x) >= left) & (np.abs(x) <= right) & (y >= top) & (y <= bottom)
     assert region.mean() < 0.35
     assert region.flat[change.argmax()] and change.max() > 0.02
     assert np.abs(change[region]).mean() > 4 * np.abs(change[~region]).mean()
-
-
-@pytest.mark.parametrize("finding", FINDINGS)
-def test_findings_displace_at_most_all_air(finding):
-    x, y = synthetic.grid(48)
-    for u in np.random.default_rng(0).random((50, 4)).tolist():
-        for level in (0, 1):
-            share = FINDINGS[finding](synthetic.Chest(x, y, np.full_like(x, level), 0.06), u)
-            assert share.max() <= 1.0001 and share.min() >= -1
 
 
 def colour_statistics(name, gap):
@@ -267,13 +196,6 @@ def test_colour_and_brightness_tell_no_class(name, gap):
     accuracy = (model.predict(x[800:]) == y[800:]).mean()
     # Chance, and room for the spread of 400 draws and, in an X-ray, for the tissue that shows.
     assert accuracy < 1 / len(WORLDS[name].classes) + (0.05 if "natural" in name else 0.12)
-
-
-def test_order_tells_no_class():
-    for name in MULTICLASS:
-        y = labels(name, "train", 2000)
-        repeats = (y[1:] == y[:-1]).mean()
-        assert abs(repeats - 1 / len(WORLDS[name].classes)) < 0.04
 
 
 @pytest.mark.parametrize("gap", (0, 0.4, 1))
@@ -310,17 +232,3 @@ def test_the_other_world_has_its_colours():
     natural = images("synthetic-natural-target", 0, 60).astype(float)
     spread = np.ptp(colour, axis=1).mean(), np.ptp(natural, axis=1).mean()
     assert 0.6 < spread[0] / spread[1] < 1.4
-
-
-def test_backgrounds_are_lit_as_objects_are():
-    """From one side, brighter or darker: the light is that of every natural-like image."""
-    rngs = map(np.random.default_rng, range(300))
-    drawn = np.stack([synthetic.paint_background(16, rng) for rng in rngs])
-    upper, lower = drawn[:, :, :8].mean((1, 2, 3)), drawn[:, :, 8:].mean((1, 2, 3))
-    assert drawn.mean((1, 2, 3)).std() > 0.06 and (upper - lower).std() > 0.06
-
-
-@pytest.mark.parametrize("gap", (-0.1, 1.01, float("nan")))
-def test_gaps_outside_are_refused(gap):
-    call = partial(render, "synthetic-xray", "train", 0, 16, gap=gap)
-    refuses(ValueError, call, "of synthetic-xray: must be 0 to 1")

@@ -7,7 +7,6 @@ from functools import partial
 import pytest
 import torch
 from conftest import ROOT
-from trees import load_folder
 
 from data import Batches, load_dataset
 from readers.transforms import Pipeline, keep, random_crop_flip
@@ -27,15 +26,6 @@ def test_workers_give_the_same_batches(name):
         assert one[2] == other[2]
 
 
-def test_worker_names_a_broken_image(pets_at_home):
-    path = pets_at_home / "train" / "cat" / "1.png"
-    path.write_bytes(b"")
-    batches = Batches(load_folder(pets_at_home), CROP, 5)
-    for workers in (0, 1):
-        with pytest.raises(ValueError, match=str(path)):
-            list(loader(batches, 0, 1, workers))
-
-
 def number(dataset, i):
     """The work of test_each_image."""
     if i % 10 == 7:
@@ -44,7 +34,7 @@ def number(dataset, i):
 
 
 @pytest.mark.parametrize("workers", [1, 2, None])
-@pytest.mark.parametrize("start", [0, 5, 16, 39, 40])
+@pytest.mark.parametrize("start", [0, 5, 39, 40])
 def test_each_image(workers, start):
     """In order, from anywhere, an error where the work fails."""
     dataset = load_dataset("synthetic-xray", size=4, fraction=0.005)
