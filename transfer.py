@@ -290,29 +290,18 @@ def main():
     signals = StopSignal(env, args.time_limit)
     for cell in grid:
         with grid.tolerating(cell):
-            metrics, train = fine_tune(cell, signals, args, env, grid.title(cell))
-            write_result(cell, metrics, train, args.workers, env)
+            metrics, about = fine_tune(cell, signals, args, env, grid.title(cell))
+            write_result(cell, metrics, about, args.workers, env)
             grid.done(cell, metrics)
     return grid.finish(cells)
 
 
-PARTS = {}  # {(network, pixels, images): in how many parts such a batch was computed}
-
-
 def fine_tune(cell, signals, args, env, title=None):
     """`train` in as few parts of a batch as fit into memory, or in those of --accumulate."""
-    share = math.ceil(cell.config["batch_size"] / env.ranks)
-    key = cell.network.model, cell.config["crop"], share
-    if args.accumulate or key not in PARTS:
-        with torch.device("meta"):
-            model = models.create_model(key[0], 2, args.checkpoint_activations)
-        PARTS[key] = args.accumulate or memory.estimate_parts(model, key[1], share, env)
+    name, share = cell.network.model, math.ceil(cell.config["batch_size"] / env.ranks)
+    create = functools.partial(models.create_model, name, 2, args.checkpoint_activations)
     work = functools.partial(train, cell, signals, args, env, title)
-    result, parts = memory.halving_parts(work, PARTS[key], share, env)
-    if parts > PARTS[key]:
-        print(f"{key[0]} at {key[1]} pixels: out of memory, computed in {parts} parts from here on")
-        PARTS[key] = parts
-    return result
+    return memory.in_parts(work, create, cell.config["crop"], share, env, args.accumulate)
 
 
 def train(cell, signals, args, env, title, accumulate):

@@ -182,6 +182,27 @@ def estimate_parts(model, image_size, share, env):
     return min(share, max(1, math.ceil(share * kept / max(room, 1))))
 
 
+PARTS = {}  # {(network, pixels, images): in how many parts such a batch fits}
+
+
+def in_parts(work, create, image_size, share, env, wanted=None):
+    """work(parts), in as few parts of `share` images as fit into memory: by estimate, and in twice
+    as many, here and later, each time that memory runs out. wanted: parts to begin with.
+
+    create: a functools.partial that makes the network. Raises OutOfMemoryError where one image does
+    not fit, or several ranks work together: one alone cannot choose.
+    """
+    key = *create.args, image_size, share
+    if wanted or key not in PARTS:
+        with torch.device("meta"):
+            PARTS[key] = wanted or estimate_parts(create(), image_size, share, env)
+    parts = PARTS[key]
+    result, PARTS[key] = halving_parts(work, parts, share, env)
+    if PARTS[key] > parts:
+        print(f"{key[0]} at {image_size} pixels: out of memory, now in {PARTS[key]} parts")
+    return result
+
+
 def halving_parts(work, parts, most, env):
     """(what work(parts) returns, parts), with twice as many parts when memory runs out, to `most`.
 

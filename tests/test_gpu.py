@@ -183,7 +183,7 @@ def test_a_cell_out_of_memory_is_tried_in_more_parts(monkeypatch, tmp_path, caps
         return real(cell, signals, args, env, title, accumulate)
 
     monkeypatch.setattr(transfer, "train", train)
-    monkeypatch.setattr(transfer, "PARTS", {})
+    monkeypatch.setattr(memory, "PARTS", {})
     words = ("--checkpoint", "scratch", "--target", "synthetic-natural-target", "--steps", 2)
     words += ("--seeds", 2, "--precision", "fp32")
     call(transfer, *words, "--out", tmp_path / "parts")
