@@ -596,3 +596,14 @@ def test_processes_that_build_at_once(large):
     for process in processes:
         process.join()
     assert kept(large) == [index] and mapped(load_21k(large))
+
+
+def test_a_member_of_negative_size_is_refused(tmp_path):
+    """tarfile would go round in a circle."""
+    header = bytearray(tarfile.TarInfo("a.png").tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = b"\xff" * 11 + b"\0"  # -256, in base 256
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "x.tar").write_bytes(bytes(header) + bytes(1024))
+    with pytest.raises(ValueError, match="x.tar: a damaged or cut tar .a.png: -256 bytes"):
+        archives._tar_members(tmp_path / "x.tar")
