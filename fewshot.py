@@ -19,7 +19,7 @@ import torch
 
 import models
 from data import few_shot_indices
-from engine import distance, linear, options
+from engine import linear, options
 from engine.grid import PATIENCE, Grid, open_networks, unfinished, write_result
 from engine.metrics import compute_metrics
 from engine.processes import StopSignal, run_script, setup
@@ -29,6 +29,7 @@ from transfer import (
     extract,
     fine_tune,
     make_cell,
+    measure_distance,
     open_network,
     open_targets,
     read_weights,
@@ -53,9 +54,7 @@ def classify(cell, signals, args, env):
         model.to_empty(device="cpu")
         models.load_weights(model, network.path, read_weights(network.path), head=False)
         model = models.place(model, env.device)
-        if network.sample is not None and network.name not in target.distances:
-            features = distance.project(extract(model, cell, target.sample, args, env))
-            target.distances[network.name] = distance.compare(network.sample, features)
+        measure_distance(model, cell, args, env)
         found = [extract(model, cell, part, args, env) for part in (target.train, target.test)]
         target.features = {network.name: (*found, time.monotonic() - began)}  # of one at a time
     train_features, test_features, seconds = target.features[network.name]

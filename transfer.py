@@ -7,8 +7,7 @@ Each run of targets x networks x seeds writes results/TARGET/SOURCE-MODEL/full-s
 is finished; started again, the script does what is missing. The processes of torchrun train each
 run together. fewshot.py does the same on a few images a class, and classifies frozen features.
 
-Kolesnikov et al. 2020 (BiT), arXiv:1912.11370, section 3.3; Cherti & Jitsev, arXiv:2106.00116,
-appendix.
+BiT: arXiv:1912.11370, section 3.3; the study: arXiv:2106.00116, appendix.
 """
 
 import functools
@@ -314,10 +313,10 @@ def train(cell, signals, args, env, title, accumulate):
     recipe = RECIPES[target.recipe]
     rule = HyperRule(**{key: config[key] for key in HyperRule._fields})
     train_set, pipeline = target.train
+    classes = len(train_set.classes)
     if len(cell.indices) < len(train_set):
         train_set = train_set.subset(target.rows(cell))
     torch.manual_seed(cell.seed)
-    classes = len(train_set.classes)
     model = models.create_model(network.model, classes, args.checkpoint_activations)  # fresh head
     if network.path:
         models.load_weights(model, network.path, read_weights(network.path), head=False)
@@ -325,9 +324,7 @@ def train(cell, signals, args, env, title, accumulate):
         torch.nn.init.zeros_(model.head.conv.weight)
         torch.nn.init.zeros_(model.head.conv.bias)
     model = models.place(model, env.device)
-    if network.sample is not None and network.name not in target.distances:
-        features = distance.project(extract(model, cell, target.sample, args, env))
-        target.distances[network.name] = distance.compare(network.sample, features)
+    measure_distance(model, cell, args, env)
     normalization = network.normalization or transforms.NORMALIZATION[train_set.domain]
     groups = model.parameter_groups()
     optimizer = SGD_AGC(groups, config["lr"], nesterov=recipe.nesterov, clipping=recipe.clipping)
@@ -346,14 +343,14 @@ def train(cell, signals, args, env, title, accumulate):
             set_learning_rate(optimizer, lr)
             optimizer.zero_grad(set_to_none=True)
             loss = 0.0
-            # MixUp (Zhang et al. 2018, arXiv:1710.09412) of neighbours, one coefficient a step.
-            rng = data.generator(cell.seed, data.Stream.MIXUP, run.step)
-            share = float(rng.beta(rule.mixup, rule.mixup)) if rule.mixup else None
+            if rule.mixup:  # of neighbours (Zhang et al. 2018, arXiv:1710.09412)
+                rng = data.generator(cell.seed, data.Stream.MIXUP, run.step)
+                share = float(rng.beta(rule.mixup, rule.mixup))  # one coefficient a step
             for images, labels in parts(forward, batch, targets, accumulate, env, multiple=2):
                 inputs = to_input(images, normalization, env.device)
-                partner = torch.arange(len(inputs), device=env.device).bitwise_xor(1)
-                partner = partner.clamp(max=len(inputs) - 1)
                 if rule.mixup:
+                    partner = torch.arange(len(inputs), device=env.device).bitwise_xor(1)
+                    partner = partner.clamp(max=len(inputs) - 1)
                     inputs = share * inputs + (1 - share) * inputs[partner]
                 with env.autocast():
                     logits = forward(inputs)
@@ -385,12 +382,19 @@ def images_at_once(size):
 
 
 def extract(model, cell, part, args, env):
-    """The network's features of part = (dataset, pipeline): (N,D) float32, on the CPU."""
+    """The network's features of part = (dataset, pipeline): (N,D) float32, on the device."""
     at_once = images_at_once(cell.config["crop"])
     stream = in_order(*part, at_once, env.rank, env.ranks, args.workers, env.device)
-    width, count = model.head.conv.in_channels, len(part[0])
-    model.eval()
-    return predict(model.features, width, stream, count, env, cell.network.normalization)
+    width, forward = model.head.conv.in_channels, model.eval().features
+    return predict(forward, width, stream, len(part[0]), env, cell.network.normalization)
+
+
+def measure_distance(model, cell, args, env):
+    """Once a network and target: how far this lies from the source, by the network's features."""
+    network, target = cell.network, cell.target
+    if network.sample is not None and network.name not in target.distances:
+        features = distance.project(extract(model, cell, target.sample, args, env))
+        target.distances[network.name] = distance.compare(network.sample, features)
 
 
 if __name__ == "__main__":

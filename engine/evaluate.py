@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from engine.console import say
-from engine.metrics import Diverged, answers, compute_metrics, loss_sum
+from engine.metrics import answers, compute_metrics, loss_sum, refuse_nonfinite
 
 
 def to_input(images, normalization, device):
@@ -90,8 +90,7 @@ def _sum_by_batches(model, stream, labels, num_classes, env, normalization):
     if env.ranks > 1:
         dist.all_reduce(sums)
     right, in_top5, loss, bad = sums.tolist()
-    if bad:
-        raise Diverged("the network's outputs are not finite; a smaller --lr may mend it")
+    refuse_nonfinite(bad == 0)
     count = int((~labels.isnan()).sum()) if task == "multilabel" else len(labels)
     return {
         "accuracy": right / count,

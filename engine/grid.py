@@ -1,5 +1,6 @@
 """Many cells in one command: what a cell is, which process runs which, what failed."""
 
+import collections
 import contextlib
 import datetime
 import functools
@@ -142,12 +143,12 @@ def unfinished(cells, out, env):
     Raises OSError where results cannot be written, ValueError for two cells of one path, a file
     made with other settings, and processes that find different results.
     """
-    paths = [cell.path for cell in cells]
-    if twice := [path for path in paths if paths.count(path) > 1]:
-        raise ValueError(
-            f"two checkpoints or targets would write {twice[0]}; run them apart, one with another "
-            "--out"
-        )
+    for path, times in collections.Counter(cell.path for cell in cells).items():
+        if times > 1:
+            raise ValueError(
+                f"two checkpoints or targets would write {path}; run them apart, one with another "
+                "--out"
+            )
     there = next(path for path in (Path(out), *Path(out).parents) if path.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise OSError(f"--out {out}: {there} is no directory that can be written; give another")
@@ -210,9 +211,8 @@ class Grid:
 
     def __init__(self, jobs, results, env, together=False):
         self.jobs = list(jobs)
-        if (
-            not together
-        ):  # of equal length those of one network in a row, whose weights are read once
+        if not together:
+            # Of equal length those of one network in a row, whose weights are then read once.
             self.jobs.sort(key=lambda job: (-operations(job), job[0].network.name))
         self.env, self.together, self.results = env, together, results
         self.cells = [cell for job in self.jobs for cell in job]

@@ -68,7 +68,7 @@ def compute_metrics(logits, labels, classes, env=None):
     """
     logits = torch.as_tensor(logits).cpu()
     labels = torch.as_tensor(np.array(labels))  # a copy: those of a pack cannot be written
-    refuse_nonfinite(logits)
+    refuse_nonfinite(logits.isfinite().all())
     task = "multilabel" if labels.ndim == 2 else "multiclass"
     count = int((~labels.isnan()).sum()) if task == "multilabel" else len(labels)
     right, in_top5 = answers(logits, labels)
@@ -103,8 +103,9 @@ def compute_metrics(logits, labels, classes, env=None):
     }
 
 
-def refuse_nonfinite(logits):
-    if not logits.isfinite().all():
+def refuse_nonfinite(finite):
+    """Raises Diverged unless all outputs of the network are finite."""
+    if not finite:
         raise Diverged("the network's outputs are not finite; a smaller --lr may mend it")
 
 

@@ -29,8 +29,8 @@ TABLE = """
 --balanced flag - draw training images with probability inverse to the frequency of their class
 --recipe text - (default: synthetic for the made worlds, else paper)
 --seed count 0 of initialisation, order and augmentation (transfer: the first of --seeds)
---batch-size number - images a step, over all processes; auto: the recipe's, in as few parts as fit
-    into memory (default: recipe)
+--batch-size number - images a step, over all processes; of pretrain.py also auto: the recipe's, in
+    as few parts as fit into memory (default: recipe)
 --epochs positive - passes over the source (default: recipe)
 --steps number - training steps (default: the HyperRule's)
 --scratch-steps number - train scratch a second time, for so many steps (default: no)
@@ -47,7 +47,7 @@ TABLE = """
     transfer: as few as fit into memory)
 --checkpoint-activations flag - less memory, a third more arithmetic
 --workers count - processes a rank that read images ahead (default: 0 on CPUs and where all is
-    decoded in memory, else 8 or a process's share of the cores)
+    decoded in memory, else the less of 8 and a process's share of the cores)
 --log-every number 50 steps
 --save-minutes positive 10.0 minutes between checkpoints
 --time-limit positive - minutes, then save and leave with status 75, or 0 under torchrun; the same
