@@ -54,6 +54,7 @@ def start(main, argv, home, patch=None, rank=0, ranks=1, port=0):
         faulthandler.dump_traceback_later(HANG, exit=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         tqdm.set_lock(threading.RLock())  # the parent's is one for all, and one may die with it
+        torch.set_num_threads(1)  # remakes PyTorch's pool, which two threads must not do at once
         settings = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0}
         settings |= {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "OMP_NUM_THREADS": 1}
         settings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
