@@ -26,7 +26,8 @@ TABLE = """
 --single-label yes-or-no - keep images with exactly one positive label, as a multi-class dataset
     (default: few-shot padchest)
 --fraction positive 1.0 of the source's images, up to 1; by --seed, and 0.1 inside 0.3
---balanced flag - draw training images with probability inverse to the frequency of their class
+--balanced yes-or-no - draw training images with probability inverse to the frequency of their class
+    (default: full-shot covidx and flowers102)
 --recipe text - (default: synthetic for the made worlds, else paper)
 --seed count 0 of initialisation, order and augmentation (transfer: the first of --seeds)
 --batch-size number - images a step, over all processes; of pretrain.py also auto: the recipe's, in
