@@ -27,7 +27,7 @@ class Column(NamedTuple):
 
 
 NOT_VALID = (ValueError, KeyError, OverflowError)
-# Texts that pandas 3.1, with which the study read its tables, takes as missing.
+# Texts that pandas takes as missing (version 3.1), with which the study read its tables.
 MISSING = frozenset(
     ",nan,-nan,NaN,-NaN,NA,N/A,n/a,<NA>,#NA,#N/A,#N/A N/A,null,NULL,None,1.#IND,-1.#IND,1.#QNAN,"
     "-1.#QNAN".split(",")

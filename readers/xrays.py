@@ -105,7 +105,9 @@ FINDING_COLUMNS = dict.fromkeys(["No Finding", *CHEXPERT_COLUMNS], FINDING)
 
 
 def _finding_labels(no_finding, *findings):
-    """The labels (N,13) of CheXpert's labeller; with No Finding all are absent."""
+    """The labels (N,13) of CheXpert's labeller; with No Finding all are absent, as in the study:
+    Support Devices too, which torchxrayvision keeps, a device being no finding.
+    """
     labels = np.stack(findings, axis=1)
     labels[no_finding == 1] = 0
     return labels
@@ -239,7 +241,8 @@ def padchest(name, root, split, views=VIEWS["padchest"], split_by="patient"):
     """PadChest (Bustos et al. 2020, arXiv:1901.07441), a tenth of it held out.
 
     split_by: "patient" keeps each patient on one side; "image" is the study's split, which does
-    not. Images without labels and those known to be broken are left out, as in the study.
+    not. Images without labels (the real table has 103, whose Labels reads nan) and those known to
+    be broken are left out, as in the study.
     """
     folder = root / "PadChest"
     table = folder / "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv.gz"
