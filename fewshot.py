@@ -88,10 +88,9 @@ def main():
     env = setup(args.precision, PATIENCE)
     alone = env.alone()  # each cell is run by one process
     shot_counts = sorted({shots for shots in args.shots if shots != "full"})
-    few_shot = bool(shot_counts)
     if "full" in args.shots:
         shot_counts.append(None)
-    targets = open_targets(args, env, few_shot)
+    targets = open_targets(args, env)
     networks, cells = open_networks(args, open_network), []
     for target in targets:
         labels, classes = target.train_set.labels, target.train_set.classes

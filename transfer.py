@@ -91,7 +91,7 @@ RECIPES = {
     "synthetic": Recipe(32, 0.02, 0.01, steps=40),
 }
 # Targets whose full training set is drawn with probability inverse to class frequency (study,
-# appendix), and those whose few-shot images have exactly one label each (PadChest-Cl of the study).
+# appendix), and those whose images have exactly one label each (PadChest-Cl of the study).
 BALANCED = ("covidx", "flowers102")
 SINGLE_LABEL = ("padchest",)
 
@@ -220,15 +220,14 @@ class Target:
         return np.searchsorted(self.indices, cell.indices)
 
 
-def open_targets(args, env, few_shot=False):
+def open_targets(args, env):
     """[Target]. Raises ValueError or FileNotFoundError naming the dataset and the mend."""
     data.refuse_options(args.target, args)
     targets = []
     for name in dict.fromkeys(args.target):
         sets = data.open_splits(name, args, env)
-        single_label = args.single_label
-        if single_label is None:
-            single_label = few_shot and data.base_name(name) in SINGLE_LABEL
+        default = data.base_name(name) in SINGLE_LABEL
+        single_label = default if args.single_label is None else args.single_label
         if single_label and sets[0].task == "multilabel":
             sets = map(data.keep_single_label, sets)
         recipe = args.recipe or ("synthetic" if name.startswith("synthetic") else "paper")
