@@ -90,17 +90,17 @@ RECIPES = {
     "bit": Recipe(512, 0.003, None, nesterov=False, zero_head=True, square=True),
     "synthetic": Recipe(32, 0.02, 0.01, steps=40),
 }
-# Targets whose full training set is drawn with probability inverse to class frequency (study,
-# appendix), and those whose images have exactly one label each (PadChest-Cl of the study).
+# Targets of the study whose full training set is drawn with probability inverse to class frequency;
+# of images with exactly one label (PadChest-Cl); normalised as X-rays, whatever the source.
 BALANCED = ("covidx", "flowers102")
 SINGLE_LABEL = ("padchest",)
+XRAY_NORMALIZED = ("padchest",)
 
 
 def choose_rule(target, num_examples, args, steps=None):
     """The HyperRule for a Target, as the study ran it, with the command line's size and steps.
 
     Synthetic images keep their own size; multi-label X-ray sets take the X-ray pipeline at 224.
-    The first training image tells the size of all.
     """
     rule = hyperrule(num_examples, target.image_size)
     own_size = target.train_set.size or (224 if target.xray_pipeline else None)
@@ -151,7 +151,6 @@ DEFAULTS = {
 # ------------------------------------------------------------------------------------------------
 # Networks and targets
 # ------------------------------------------------------------------------------------------------
-
 
 read_weights = functools.lru_cache(maxsize=1)(models.read_weights)  # of the network in hand
 
@@ -241,10 +240,11 @@ def open_targets(args, env):
 
 
 def make_cell(network, target, shots, seed, indices, args, env):
-    """The Cell of one run: indices of its training images, and every setting as used.
-
-    Raises ValueError for a batch that is too small.
+    """The Cell of one run: indices of its training images, and every setting as used. Raises
+    ValueError for a batch that is too small.
     """
+    if data.base_name(target.name) in XRAY_NORMALIZED:
+        network = network._replace(normalization=transforms.NORMALIZATION["medical"])
     recipe = RECIPES[target.recipe]
     rule = choose_rule(target, len(indices), args, network.steps)
     settings = {"precision": env.precision, "crop": rule.crop}
