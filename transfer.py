@@ -90,10 +90,11 @@ RECIPES = {
     "synthetic": Recipe(32, 0.02, 0.01, steps=40),
 }
 MICRO_BATCH = {"cifar10": 64, "cifar100": 64}  # of the study, where it is not its recipe's
-# Targets whose full training set is drawn with probability inverse to class frequency (study,
-# appendix), and those whose few-shot images have exactly one label each (PadChest-Cl of the study).
+# Targets of the study whose full training set is drawn with probability inverse to class frequency;
+# of images with exactly one label (PadChest-Cl); normalised as X-rays, whatever the source.
 BALANCED = ("covidx", "flowers102")
 SINGLE_LABEL = ("padchest",)
+XRAY_NORMALIZED = ("padchest",)
 
 
 def choose_rule(target, num_examples, args, steps=None):
@@ -147,7 +148,6 @@ DEFAULTS = {
 # ------------------------------------------------------------------------------------------------
 # Networks and targets
 # ------------------------------------------------------------------------------------------------
-
 
 read_weights = functools.lru_cache(maxsize=1)(models.read_weights)  # of the network in hand
 
@@ -216,15 +216,14 @@ class Target:
         return np.searchsorted(self.indices, cell.indices)
 
 
-def open_targets(args, env, few_shot=False):
+def open_targets(args, env):
     """[Target]. Raises ValueError or FileNotFoundError naming the dataset and the mend."""
     data.refuse_options(args.target, args)
     targets = []
     for name in dict.fromkeys(args.target):
         sets = data.open_splits(name, args, env)
-        single_label = args.single_label
-        if single_label is None:
-            single_label = few_shot and data.base_name(name) in SINGLE_LABEL
+        default = data.base_name(name) in SINGLE_LABEL
+        single_label = default if args.single_label is None else args.single_label
         if single_label and sets[0].task == "multilabel":
             sets = map(data.keep_single_label, sets)
         recipe = args.recipe or ("synthetic" if name.startswith("synthetic") else "paper")
@@ -238,10 +237,12 @@ def open_targets(args, env, few_shot=False):
 
 
 def make_cell(network, target, shots, seed, indices, args, env):
-    """The Cell of one run: indices of its training images, and every setting as used.
-
-    Raises ValueError for a batch that is too small.
+    """The Cell of one run: indices of its training images, and every setting as used. Raises
+    ValueError for a batch that is too small.
     """
+    dataset = data.base_name(target.name)
+    if dataset in XRAY_NORMALIZED:
+        network = network._replace(normalization=transforms.NORMALIZATION["medical"])
     recipe = RECIPES[target.recipe]
     rule = choose_rule(target, len(indices), args, network.steps)
     settings = {"precision": env.precision, "crop": rule.crop}
@@ -249,11 +250,8 @@ def make_cell(network, target, shots, seed, indices, args, env):
         batch_size = args.batch_size or recipe.batch_size
         if batch_size < 2 * env.ranks:
             raise ValueError(f"--batch-size {batch_size} is less than 2 images a process")
-        dataset = data.base_name(target.name)
-        smallest = (
-            MICRO_BATCH.get(dataset, recipe.micro_batch) if recipe.micro_batch else batch_size
-        )
-        sampling = "replacement" if len(indices) < smallest else "shuffle"
+        micro_batch = recipe.micro_batch and MICRO_BATCH.get(dataset, recipe.micro_batch)
+        sampling = "replacement" if len(indices) < (micro_batch or batch_size) else "shuffle"
         if args.balanced or (args.balanced is None and dataset in BALANCED and shots is None):
             sampling = "balanced"
         if args.precision == "auto" and not recipe.autocast:

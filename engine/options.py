@@ -24,7 +24,7 @@ TABLE = """
 --labels intersection|union - of datasets joined by +: those common to all, or all (default:
     intersection)
 --single-label yes-or-no - keep images with exactly one positive label, as a multi-class dataset
-    (default: few-shot padchest)
+    (default: padchest as a target)
 --fraction positive 1.0 of the source's images, up to 1; by --seed, and 0.1 inside 0.3
 --balanced yes-or-no - draw training images with probability inverse to the frequency of their class
     (default: full-shot covidx and flowers102)
