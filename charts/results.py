@@ -144,6 +144,12 @@ def read_result(path):
         raise ValueError('not a result file of "schema": 1')
     if data.get("kind") not in ("fewshot", "transfer"):
         raise ValueError(f"kind is {data.get('kind')!r}, not fewshot or transfer")
+    options = data["config"].get("target_options") if isinstance(data.get("config"), dict) else None
+    if isinstance(options, dict) and isinstance(data.get("target"), str):
+        # One label an image is another task than all; of padchest it is the study's.
+        usual = data["target"].split("@")[0] == "padchest"
+        if bool(options.get("single_label")) != usual:
+            data["target"] += " (all labels)" if usual else " (single-label)"
     return checked_result(data, path)
 
 
