@@ -6,6 +6,7 @@ from Qiao et al. 2019, arXiv:1903.10520; group normalisation from Wu & He 2018, 
 
 import difflib
 import functools
+import re
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -256,10 +257,12 @@ BIT_NAMES = (
     ("beta", "bias"),
     ("/", "."),
 )
+# timm's names of its resnetv2_*_bit -> ours; their stages and blocks count from 0.
+TIMM_NAMES = {"stem.conv.": "root.conv.", "norm.": "head.gn.", "head.fc.": "head.conv."}
 
 
 def _read_npz(path):
-    """BiT's .npz as our state dict: names translated, kernels HWIO -> OIHW, vectors flat."""
+    """BiT's .npz as our state dict: kernels HWIO -> OIHW, vectors flat."""
     state = {}
     with np.load(path, allow_pickle=False) as arrays:
         for key in arrays.files:
@@ -273,6 +276,18 @@ def _read_npz(path):
             is_kernel = key.endswith("/kernel")
             state[name] = array.permute(3, 2, 0, 1) if is_kernel else array.flatten()
     return state
+
+
+def our_name(key):
+    """Of a parameter: without what DDP and torch.compile prefix, anywhere, and out of timm's."""
+    key = re.sub(r"\b(module|_orig_mod)\.", "", key)
+    if block := re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", key):
+        stage, unit = (int(number) + 1 for number in block.groups())
+        rest = key[block.end() :].replace("norm", "gn").replace("downsample.conv", "downsample")
+        return f"body.block{stage}.unit{unit:02d}.{rest}"
+    for theirs, ours in TIMM_NAMES.items():
+        key = ours + key.removeprefix(theirs) if key.startswith(theirs) else key
+    return key
 
 
 def read_weights(path):
@@ -289,10 +304,11 @@ def read_weights(path):
 
 
 def load_weights(model, path, content=None, head=True):
-    """Fills the model in place from one of three formats, told apart by the file itself:
+    """Fills the model in place from one of four formats, told apart by the file itself:
 
     - our checkpoints, and the published model.pth.tar: a dict with the state dict under "model"
     - BiT's .npz
+    - the state dict of timm's resnetv2_*_bit
 
     content: what read_weights has read of it already. A head for another number of classes, and
     any with head=False, is left as it is (fresh). Raises ValueError naming the first keys when
@@ -308,7 +324,7 @@ def matching_state(model, path, content=None, head=True):
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
         raise ValueError(f"{path}: holds no state dict under 'model'")
     own = model.state_dict()
-    state = {key.removeprefix("module."): value for key, value in state.items()}
+    state = {our_name(str(key)): value for key, value in state.items()}
     heads = ("head.conv.weight", "head.conv.bias")
     if all(key in state and (not head or len(state[key]) != model.num_classes) for key in heads):
         state |= {key: own[key] for key in heads}

@@ -173,8 +173,9 @@ def open_network(path, args):
         known = [data.DATASETS.get(data.base_name(member)) for member in source.split("+")]
         domains = {dataset.domain if dataset else "natural" for dataset in known}
         domain = "medical" if domains == {"medical"} else "natural"
-        # BiT's own .npz networks take pixels in [-1,1], whatever the source.
-        normalization = transforms.NORMALIZATION["medical" if file.suffix == ".npz" else domain]
+        # BiT's own networks, in .npz or as timm has them, take pixels in [-1,1].
+        bit = file.suffix == ".npz" or any("stem.conv.weight" in str(key) for key in content)
+        normalization = transforms.NORMALIZATION["medical" if bit else domain]
     with torch.device("meta"):
         models.matching_state(models.create_model(model, 1), file, content)
     name, digest = f"{data.dataset_slug(source)}-{model}", file_digest(file)

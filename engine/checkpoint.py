@@ -8,6 +8,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -30,6 +31,12 @@ def save_tensors(path, state):
     write_atomically(path, write)
 
 
+# What numbers of numpy are made of in a pickle, under the names of numpy 1 and 2.
+_SCALAR = np.float64(0).__reduce__()[0]
+NUMPY_NUMBERS = [(_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+NUMPY_NUMBERS += [np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"}]
+
+
 def read_tensors(path):
     """torch.load on the CPU, of tensors, numbers and strings alone: nothing in the file is run.
 
@@ -38,11 +45,14 @@ def read_tensors(path):
     if not Path(path).is_file():
         raise FileNotFoundError(f"no weights at {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(NUMPY_NUMBERS):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        mend = "only tensors, numbers and strings are read, torch.load(weights_only=True)"
+        if "omegaconf" in str(error):  # as the study's code saves what it fine-tunes
+            mend = 'where omegaconf is installed, load it and torch.save({"model": its "model"})'
         raise ValueError(
-            f"{path}: refused, it is not plain weights: it holds code or is no checkpoint "
-            "(only tensors, numbers and strings are read, torch.load(weights_only=True))"
+            f"{path}: refused, it is not plain weights: it holds code or is no checkpoint ({mend})"
         ) from error
     except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, OSError) as error:
         raise ValueError(f"{path}: damaged or not a weight file ({str(error)[:100]})") from error
