@@ -41,8 +41,8 @@ TABLE = """
 --weight-decay amount - (default: recipe)
 --clipping amount - of AGC; 0: plain SGD (default: recipe)
 --image-size number - side in pixels (default: recipe)
---precision auto|fp32|tf32|bf16 auto auto: bf16 where the hardware computes in it, else fp32; tf32:
-    fp32 whose products GPUs round
+--precision auto|fp32|tf32|bf16 auto auto: bf16 where the hardware computes in it, else fp32;
+    fine-tuning by the paper's recipe: fp32, tf32 on GPUs; tf32: fp32 whose products GPUs round
 --compile flag - torch.compile the training step
 --accumulate number - parts in which a process computes its share of a batch (default: 1; of
     transfer: as few as fit into memory)
