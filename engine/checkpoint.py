@@ -174,6 +174,7 @@ class Run:
         speed = self.step * batch_size / self.seconds
         peak = self.env.ranks * peak_flops(self.env.device, self.env.precision)
         return {
+            "optimizer": type(self.optimizer).__name__,
             "images": images,
             "steps": self.step,
             "seconds": self.seconds,

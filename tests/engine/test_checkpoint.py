@@ -257,9 +257,11 @@ def test_summary(ranks, monkeypatch):
     monkeypatch.setattr(checkpoint, "peak_flops", lambda device, precision: 1e6)
     monkeypatch.setattr(dist, "all_gather_object", lambda steps, step: steps.pop())
     env = processes.Env(0, ranks, torch.device("cpu"), "fp32")
-    run = checkpoint.Run(None, torch.nn.Linear(1, 1), None, {}, env)
+    model = torch.nn.Linear(1, 1)
+    run = checkpoint.Run(None, model, torch.optim.AdamW(model.parameters()), {}, env)
     run.step, run.seconds = 30, 4.0
     assert run.summary(70, 16, 500) == {
+        "optimizer": "AdamW",
         **{"images": 70, "steps": 30, "seconds": 4.0, "images_per_second": 120.0},
         **{"flops_per_second": 180_000.0, "peak_share": pytest.approx(0.18 / ranks)},
     }
