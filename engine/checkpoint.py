@@ -8,6 +8,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -30,16 +31,38 @@ def save_tensors(path, state):
     write_atomically(path, write)
 
 
-def read_tensors(path):
-    """torch.load on the CPU, of tensors, numbers and strings alone: nothing in the file is run.
+# A NumPy number in a file is a call of this function, which either major version names otherwise,
+# with one of these types; none holds an object, nor runs anything.
+_SCALAR = np.float64(0).__reduce__()[0]
+NUMPY_NUMBERS = [
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *(np.dtype, *(type(np.dtype(letter)) for letter in "?bBhHiIlLqQefd")),
+]
+
+
+def load_plain(path):
+    """torch.load on the CPU, of tensors, numbers (also NumPy's) and strings alone."""
+    with torch.serialization.safe_globals(NUMPY_NUMBERS):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read_tensors(path, load=load_plain):
+    """What a file of weights holds, as `load` reads it: nothing in the file is run.
 
     Raises FileNotFoundError, or ValueError when the file is damaged or holds code.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no weights at {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load(path)
     except pickle.UnpicklingError as error:
+        if "omegaconf" in str(error):  # as the study's code for fine-tuning saves them
+            raise ValueError(
+                f"{path}: refused, it holds OmegaConf objects beside the weights; if you trust it, "
+                "save the weights alone where omegaconf is installed: "
+                "state = torch.load(path, weights_only=False); "
+                'torch.save({"model": state["model"]}, "weights.pth")'
+            ) from error
         raise ValueError(
             f"{path}: refused, it is not plain weights: it holds code or is no checkpoint "
             "(only tensors, numbers and strings are read, torch.load(weights_only=True))"
