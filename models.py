@@ -259,7 +259,7 @@ def read_weights(path):
     Raises FileNotFoundError, or ValueError when it is damaged, holds code or is of safetensors.
     """
     if Path(path).suffix == ".safetensors":
-        mend = f"torch.save(timm.models.load_state_dict({Path(path).name!r}), 'weights.pth')"
+        mend = f"torch.save(timm.models.load_state_dict({str(path)!r}), 'weights.pth')"
         raise ValueError(f"{path}: safetensors are not read; save it as a .pth: {mend}")
     return read_tensors(path, _read_npz if Path(path).suffix == ".npz" else load_plain)
 

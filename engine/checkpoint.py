@@ -60,8 +60,8 @@ def read_tensors(path, load=load_plain):
             raise ValueError(
                 f"{path}: refused, it holds OmegaConf objects beside the weights; if you trust it, "
                 "save the weights alone where omegaconf is installed: "
-                "state = torch.load(path, weights_only=False); "
-                'torch.save({"model": state["model"]}, "weights.pth")'
+                f"torch.save({{'model': torch.load({str(path)!r}, weights_only=False)['model']}}, "
+                "'weights.pth')"
             ) from error
         raise ValueError(
             f"{path}: refused, it is not plain weights: it holds code or is no checkpoint "
