@@ -22,7 +22,7 @@ from engine import options
 from engine.console import EXIT_STOPPED, Parser, complain, positive, print_table
 from readers import inspect, natural, packs, synthetic, xrays
 from readers.images import ImageDataset, refuse_missing
-from readers.labels import join, keep_single_label
+from readers.labels import images_by_class, join, keep_single_label
 from readers.names import base_name, pack_folder, pack_of, parts_of, without_place
 from readers.transforms import Pipeline, keep
 
@@ -225,27 +225,29 @@ def few_shot_indices(labels, shots, seed, classes=None):
     labels: (N,) int64, or (N,C) in {0,1,nan}. Multi-class: `shots` images of each class without
     replacement; a larger `shots` with the same seed holds the smaller one's images. Multi-label:
     images are taken in random order while some class that they show has fewer than `shots`
-    positives. classes: names for the message. Raises ValueError when a class has too few images.
+    positives. A class without any image is left out. classes: names for the message. Raises
+    ValueError when a class has some images but fewer than `shots`.
     """
     if shots < 1:
         raise ValueError(f"--shots {shots}: must be 1 or more")
     labels = np.asarray(labels)
-    multilabel, positive = labels.ndim == 2, labels == 1
-    counts = positive.sum(0) if multilabel else np.bincount(labels, minlength=len(classes or ()))
+    counts = images_by_class(labels, 0)
+    if not counts.any():
+        raise ValueError(f"--shots {shots}: no training image shows any class")
     for cls, count in enumerate(counts):
-        if count < shots:
+        if 0 < count < shots:
             label = classes[cls] if classes else cls
             raise ValueError(f"--shots {shots}: class {label} has only {count} training images")
     order = generator(seed, Stream.SHOTS).permutation(len(labels))
-    if not multilabel:
+    if labels.ndim == 1:
         places, starts, _ = by_class(labels[order])
         return np.sort(order[places[starts[:, None] + np.arange(shots)]].ravel())
-    found, chosen = np.zeros(labels.shape[1], int), []
+    positive, wanted, chosen = labels == 1, np.where(counts, shots, 0), []
     for i in order:
-        if (found >= shots).all():
+        if (wanted <= 0).all():
             break
-        if (positive[i] & (found < shots)).any():
-            found += positive[i]
+        if (positive[i] & (wanted > 0)).any():
+            wanted -= positive[i]
             chosen.append(i)
     return np.sort(np.array(chosen, np.int64))
 

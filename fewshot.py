@@ -20,9 +20,11 @@ import torch
 import models
 from data import few_shot_indices
 from engine import linear, options
+from engine.console import say
 from engine.grid import PATIENCE, Grid, open_networks, unfinished, write_result
 from engine.metrics import compute_metrics
 from engine.processes import StopSignal, run_script, setup
+from readers.labels import images_by_class
 from transfer import (
     DEFAULTS,
     FLAGS,
@@ -86,13 +88,17 @@ def main():
     env = setup(args.precision, PATIENCE)
     alone = env.alone()  # each cell is run by one process
     shot_counts = sorted({shots for shots in args.shots if shots != "full"})
-    few_shot = bool(shot_counts)
     if "full" in args.shots:
         shot_counts.append(None)
-    targets = open_targets(args, env, few_shot)
+    targets = open_targets(args, env)
     networks, cells = open_networks(args, open_network), []
     for target in targets:
         labels, classes = target.train_set.labels, target.train_set.classes
+        counts = images_by_class(labels, len(classes))
+        empty = [name for name, count in zip(classes, counts) if not count]
+        if empty and any(shot_counts):
+            without = ", ".join(empty)
+            say(env, f"{target.name}: no training image shows {without}; no shots of it are drawn")
         for shots in shot_counts:  # None: all images
             for seed in range(args.seed, args.seed + args.seeds):
                 chosen = np.arange(len(labels))

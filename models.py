@@ -148,10 +148,10 @@ class ResNetV2(nn.Module):
         self.head.conv = nn.Conv2d(cin, num_classes, 1)
 
     def parameter_groups(self):
-        """For SGD_AGC: all but the classifier, and the classifier, which is not clipped."""
-        head = list(self.head.conv.parameters())
-        body = [p for p in self.parameters() if all(p is not q for q in head)]
-        return [{"params": body}, {"params": head, "clipping": None}]
+        """For SGD_AGC: all but the classifier's weight, and that weight, which is not clipped."""
+        head = self.head.conv.weight
+        rest = [p for p in self.parameters() if p is not head]
+        return [{"params": rest}, {"params": [head], "clipping": None}]
 
     def compile_blocks(self):
         """Compiles each block, in place: blocks of equal shapes share one graph."""

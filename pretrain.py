@@ -35,7 +35,7 @@ from readers.workers import in_order, loader
 class Recipe(NamedTuple):
     """lr: at a batch of 256, scaled linearly with the batch. warmup: epochs. clipping: of AGC, or
     None for plain SGD. worker_batch: the warm-up rises from the learning rate that this batch would
-    have to that of batch_size.
+    have to that of batch_size. augment: of transforms.AUGMENTATIONS, for natural images.
     """
 
     lr: float
@@ -47,7 +47,7 @@ class Recipe(NamedTuple):
     worker_batch: int = 32
     image_size: int | None = 224
     weight_decay: float = 1e-4
-    rand_augment: bool = False
+    augment: str = "crop"
 
 
 WORLD = Recipe(0.12, None, 0.3, 6, "cosine", 64, image_size=None)
@@ -59,12 +59,14 @@ RECIPES = {
         ("imagenet21k", "large"): Recipe(0.01, 0.01, 2, 90, worker_batch=16),
         ("natural", "small"): Recipe(0.1, None, 5, 90),
         ("natural", "large"): Recipe(0.03, 0.01, 15, 90, worker_batch=16),
-        ("medical", "small"): Recipe(0.01, 0.01, 15, 90),
+        ("medical", "small"): Recipe(0.01, 0.01, 15, 90, worker_batch=16),
         ("medical", "large"): Recipe(0.01, 0.01, 15, 90, worker_batch=16),
     },
     "optimised": {
-        ("natural", "small"): Recipe(0.03, 0.01, 15, 120, "cosine", rand_augment=True),
-        ("natural", "large"): Recipe(0.03, 0.01, 15, 90, "cosine", 256, 16, rand_augment=True),
+        ("natural", "small"): Recipe(0.03, 0.01, 15, 120, "cosine", augment="randaugment"),
+        ("natural", "large"): Recipe(
+            0.03, 0.01, 15, 90, "cosine", worker_batch=16, augment="randaugment"
+        ),
     },
     "synthetic": {
         (domain, size): WORLD for domain in ("natural", "medical") for size in ("small", "large")
@@ -108,12 +110,12 @@ def learning_rate(epoch, lr, start_lr, warmup, epochs, schedule):
     return SCHEDULES[schedule](lr, epoch, warmup, epochs)
 
 
-def choose_pipeline(source, size, train, rand_augment=False):
+def choose_pipeline(source, size, train, augment="crop"):
     """The transforms of a source's images (an ImageDataset), to size x size pixels.
 
     Synthetic images have that size already, and are only shifted and flipped. X-rays: the central
-    square, area-resized; shifted, turned, scaled and flipped. Natural images: Inception's crop and
-    flip, after RandAugment if wanted; to test, ImageNet's central crop.
+    square, area-resized; shifted, turned, scaled and flipped. Natural images: `augment`, one of
+    transforms.AUGMENTATIONS; to test, ImageNet's central crop.
     """
     if source.size is not None:
         return transforms.Pipeline(
@@ -121,11 +123,8 @@ def choose_pipeline(source, size, train, rand_augment=False):
         )
     if source.domain == "medical":
         return transforms.xray_pipeline(size, train)
-    if train and rand_augment:
-        augment = partial(transforms.random_augment_crop_flip, size=size)
-        return transforms.Pipeline(transforms.keep, augment)
     if train:
-        augment = partial(transforms.random_resized_crop_flip, size=size)
+        augment = partial(transforms.AUGMENTATIONS[augment], size=size)
         return transforms.Pipeline(transforms.keep, augment)
     prepare = partial(transforms.resize_center_crop, size=size)
     return transforms.Pipeline(prepare, transforms.keep, round(size * 256 / 224))
@@ -189,7 +188,7 @@ def make_config(args, env, source):
         "clipping": config["clipping"] or None,
         "image_size": config["image_size"] or source.size,
         "fraction": args.fraction,
-        "balanced": args.balanced,
+        "balanced": bool(args.balanced),
         "single_label": args.single_label,
         "seed": args.seed,
         "precision": env.precision,
@@ -259,7 +258,7 @@ def pretrain(train_set, test_set, config, folder, args, env):
     if env.device.type == "cuda" and batch_size < 16 * env.ranks:
         more = f"--batch-size {batch_size} on {env.ranks} GPUs; {32 * env.ranks} would be faster"
         console.say(env, f"fewer than 16 images a GPU leave it waiting: {more}")
-    augmented = choose_pipeline(train_set, size, True, config["rand_augment"])
+    augmented = choose_pipeline(train_set, size, True, config["augment"])
     decoded, pipeline = preload(train_set, augmented)
     tested = preload(test_set, choose_pipeline(test_set, size, False))
     at_once = 256 * env.ranks
@@ -334,11 +333,14 @@ def pretrain(train_set, test_set, config, folder, args, env):
 
 
 def rate(step, config):
-    """The learning rate of a step (linear scaling rule: Goyal et al. 2017, arXiv:1706.02677)."""
+    """The learning rate of a step: that of its end, as in the study. It scales linearly with the
+    batch (Goyal et al. 2017, arXiv:1706.02677).
+    """
     batch_size, scale = config["batch_size"], config["lr"] / 256
     start = scale * min(batch_size, config["worker_batch"])
     schedule = config["warmup"], config["epochs"], config["schedule"]
-    return learning_rate(step * batch_size / config["images"], scale * batch_size, start, *schedule)
+    epoch = (step + 1) * batch_size / config["images"]
+    return learning_rate(epoch, scale * batch_size, start, *schedule)
 
 
 def ends_epoch(step, last, config):

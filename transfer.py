@@ -56,10 +56,7 @@ class HyperRule(NamedTuple):
 
 
 def hyperrule(num_examples, image_size):
-    """The rule for a training set of that many images of that size (pixels: side, or (H,W)).
-
-    BiT, section 3.3.
-    """
+    """BiT's rule for so many training images of that size (pixels: side, or (H,W))."""
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     resize, crop = (160, 128) if height * width < 96 * 96 else (512, 480)
     if num_examples < 20_000:
@@ -70,10 +67,10 @@ def hyperrule(num_examples, image_size):
 
 
 class Recipe(NamedTuple):
-    """clipping: of AGC, or None. nesterov: of the momentum 0.9.
-
-    zero_head: the classifier starts at 0, else at PyTorch's default. square: training images are
-    resized to a square, else by their shorter side. steps: in place of the rule's number, or None.
+    """clipping: of AGC, or None. nesterov: of the momentum 0.9. zero_head: the classifier starts at
+    0, else at PyTorch's default. square: training images are resized to a square, else by their
+    shorter side. steps: in place of the rule's number. micro_batch: sets that are smaller are drawn
+    with replacement (None: than a batch). autocast: else --precision auto is fp32, TF32 on GPUs.
     """
 
     batch_size: int
@@ -83,24 +80,26 @@ class Recipe(NamedTuple):
     zero_head: bool = False
     square: bool = False
     steps: int | None = None
+    micro_batch: int | None = None
+    autocast: bool = True
 
 
 RECIPES = {
-    "paper": Recipe(128, 0.001, 0.01),
+    "paper": Recipe(128, 0.001, 0.01, micro_batch=4, autocast=False),
     "bit": Recipe(512, 0.003, None, nesterov=False, zero_head=True, square=True),
     "synthetic": Recipe(32, 0.02, 0.01, steps=40),
 }
-# Targets whose full training set is drawn with probability inverse to class frequency (study,
-# appendix), and those whose few-shot images have exactly one label each (PadChest-Cl of the study).
+MICRO_BATCH = {"cifar10": 64, "cifar100": 64}  # of the study, where it is not its recipe's
+# Targets of the study whose full training set is drawn with probability inverse to class frequency;
+# of images with exactly one label (PadChest-Cl); normalised as X-rays, whatever the source.
 BALANCED = ("covidx", "flowers102")
 SINGLE_LABEL = ("padchest",)
+XRAY_NORMALIZED = ("padchest",)
 
 
 def choose_rule(target, num_examples, args, steps=None):
     """The HyperRule for a Target, as the study ran it, with the command line's size and steps.
-
     Synthetic images keep their own size; multi-label X-ray sets take the X-ray pipeline at 224.
-    The first training image tells the size of all.
     """
     rule = hyperrule(num_examples, target.image_size)
     own_size = target.train_set.size or (224 if target.xray_pipeline else None)
@@ -123,9 +122,7 @@ def choose_pipeline(target, rule, train):
     if target.xray_pipeline:
         return transforms.xray_pipeline(rule.crop, train)
     if rule.crop > rule.resize:
-        raise ValueError(
-            f"a crop of {rule.crop} pixels does not fit into images resized to {rule.resize}"
-        )
+        raise ValueError(f"a crop of {rule.crop} pixels is larger than the images, {rule.resize}")
     if not train:
         prepare = functools.partial(transforms.resize_square, size=rule.crop)
         return transforms.Pipeline(prepare, transforms.keep, rule.crop)
@@ -152,7 +149,6 @@ DEFAULTS = {
 # Networks and targets
 # ------------------------------------------------------------------------------------------------
 
-
 read_weights = functools.lru_cache(maxsize=1)(models.read_weights)  # of the network in hand
 
 
@@ -177,8 +173,9 @@ def open_network(path, args):
         known = [data.DATASETS.get(data.base_name(member)) for member in source.split("+")]
         domains = {dataset.domain if dataset else "natural" for dataset in known}
         domain = "medical" if domains == {"medical"} else "natural"
-        # BiT's own .npz networks take pixels in [-1,1], whatever the source.
-        normalization = transforms.NORMALIZATION["medical" if file.suffix == ".npz" else domain]
+        # BiT's own networks, in .npz or as timm has them, take pixels in [-1,1].
+        bit = file.suffix == ".npz" or any("stem.conv.weight" in str(key) for key in content)
+        normalization = transforms.NORMALIZATION["medical" if bit else domain]
     with torch.device("meta"):
         models.matching_state(models.create_model(model, 1), file, content)
     name, digest = f"{data.dataset_slug(source)}-{model}", file_digest(file)
@@ -220,15 +217,14 @@ class Target:
         return np.searchsorted(self.indices, cell.indices)
 
 
-def open_targets(args, env, few_shot=False):
+def open_targets(args, env):
     """[Target]. Raises ValueError or FileNotFoundError naming the dataset and the mend."""
     data.refuse_options(args.target, args)
     targets = []
     for name in dict.fromkeys(args.target):
         sets = data.open_splits(name, args, env)
-        single_label = args.single_label
-        if single_label is None:
-            single_label = few_shot and data.base_name(name) in SINGLE_LABEL
+        default = data.base_name(name) in SINGLE_LABEL
+        single_label = default if args.single_label is None else args.single_label
         if single_label and sets[0].task == "multilabel":
             sets = map(data.keep_single_label, sets)
         recipe = args.recipe or ("synthetic" if name.startswith("synthetic") else "paper")
@@ -242,10 +238,12 @@ def open_targets(args, env, few_shot=False):
 
 
 def make_cell(network, target, shots, seed, indices, args, env):
-    """The Cell of one run: indices of its training images, and every setting as used.
-
-    Raises ValueError for a batch that is too small.
+    """The Cell of one run: indices of its training images, and every setting as used. Raises
+    ValueError for a batch that is too small.
     """
+    dataset = data.base_name(target.name)
+    if dataset in XRAY_NORMALIZED:
+        network = network._replace(normalization=transforms.NORMALIZATION["medical"])
     recipe = RECIPES[target.recipe]
     rule = choose_rule(target, len(indices), args, network.steps)
     settings = {"precision": env.precision, "crop": rule.crop}
@@ -253,9 +251,12 @@ def make_cell(network, target, shots, seed, indices, args, env):
         batch_size = args.batch_size or recipe.batch_size
         if batch_size < 2 * env.ranks:
             raise ValueError(f"--batch-size {batch_size} is less than 2 images a process")
-        sampling = "replacement" if len(indices) < batch_size else "shuffle"
-        if args.balanced or (data.base_name(target.name) in BALANCED and shots is None):
+        micro_batch = recipe.micro_batch and MICRO_BATCH.get(dataset, recipe.micro_batch)
+        sampling = "replacement" if len(indices) < (micro_batch or batch_size) else "shuffle"
+        if args.balanced or (args.balanced is None and dataset in BALANCED and shots is None):
             sampling = "balanced"
+        if args.precision == "auto" and not recipe.autocast:
+            settings["precision"] = "tf32" if env.device.type == "cuda" else "fp32"
         settings |= {"recipe": target.recipe, "batch_size": batch_size, "lr": args.lr or recipe.lr}
         settings |= {"clipping": recipe.clipping, "sampling": sampling, "compile": args.compile}
         settings |= rule._asdict()
@@ -298,6 +299,7 @@ def main():
 def fine_tune(cell, signals, args, env, title=None):
     """`train` in as few parts of a batch as fit into memory, or in those of --accumulate."""
     name, share = cell.network.model, math.ceil(cell.config["batch_size"] / env.ranks)
+    env = env.computing(cell.config["precision"])
     create = functools.partial(models.create_model, name, 2, args.checkpoint_activations)
     work = functools.partial(train, cell, signals, args, env, title)
     return memory.in_parts(work, create, cell.config["crop"], share, env, args.accumulate)
@@ -321,8 +323,8 @@ def train(cell, signals, args, env, title, accumulate):
     if network.path:
         models.load_weights(model, network.path, read_weights(network.path), head=False)
     if recipe.zero_head:
-        torch.nn.init.zeros_(model.head.conv.weight)
-        torch.nn.init.zeros_(model.head.conv.bias)
+        for parameter in model.head.conv.parameters():
+            torch.nn.init.zeros_(parameter)
     model = models.place(model, env.device)
     measure_distance(model, cell, args, env)
     normalization = network.normalization or transforms.NORMALIZATION[train_set.domain]
@@ -367,7 +369,7 @@ def train(cell, signals, args, env, title, accumulate):
             run.seconds += time.monotonic() - began
             run.save_or_stop(signals, log)
         run.save()
-        at_once = max(config["batch_size"], images_at_once(rule.crop))
+        at_once = max(config["batch_size"], memory.images_at_once(rule.crop))
         tested = in_order(*target.test, at_once, env.rank, env.ranks, args.workers, env.device)
         test_set = target.test_set
         metrics = evaluate(model, tested, test_set.labels, test_set.classes, env, normalization)
@@ -376,14 +378,9 @@ def train(cell, signals, args, env, title, accumulate):
     return metrics, run.summary(len(train_set), config["batch_size"], flops)
 
 
-def images_at_once(size):
-    """How many images of size x size pixels a forward pass takes: 4 million pixels."""
-    return max(1, 2**22 // size**2)
-
-
 def extract(model, cell, part, args, env):
     """The network's features of part = (dataset, pipeline): (N,D) float32, on the device."""
-    at_once = images_at_once(cell.config["crop"])
+    at_once = memory.images_at_once(cell.config["crop"])
     stream = in_order(*part, at_once, env.rank, env.ranks, args.workers, env.device)
     width, forward = model.head.conv.in_channels, model.eval().features
     return predict(forward, width, stream, len(part[0]), env, cell.network.normalization)

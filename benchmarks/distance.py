@@ -107,7 +107,7 @@ def times(network, model, size, rounds, env):
     options = Options(target=[TARGETS[network.domain]], image_size=size, method="finetune")
     options.data_dir, options.workers = "datasets", 0
     options.log_every, options.save_minutes = 50, 10.0
-    (target,) = transfer.open_targets(options, env, few_shot=True)
+    (target,) = transfer.open_targets(options, env)
     chosen = data.few_shot_indices(target.train_set.labels, SHOTS, 0)
     cell = transfer.make_cell(network, target, SHOTS, 0, chosen, options, env)
     target.decode([cell], options, env)

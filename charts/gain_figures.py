@@ -21,8 +21,8 @@ ROW, HEAD = 0.13, 1.1  # inches: a row of a panel, its titles and axis
 GAIN_NOTE = """\
 Row: target and shots. ▲ 95 % interval above zero, ○ not off zero, ▼ below zero, × one seed; on \
 the right: cells above zero by number of shots. Larger minus smaller network (source), run by run \
-of the same source (network) and seed (published runs: place in their list), averaged over these \
-for each seed; Student t over seeds. A seed that one arm lacks counts in neither"""
+of the same source (network) and seed, averaged over these for each seed; Student t over seeds. A \
+seed that one arm lacks counts in neither"""
 DISTANCE_NOTE = """\
 A point is a source (or pair of sources), target and number of shots; gain in the metric of the \
 target, from 0 to 1. Line: least squares, with 95 % band and slope (Student t over points, which \

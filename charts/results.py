@@ -144,12 +144,18 @@ def read_result(path):
         raise ValueError('not a result file of "schema": 1')
     if data.get("kind") not in ("fewshot", "transfer"):
         raise ValueError(f"kind is {data.get('kind')!r}, not fewshot or transfer")
+    options = data["config"].get("target_options") if isinstance(data.get("config"), dict) else None
+    if isinstance(options, dict) and isinstance(data.get("target"), str):
+        # One label an image is another task than all; of padchest it is the study's.
+        usual = data["target"].split("@")[0] == "padchest"
+        if bool(options.get("single_label")) != usual:
+            data["target"] += " (all labels)" if usual else " (single-label)"
     return checked_result(data, path)
 
 
 def read_published(path):
-    """A file of published numbers -> list of Result; a seed is the place in its lists. Raises
-    ValueError."""
+    """A file of published numbers -> list of Result. Without "seeds", a seed is the place
+    in the lists. Raises ValueError."""
     results, entry = [], None
     try:
         for entry in json.loads(path.read_text(encoding="utf-8"))["records"]:
@@ -160,7 +166,9 @@ def read_published(path):
             data |= {"source_images": sum(images for _, images in sources)}
             data |= {"method": "finetune", "recipe": "paper"}
             data["shots"] = None if entry["shots"] == "full" else entry["shots"]
-            for seed, scores in enumerate(zip(*entry["metrics"].values(), strict=True)):
+            runs = list(zip(*entry["metrics"].values(), strict=True))
+            seeds = entry.get("seeds", range(len(runs)))
+            for seed, scores in zip(seeds, runs, strict=True):
                 data |= {"seed": seed, "metrics": dict(zip(entry["metrics"], scores))}
                 results.append(checked_result(data, path, "published", classes))
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:

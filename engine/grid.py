@@ -319,16 +319,17 @@ class Grid:
         """
 
         @functools.cache
-        def speed(name, crop, batch, flops):
-            model = create_model(name).train()
-            return flops_per_second(model, batch, crop, flops, self.env)
+        def speed(name, crop, batch, flops, precision):
+            model, env = create_model(name).train(), self.env.computing(precision)
+            return flops_per_second(model, batch, crop, flops, env)
 
         each, busy = {}, [0.0] * (1 if self.together else self.env.ranks)
         for job in self.jobs:
             config = job[0].config
             batch = config.get("batch_size", 128) // (self.env.ranks if self.together else 1)
             batch = batch if self.env.device.type == "cuda" else min(batch, 32)
-            rate = speed(config["model"], config["crop"], batch, job[0].flops)
+            about = config["model"], config["crop"], batch, job[0].flops, config["precision"]
+            rate = speed(*about)
             needed = operations(job) / rate
             each |= {cell.path: needed / len(job) for cell in job}
             heapq.heappush(busy, heapq.heappop(busy) + needed)

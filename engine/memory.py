@@ -148,6 +148,11 @@ def _step_fits(model, image_size, batch, env):
     return not failed and peak_memory(env.device) - before < 0.8 * free
 
 
+def images_at_once(size):
+    """How many images of size x size pixels a forward pass takes: 4 million pixels."""
+    return max(1, 2**22 // size**2)
+
+
 def activation_bytes(model, image_size, precision):
     """What a training step keeps of one image for its backward pass, in bytes: counted on the meta
     device (where the model is), where nothing is computed. Blocks that are computed again are not

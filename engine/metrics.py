@@ -128,6 +128,8 @@ def _class_metrics(scores, predicted, truth):
         "auc": None if math.isnan(auc) else auc,
         "ap": None if math.isnan(ap) else ap,
         "f1": float(2 * hits / (claims + positives)) if claims + positives else None,
+        "precision": float(hits / claims) if claims else None,
+        "recall": float(hits / positives) if positives else None,
         "positives": int(positives),
         "negatives": int(len(truth) - positives),
     }

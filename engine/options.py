@@ -24,9 +24,10 @@ TABLE = """
 --labels intersection|union - of datasets joined by +: those common to all, or all (default:
     intersection)
 --single-label yes-or-no - keep images with exactly one positive label, as a multi-class dataset
-    (default: few-shot padchest)
+    (default: padchest as a target)
 --fraction positive 1.0 of the source's images, up to 1; by --seed, and 0.1 inside 0.3
---balanced flag - draw training images with probability inverse to the frequency of their class
+--balanced yes-or-no - draw training images with probability inverse to the frequency of their class
+    (default: full-shot covidx and flowers102)
 --recipe text - (default: synthetic for the made worlds, else paper)
 --seed count 0 of initialisation, order and augmentation (transfer: the first of --seeds)
 --batch-size number - images a step, over all processes; of pretrain.py also auto: the recipe's, in
@@ -40,8 +41,8 @@ TABLE = """
 --weight-decay amount - (default: recipe)
 --clipping amount - of AGC; 0: plain SGD (default: recipe)
 --image-size number - side in pixels (default: recipe)
---precision auto|fp32|tf32|bf16 auto auto: bf16 where the hardware computes in it, else fp32; tf32:
-    fp32 whose products GPUs round
+--precision auto|fp32|tf32|bf16 auto auto: bf16 where the hardware computes in it, else fp32;
+    fine-tuning by the paper's recipe: fp32, tf32 on GPUs; tf32: fp32 whose products GPUs round
 --compile flag - torch.compile the training step
 --accumulate number - parts in which a process computes its share of a batch (default: 1; of
     transfer: as few as fit into memory)

@@ -70,6 +70,14 @@ class Env(NamedTuple):
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
+    def computing(self, precision):
+        """The same process, which computes in that precision from now on."""
+        # PyTorch's own default for convolutions is TF32.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = (
+            precision == "tf32"
+        )
+        return self._replace(precision=precision)
+
 
 def setup(precision="auto", timeout=None):
     """Joins the other processes of torchrun, if any, and chooses device and precision.
@@ -103,9 +111,7 @@ def setup(precision="auto", timeout=None):
         precision = "bf16" if _computes_bf16(device) else "fp32"
     if precision == "tf32" and device.type == "cpu":
         raise ValueError("--precision tf32: CPUs have none; give fp32, or auto")
-    # PyTorch's own default for convolutions is TF32.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    return Env(rank, ranks, device, precision)
+    return Env(rank, ranks, device, precision).computing(precision)
 
 
 def _computes_bf16(device):

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from engine.console import print_table, write_json
+from readers.labels import images_by_class
 from readers.transforms import resize_square
 from readers.workers import each_image
 
@@ -36,11 +37,10 @@ def info(name, sets, sheet=None):
         left_out = [f"{images} {why}" for why, images in dataset.dropped.items() if images]
         splits.append((split, len(dataset), count, ", ".join(left_out) or "none"))
         header.append(f"{split} positive")
+        columns.append(images_by_class(dataset.labels, len(train.classes)))
         if multilabel:
             header.append(f"{split} missing")
-            columns += [(dataset.labels == 1).sum(0), np.isnan(dataset.labels).sum(0)]
-        else:
-            columns.append(np.bincount(dataset.labels, minlength=len(train.classes)))
+            columns.append(np.isnan(dataset.labels).sum(0))
     print_table(splits, ["split", "images", "patients", "left out"])
     if patients:
         print(f"patients on both sides: {len(np.intersect1d(*patients))}")

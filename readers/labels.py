@@ -46,6 +46,13 @@ def join(name, members, labels):
     )
 
 
+def images_by_class(labels, num_classes):
+    """How many images show each class, for labels (N,) int64 or (N,C) in {0,1,nan}: (C,) int64."""
+    if labels.ndim == 2:
+        return (labels == 1).sum(0)
+    return np.bincount(labels, minlength=num_classes)
+
+
 def keep_single_label(dataset):
     """PadChest-Cl of the study: one positive label exactly (what is not annotated is none)."""
     if dataset.task != "multilabel":

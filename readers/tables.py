@@ -27,6 +27,11 @@ class Column(NamedTuple):
 
 
 NOT_VALID = (ValueError, KeyError, OverflowError)
+# Texts that pandas takes as missing (version 3.1), with which the study read its tables.
+MISSING = frozenset(
+    ",nan,-nan,NaN,-NaN,NA,N/A,n/a,<NA>,#NA,#N/A,#N/A N/A,null,NULL,None,1.#IND,-1.#IND,1.#QNAN,"
+    "-1.#QNAN".split(",")
+)
 
 
 def _texts(texts):
@@ -54,6 +59,15 @@ def one_of(values, dtype, must=None):
         return np.fromiter(map(values.__getitem__, texts), dtype, len(texts))
 
     return Column(convert, must or f"be one of {', '.join(values)}")
+
+
+def may_be_missing(column):
+    """The Column to which each text of MISSING is the empty one."""
+
+    def convert(texts):
+        return column.convert(["" if text in MISSING else text for text in texts])
+
+    return Column(convert, column.must)
 
 
 def read_table(path, columns, optional=()):

@@ -191,6 +191,10 @@ def random_augment_crop_flip(image, rng, size):
     return random_resized_crop_flip(random_augment(image, rng), rng, size)
 
 
+# Of natural images in pre-training: (image, rng, size) -> image of size x size pixels.
+AUGMENTATIONS = {"crop": random_resized_crop_flip, "randaugment": random_augment_crop_flip}
+
+
 def xray_pipeline(size, train):
     """The study's way with X-rays, in pre-training and for multi-label targets: `size` pixels."""
     prepare = functools.partial(xray_square, size=size)

@@ -13,7 +13,7 @@ import numpy as np
 
 from readers import tables
 from readers.images import Files, ImageDataset, encoded, need
-from readers.tables import NUMBER, TEXT, Column, one_of
+from readers.tables import NUMBER, TEXT, Column, may_be_missing, one_of
 
 CHEXPERT_CLASSES = (
     "Atelectasis,Cardiomegaly,Consolidation,Edema,Enlarged Cardiomediastinum,Fracture,"
@@ -32,6 +32,7 @@ PADCHEST_CLASSES = (
     "Infiltration,Mass,Nodule,Pleural_Thickening,Pneumonia,Pneumothorax,Scoliosis,"
     "Support Devices,Tuberculosis"
 ).split(",")
+VIEW = may_be_missing(TEXT)  # a column of them
 VIEWS = {
     "chexpert": ("PA", "AP", "LL", "RL", "L"),
     "mimic": ("PA", "AP", "LATERAL", "LL"),
@@ -104,7 +105,9 @@ FINDING_COLUMNS = dict.fromkeys(["No Finding", *CHEXPERT_COLUMNS], FINDING)
 
 
 def _finding_labels(no_finding, *findings):
-    """The labels (N,13) of CheXpert's labeller; with No Finding all are absent."""
+    """The labels (N,13) of CheXpert's labeller; with No Finding all are absent, as in the study:
+    Support Devices too, which torchxrayvision keeps, a device being no finding.
+    """
     labels = np.stack(findings, axis=1)
     labels[no_finding == 1] = 0
     return labels
@@ -127,7 +130,7 @@ def chexpert(name, root, split, views=("PA", "AP")):
     table = folder / ("train.csv" if split == "train" else "valid.csv")
     need(name, table)
     must = "be like CheXpert-v1.0/train/patient00001/study1/view1_frontal.jpg"
-    columns = {"Path": Column(_chexpert_paths, must), "AP/PA": TEXT}
+    columns = {"Path": Column(_chexpert_paths, must), "AP/PA": VIEW}
     columns["Frontal/Lateral"] = one_of({"Frontal": True, "Lateral": False}, bool)
     paths, found, frontal, *findings = tables.read_table(table, columns | FINDING_COLUMNS)
     found = np.where(frontal, found, b"L")
@@ -161,7 +164,7 @@ def mimic_rows(name, folder, split, views):
 
     of_split = one_of({"train": split == "train", "validate": split == "test", "test": False}, bool)
     listed, mine = tables.read_table(split_table, {"dicom_id": TEXT, "split": of_split})
-    columns = {"dicom_id": TEXT, "subject_id": NUMBER, "study_id": NUMBER, "ViewPosition": TEXT}
+    columns = {"dicom_id": TEXT, "subject_id": NUMBER, "study_id": NUMBER, "ViewPosition": VIEW}
     dicoms, subjects, studies, found = tables.read_table(metadata, columns)
     tables.refuse_repeats(dicoms, metadata)
     mine = mine[tables.positions(dicoms, listed, split_table, source=metadata)]
@@ -207,7 +210,7 @@ def nih(name, root, split, views=None):
     both = " + ".join(map(str, lists.values()))
     tables.refuse_repeats(np.concatenate(list(listed.values())), both)
     columns = {"Image Index": TEXT, "Finding Labels": Column(_nih_labels, NIH_MUST)}
-    columns |= {"Patient ID": NUMBER} | ({"View Position": TEXT} if views is not None else {})
+    columns |= {"Patient ID": NUMBER} | ({"View Position": VIEW} if views is not None else {})
     names, labels, patients, *found = tables.read_table(table, columns)
     rows = np.sort(tables.positions(listed[split], names, table, source=lists[split]))
     options, dropped = {}, {}
@@ -238,15 +241,17 @@ def padchest(name, root, split, views=VIEWS["padchest"], split_by="patient"):
     """PadChest (Bustos et al. 2020, arXiv:1901.07441), a tenth of it held out.
 
     split_by: "patient" keeps each patient on one side; "image" is the study's split, which does
-    not. Images without labels and those known to be broken are left out, as in the study.
+    not. Images without labels (the real table has 103, whose Labels reads nan) and those known to
+    be broken are left out, as in the study.
     """
     folder = root / "PadChest"
     table = folder / "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv.gz"
     need(name, table)
     if split_by not in ("patient", "image"):
         raise ValueError(f"--split-by {split_by}: must be patient or image")
-    columns = {"ImageID": TEXT, "PatientID": TEXT, "Projection": TEXT}
-    columns |= {"Labels": Column(_padchest_labels, "be text"), "ImageDir": TEXT}
+    columns = {"ImageID": TEXT, "PatientID": TEXT, "Projection": VIEW}
+    columns["Labels"] = may_be_missing(Column(_padchest_labels, "be text"))
+    columns["ImageDir"] = may_be_missing(TEXT)
     names, patients, found, labels, folders = tables.read_table(
         table, columns, optional=("ImageDir",)
     )

@@ -122,11 +122,21 @@ def test_few_shot_refusals():
     labels = np.array([0, 0, 1, 1, 1])
     call = partial(few_shot_indices, labels, 3, 0, ("cat", "dog"))
     refuses(ValueError, call, "--shots 3", "cat", "only 2")
-    # A class without any image at the end is seen too, when the names are known.
-    refuses(ValueError, lambda: few_shot_indices(labels, 1, 0, ("a", "b", "c")), "c", "only 0")
     refuses(ValueError, lambda: few_shot_indices(labels, 0, 0), "--shots 0")
     wide = np.array([[1, np.nan], [1, 0], [1, 1]], np.float32)
     refuses(ValueError, lambda: few_shot_indices(wide, 2, 0, ("x", "y")), "y", "only 1")
+    refuses(ValueError, lambda: few_shot_indices(0 * wide, 2, 0), "no training image")
+
+
+def test_few_shot_leaves_out_a_class_without_any_image():
+    labels = np.array([3, 0, 3, 0, 0, 3, 1])  # none of class 2, nor of 4
+    chosen = few_shot_indices(labels, 1, 0, "abcde")
+    assert sorted(labels[chosen]) == [0, 1, 3]
+    refuses(ValueError, lambda: few_shot_indices(labels, 2, 0, "abcde"), "class b has only 1")
+    wide = np.zeros((9, 3), np.float32)  # none of the first
+    wide[:4, 1], wide[4:, 2], wide[8] = 1, 1, np.nan
+    for seed in range(9):
+        assert wide[few_shot_indices(wide, 2, seed)].sum(0).tolist() == [0, 2, 2]
 
 
 def test_few_shot_multilabel(rng):

@@ -15,18 +15,20 @@ import torch
 from conftest import run
 from grids import QUICK, call, pretrained, results
 from interruption import die, free_port, run_forked, start, wait
+from trees import Trees, save
 
 import data
 import fewshot
 import models
 import transfer
 from data import few_shot_indices
-from engine import distance, linear
+from engine import distance, evaluate, linear
 from engine.console import EXIT_STOPPED
 from engine.grid import PATIENCE
 from engine.metrics import compute_metrics
 from engine.processes import Stopped
 from readers import images, transforms
+from readers.xrays import PADCHEST_CLASSES
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +264,76 @@ def test_frozen_cells_stop_between_two(folder, checkpoint, monkeypatch):
     with pytest.raises(Stopped, match="SIGUSR1"):
         run_grid(folder, checkpoint, method="nearest-mean")
     assert len(found()) == 1
+
+
+# ------------------------------------------------------------------------------------------------
+# PadChest as a target
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def padchest_root(tmp_path_factory):
+    """Six images of each class, of Consolidation none alone: its name makes Infiltrations of them;
+    and as many without labels.
+    """
+    trees = Trees(tmp_path_factory.mktemp("padchest"))
+    texts = [f"['{cls.lower()}']" for cls in PADCHEST_CLASSES] + ["nan"]
+    rows = [
+        {"ImageID": f"{k}.png", "PatientID": f"{10**35 + k}", "Labels": text}
+        for k, text in enumerate(texts * 6)
+    ]
+    trees.write_padchest(rows)
+    for row in rows:
+        if row["Labels"] != "nan":
+            save(trees.padchest / row["ImageID"], trees.noise(10, 12, dtype=np.uint16))
+    return trees.root
+
+
+@pytest.fixture
+def normalizations(monkeypatch):
+    """A list of all that are used."""
+    used = []
+    for module in (transfer, evaluate):
+        original = module.to_input
+        monkeypatch.setattr(
+            module, "to_input", lambda *args, run=original: used.append(args[1]) or run(*args)
+        )
+    return used
+
+
+@pytest.mark.parametrize("method", ["finetune", "linear", "nearest-mean"])
+def test_padchest_has_one_label_an_image_and_no_consolidation(
+    folder, padchest_root, checkpoint, normalizations, capsys, method
+):
+    more = "--target", "padchest", "--data-dir", padchest_root, "--split-by", "image"
+    assert run_grid(folder, checkpoint, *more, method=method, shots=(1, 3), seeds=1) == 0
+    said = "padchest: no training image shows Consolidation; no shots of it are drawn"
+    assert capsys.readouterr().out.count(said) == 1
+    for record in found().values():
+        config, consolidation = record["config"], record["metrics"]["per_class"]["Consolidation"]
+        assert config["images"] == 26 * config["shots"]
+        assert config["train_images"] + config["test_images"] == 26 * 6
+        assert config["target_options"]["single_label"] is True
+        assert consolidation["positives"] == 0 and consolidation["auc"] is None
+        assert record["distance"]["images"] == config["train_images"]
+    assert len(found()) == 2 and set(normalizations) == {transforms.NORMALIZATION["medical"]}
+    normalizations.clear()
+    run_grid(folder, checkpoint, method=method, shots=(1,), seeds=1)
+    assert set(normalizations) == {transforms.NORMALIZATION["natural"]}  # as the source's
+
+
+def test_all_of_padchest_with_one_label_or_with_27(folder, padchest_root, checkpoint, capsys):
+    words = ("--checkpoint", checkpoint, "--target", "padchest", "--data-dir", padchest_root)
+    words += ("--split-by", "image", *QUICK, "--steps", 2, "--batch-size", 8)
+    for more, count in ((), 156), (["--no-single-label"], 162):
+        assert call(transfer, *words, *more, "--out", str(count)) == 0
+        (record,) = results(Path(str(count))).values()
+        config, per_class = record["config"], record["metrics"]["per_class"]
+        assert config["train_images"] + config["test_images"] == count and len(per_class) == 27
+        assert ("single_label" in config["target_options"]) == (not more)
+        total = sum(about["positives"] for about in per_class.values())
+        assert (total == config["test_images"]) == (not more)
+    assert "no training image" not in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------

@@ -132,13 +132,13 @@ class Started(Exception):
 @pytest.mark.parametrize(
     "source, batch_size, expected",
     (
-        # 60 natural images in 9 epochs of 90: half an epoch of warm-up, a tenth after 3, 6 and 8.
-        # A batch below that of one worker has no warm-up.
-        ("folder", 12, [46875e-7] * 15 + [46875e-8] * 15 + [46875e-9] * 10 + [46875e-10] * 5),
-        ("folder", 48, [0.0125] + [0.01875] * 3 + [1875e-6] * 4 + [1875e-7] * 2 + [1875e-8] * 2),
-        # 40 X-rays in 18 epochs of 90: three epochs of warm-up from a batch of 32.
-        ("nih", 40, [0.00125, 0.001354167, 0.001458333, *[15625e-7] * 3, *[15625e-8] * 6]),
-        ("nih", 80, [0.00125, 0.0025, 0.003125] + [3125e-7] * 3 + [3125e-8] * 2 + [3125e-9]),
+        # 60 natural images in 9 epochs of 90: half an epoch of warm-up, a tenth from the steps that
+        # end at 3, 6 and 8 epochs on. A batch below that of one worker has no warm-up.
+        ("folder", 12, [46875e-7] * 14 + [46875e-8] * 15 + [46875e-9] * 10 + [46875e-10] * 6),
+        ("folder", 48, [0.01875] * 3 + [1875e-6] * 4 + [1875e-7] * 2 + [1875e-8] * 3),
+        # 40 X-rays in 18 epochs of 90: three epochs of warm-up from a batch of 16.
+        ("nih", 40, [0.0009375, 0.00125, *[15625e-7] * 3, *[15625e-8] * 6, 15625e-9]),
+        ("nih", 80, [0.002291667, 0.003125] + [3125e-7] * 3 + [3125e-8] * 2 + [3125e-9] * 2),
     ),
 )
 def test_the_learning_rate_of_each_step(

@@ -32,9 +32,9 @@ def test_the_cosine_schedule():
         (None, "imagenet1k", "natural", "R50x1", (0.1, None, 5, 90, 32)),
         (None, "imagenet1k", "natural", "R152x4", (0.03, 0.01, 15, 90, 16)),
         (None, "imagenet21k", "natural", "R152x4", (0.01, 0.01, 2, 90, 16)),
-        (None, "nih", "medical", "R50x1", (0.01, 0.01, 15, 90, 32)),
+        (None, "nih", "medical", "R50x1", (0.01, 0.01, 15, 90, 16)),
         (None, "folder:x", "natural", "R50x1", (0.1, None, 5, 90, 32)),
-        ("paper", "synthetic-xray", "medical", "R14x0.5", (0.01, 0.01, 15, 90, 32)),
+        ("paper", "synthetic-xray", "medical", "R14x0.5", (0.01, 0.01, 15, 90, 16)),
         ("optimised", "imagenet1k", "natural", "R50x1", (0.03, 0.01, 15, 120, 32)),
         ("optimised", "imagenet1k", "natural", "R152x4", (0.03, 0.01, 15, 90, 16)),
     ],
@@ -46,7 +46,7 @@ def test_recipes_of_the_study(recipe, source, domain, model, expected):
     assert (found.weight_decay, found.image_size, found.batch_size) == (1e-4, 224, 256)
     optimised = recipe == "optimised"
     assert found.schedule == ("cosine" if optimised else "step")
-    assert found.rand_augment == optimised
+    assert found.augment == ("randaugment" if optimised else "crop")
     assert pretrain.choose_recipe(None, "synthetic-xray", "medical", model)[0] == "synthetic"
 
 
@@ -71,7 +71,7 @@ def test_pretraining_pipelines(rng):
     expected = transforms.random_affine_flip(square, generator(1))
     assert torch.equal(augment(square, generator(1)), expected)
     assert pretrain.choose_pipeline(xrays, 24, False).augment is transforms.keep
-    same = pretrain.choose_pipeline(xrays, 24, True, rand_augment=True)
+    same = pretrain.choose_pipeline(xrays, 24, True, augment="randaugment")
     assert same.augment is transforms.random_affine_flip
 
     prepare, augment, _ = pretrain.choose_pipeline(photos, 24, True)
@@ -80,7 +80,7 @@ def test_pretraining_pipelines(rng):
     prepare, augment, _ = pretrain.choose_pipeline(photos, 24, False)
     assert torch.equal(prepare(image), transforms.resize_center_crop(image, 24))
     assert augment is transforms.keep
-    prepare, augment, _ = pretrain.choose_pipeline(photos, 24, True, rand_augment=True)
+    prepare, augment, _ = pretrain.choose_pipeline(photos, 24, True, augment="randaugment")
     drawn = generator(5)
     expected = transforms.random_augment(image, drawn)  # before the crop
     expected = transforms.random_resized_crop_flip(expected, drawn, 24)
@@ -91,7 +91,7 @@ def test_pretraining_pipelines(rng):
         keep = transforms.keep
         assert pretrain.choose_pipeline(made, 24, False) == (keep, keep, None)
         shifted = (keep, transforms.random_shift_flip, None)
-        assert pretrain.choose_pipeline(made, 24, True, rand_augment=True) == shifted
+        assert pretrain.choose_pipeline(made, 24, True, augment="randaugment") == shifted
 
 
 # ------------------------------------------------------------------------------------------------
@@ -130,6 +130,39 @@ def test_hyperrule_learning_rate(examples, factors):
     rule = hyperrule(examples, 32)
     rates = {step: rule.learning_rate(step, 0.003) / 0.003 for step in factors}
     assert rates == pytest.approx(factors, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name, recipe, images, shots, balanced, expected",
+    [
+        ("pets", "paper", 3, 1, None, "replacement fp32"),  # of a set below a micro-batch of 4
+        ("pets", "paper", 4, 1, None, "shuffle fp32"),
+        ("cifar100", "paper", 63, 1, None, "replacement fp32"),  # 64
+        ("cifar10", "paper", 64, 5, None, "shuffle fp32"),
+        ("pets", "bit", 511, 10, None, "replacement bf16"),
+        ("pets", "bit", 512, 10, None, "shuffle bf16"),
+        ("synthetic-natural-target", "synthetic", 31, 10, None, "replacement bf16"),
+        ("flowers102", "paper", 6149, None, None, "balanced fp32"),
+        ("flowers102", "paper", 6149, None, False, "shuffle fp32"),
+        ("flowers102", "paper", 1020, 10, None, "shuffle fp32"),
+        ("pets", "paper", 3680, None, True, "balanced fp32"),
+    ],
+)
+def test_order_and_precision_of_finetuning(name, recipe, images, shots, balanced, expected):
+    """As the study's code: sets below its micro-batch with replacement, and no autocast."""
+    train_set = SimpleNamespace(size=None)
+    target = SimpleNamespace(name=name, recipe=recipe, image_size=(200, 200), xray_pipeline=False)
+    target.train_set = train_set
+    given = dict.fromkeys(("batch_size", "lr", "image_size", "steps", "compile"))
+    args = SimpleNamespace(**given, balanced=balanced, method="finetune", out="")
+    network = SimpleNamespace(model="R14x0.5", steps=None)
+    for args.precision, found in (("auto", expected), ("bf16", expected.split()[0] + " bf16")):
+        env = SimpleNamespace(precision="bf16", ranks=1, device=torch.device("cpu"))
+        cell = transfer.make_cell(network, target, shots, 0, np.arange(images), args, env)
+        assert f"{cell.settings['sampling']} {cell.settings['precision']}" == found
+    args.precision, env.device = "auto", torch.device("cuda")
+    cell = transfer.make_cell(network, target, shots, 0, np.arange(images), args, env)
+    assert cell.settings["precision"] == ("tf32" if recipe == "paper" else "bf16")
 
 
 def choose_rule(target, images, image_size=None, steps=None):

@@ -35,7 +35,7 @@ def test_few_shot_grid(networks, folder, nih_root, tmp_path):
     assert record["target_domain"] == "medical" and record["method"] == "finetune"
     assert record["train"]["steps"] == 4 and 7 <= record["train"]["images"] <= 14
     (record,) = results(tmp_path, "folder*/nih*/2shot-seed0.json").values()
-    assert record["train"]["images"] == 6 and record["config"]["sampling"] == "replacement"
+    assert record["train"]["images"] == 6 and record["config"]["sampling"] == "shuffle"
 
 
 @pytest.mark.parametrize("ranks", (1, 2))

@@ -115,6 +115,22 @@ def test_a_bad_record_of_published_numbers_refuses_the_file(call, tmp_path, chan
     assert fault in err
 
 
+@pytest.mark.parametrize(
+    ("target", "single_label", "shown"),
+    [
+        ("padchest", True, "padchest"),
+        ("padchest@256", False, "padchest@256 (all labels)"),
+        ("nih", False, "nih"),
+        ("nih@224", True, "nih@224 (single-label)"),
+    ],
+)
+def test_two_tasks_of_a_dataset_are_two_targets(tmp_path, target, single_label, shown):
+    options = {"single_label": True} if single_label else {"views": ["PA"]}
+    about = {"target": target, "target_domain": "medical", "config": {"target_options": options}}
+    path = write(tmp_path, "a.json", {"mean_auc": 0.7}, **about)
+    assert results.read_result(path).target.name == shown
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", '{"about": 1}', None])
 def test_a_file_without_published_numbers_is_refused(call, tmp_path, text):
     if text:

@@ -36,9 +36,10 @@ TARGET = SimpleNamespace(name="pets", train_set=Images(60), test_set=Images(21),
 
 def make_cell(seed=0, steps=2, shots=1, images=3, out="results", name="nih-R14x0.5"):
     """Of a fine-tuning; steps None: of frozen features."""
-    settings, method = {"crop": 32}, "linear"
+    settings, method = {"crop": 32, "precision": "fp32"}, "linear"
     if steps:
-        settings, method = {"crop": 32, "steps": steps, "batch_size": 8}, "finetune"
+        settings |= {"steps": steps, "batch_size": 8}
+        method = "finetune"
     about = shots, seed, method, np.arange(images), settings, FLOPS, out, "pets"
     return Cell(Network(name, "nih", "R14x0.5"), TARGET, *about)
 

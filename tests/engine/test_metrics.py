@@ -39,6 +39,8 @@ def check_classes(found, names, columns):
             "auc": peer.roc_auc_score(truth, scores),
             "ap": peer.average_precision_score(truth, scores),
             "f1": peer.f1_score(truth, predicted),
+            "precision": peer.precision_score(truth, predicted),
+            "recall": peer.recall_score(truth, predicted),
             "positives": truth.sum(),
             "negatives": (~truth).sum(),
         }
@@ -79,8 +81,8 @@ def test_multilabel_metrics_leave_out_what_is_not_annotated():
     assert found["loss"] == pytest.approx(losses[valid].mean(), rel=1e-5)
     columns = [(labels[v, c] == 1, logits[v, c], logits[v, c] > 0) for c, v in enumerate(valid.T)]
     check_classes(found, "ab", columns[:2])
-    nothing = {"auc": None, "ap": None, "f1": None, "positives": 0, "negatives": 0}
-    assert found["per_class"]["d"] == nothing
+    undefined = dict.fromkeys(("auc", "ap", "f1", "precision", "recall"))
+    assert found["per_class"]["d"] == undefined | {"positives": 0, "negatives": 0}
     assert found["per_class"]["c"]["auc"] is None and found["top5"] is None
 
 

@@ -10,10 +10,20 @@ import numpy as np
 import pandas
 import pytest
 from conftest import refuses
+from pandas._libs.parsers import STR_NA_VALUES
 from trees import lines, read, write
 
 from readers import tables
-from readers.tables import NUMBER, TEXT, one_of, positions, read_list, read_table, refuse_repeats
+from readers.tables import (
+    NUMBER,
+    TEXT,
+    may_be_missing,
+    one_of,
+    positions,
+    read_list,
+    read_table,
+    refuse_repeats,
+)
 
 MARK = one_of({"": np.nan, "0": 0, "1.0": 1}, np.float32)
 COLUMNS = {"name": TEXT, "number": NUMBER, "mark": MARK}
@@ -107,6 +117,28 @@ def test_equals_pandas(tmp_path, rng):
         text, number = read_table(path, {"text": TEXT, "number": NUMBER})
         assert [value.decode() for value in text] == reference["text"].tolist()
         np.testing.assert_array_equal(number, reference["number"])
+
+
+def test_what_is_missing_is_what_pandas_takes_as_missing(tmp_path):
+    texts = [
+        "",
+        *STR_NA_VALUES,
+        "Nan",
+        "NONE",
+        "none",
+        " nan",
+        "NA ",
+        "na",
+        "-",
+        "?",
+        "['nan']",
+        "0",
+    ]
+    write(tmp_path / "x.csv", lines("text,n", [f'"{text}",1' for text in texts]))
+    reference = pandas.read_csv(tmp_path / "x.csv")["text"].fillna("")
+    (text,) = read_table(tmp_path / "x.csv", {"text": may_be_missing(TEXT)})
+    assert [value.decode() for value in text] == reference.tolist()
+    assert (text == b"").sum() == len(STR_NA_VALUES) + 1
 
 
 # What is not

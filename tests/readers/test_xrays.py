@@ -3,6 +3,7 @@
 What the study drew is computed with numpy's RandomState, which it used.
 """
 
+import collections
 import csv
 import hashlib
 import random
@@ -10,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from conftest import refuses
@@ -478,7 +480,7 @@ class PadChest(Trees):
             labels, classes = LABELS[k % len(LABELS)]
             projection = ["PA", "L", "AP_horizontal", "AP", "COSTAL", "AP Supine"][k % 6]
             # The last image of patients 2, 5, 8 and 11, who have others.
-            changes = {2: ("UNK", labels), 5: ("EXCLUDE", ""), 8: ("UNK", labels), 11: ("PA", "")}
+            changes = {2: ("UNK", labels), 5: ("NA", ""), 8: ("UNK", labels), 11: ("PA", "nan")}
             if i == 2 and number in changes:
                 dropped.append(padchest_row(name, number, *changes[number]))
                 continue
@@ -590,6 +592,41 @@ def test_padchest_splits_are_the_studys_shuffles(padchest):
         assert names(dataset) == column(part)  # in the shuffled order
 
 
+def test_padchest_at_its_real_size(tmp_path):
+    """The counts of the real table, and its images, as pandas finds them by the study's rule."""
+    rng, trees, count = random.Random(0), Trees(tmp_path), 160_861
+    texts = rng.choices([*TEXTS], k=count)
+    projections = rng.choices(["PA", "L", "AP_horizontal", "AP", "COSTAL", "AP Supine"], k=count)
+    rows = [
+        padchest_row(f"{k}.png", 0, *about) | {"PatientID": f"{10**35 + k % 67_000}"}
+        for k, about in enumerate(zip(projections, texts))
+    ]
+    special = rng.sample(rows, 19 + 103 + 30)
+    for row in special[:19]:
+        row["Projection"] = "UNK"
+    for row in special[19:122]:
+        row["Labels"] = "nan"
+    for row, name in zip(special[122:], BROKEN, strict=True):
+        row["ImageID"] = name
+    trees.write_padchest(rows)
+
+    frame = pandas.read_csv(trees.tables["padchest"], dtype={"PatientID": str})
+    frame["Projection"] = frame["Projection"].replace("AP_horizontal", "AP Supine")
+    frame = frame[frame["Projection"].isin(STUDY_VIEWS)].dropna(subset="Labels")
+    frame = frame[~frame["ImageID"].isin(BROKEN)].iloc[study_order(160_709)]
+    for split, part in (("train", frame[:144_638]), ("test", frame[144_638:])):
+        dataset = trees.load("padchest", split, split_by="image", verify=False)
+        assert names(dataset) == part["ImageID"].tolist()
+        assert groups(dataset) == part["PatientID"].tolist()
+        assert list(dataset.dropped.values()) == [19, 103, 30]
+        classes = part["Labels"].map(TEXTS)
+        assert dataset.labels.sum(1).tolist() == classes.map(len).tolist()
+        single = data.keep_single_label(dataset)
+        expected = collections.Counter(cls for own in classes if len(own) == 1 for cls in own)
+        assert collections.Counter(single.classes[label] for label in single.labels) == expected
+        assert "Consolidation" not in expected and len(expected) == 26
+
+
 def test_padchest_broken_names():
     """Those of the study's list, by its digest."""
     digest = hashlib.sha256("\n".join(sorted(BROKEN)).encode()).hexdigest()
@@ -608,7 +645,9 @@ def test_padchest_broken_names():
 def test_padchest_views(padchest, views, projections):
     kept = [row for row in padchest.rows if row["Projection"] in projections]
     other = len(padchest.rows) - len(kept)
-    kept = [row for row in kept if row["Labels"] and row["ImageID"] not in BROKEN]
+    kept = [
+        row for row in kept if row["Labels"] not in ("", "nan") and row["ImageID"] not in BROKEN
+    ]
     assert 6 < len(kept) < 20
     # The positions that are shuffled are those of the rows that are left.
     parts = padchest.study_split(kept)
