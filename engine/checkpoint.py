@@ -67,7 +67,7 @@ def read_tensors(path, load=load_plain):
             f"{path}: refused, it is not plain weights: it holds code or is no checkpoint "
             "(only tensors, numbers and strings are read, torch.load(weights_only=True))"
         ) from error
-    except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, OSError) as error:
+    except (zipfile.BadZipFile, EOFError, RuntimeError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"{path}: damaged or not a weight file ({str(error)[:100]})") from error
 
 

@@ -239,6 +239,13 @@ def test_numpy_numbers_and_a_head_of_10000_classes_as_published(tmp_path):
     save(tmp_path / "model.pth.tar", small().state_dict())
     content = models.read_weights(tmp_path / "model.pth.tar")
     assert (content["epoch"], content["auc"], content["optimizer"]["lr"]) == (3, 0.5, 0.1)
+    path = tmp_path / "numpy1.pt"
+    torch.save({"auc": np.float32(0.5)}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes().replace(b"numpy._core", b"numpy.core"))
+    assert models.read_weights(path) == {"auc": 0.5}
+    path.write_bytes(path.read_bytes().replace(b"f4", b"zz"))  # no type of NumPy's
+    with pytest.raises(ValueError, match=r"numpy1\.pt: damaged"):
+        models.read_weights(path)
     with torch.device("meta"):
         content["model"] = create_model("R152x4", 10_000).state_dict()
         state = models.matching_state(create_model("R152x4", 14), "model.pth.tar", content)
