@@ -7,8 +7,6 @@ from Qiao et al. 2019, arXiv:1903.10520; group normalisation from Wu & He 2018, 
 import difflib
 import functools
 import re
-import zipfile
-from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.checkpoint import read_tensors
+from engine.checkpoint import load_plain, read_tensors
 
 
 class Size(NamedTuple):
@@ -47,17 +45,16 @@ MODELS = {
 
 
 # ------------------------------------------------------------------------------------------------
-# Layers
+# Network
 # ------------------------------------------------------------------------------------------------
 
 
 def standardize(weight):
     """Weight standardisation: each output filter minus its mean, over sqrt(variance + 1e-10).
 
-    weight: (O,I,kh,kw). A layer norm over each filter is the same arithmetic with the biased
-    variance, as one fused kernel forward and one (closed-form) backward; on CPUs it takes half the
-    time of a batch norm. The filter is read in the order it is stored in, so that no reshape
-    copies, and keeps its strides: a 1x1 kernel too tells convolutions which layout is meant.
+    weight: (O,I,kh,kw). A layer norm of each filter is this, of the biased variance, in one fused
+    kernel; on CPUs in half the time of a batch norm. Filters are read as they are stored, without a
+    copy, and keep their strides: a 1x1 kernel too tells convolutions which layout is meant.
     """
     channels_last = weight.stride(3) != 1
     stored = weight.permute(0, 2, 3, 1) if channels_last else weight
@@ -87,9 +84,7 @@ class StdConv2d(nn.Conv2d):
 
 
 class GroupNorm(nn.GroupNorm):
-    """In the dtype of its input, where autocast on CUDA would compute and keep all in fp32. The
-    statistics are fp32 within the kernel.
-    """
+    """In the dtype of its input, not in autocast's fp32 on CUDA; the statistics are in fp32."""
 
     def forward(self, x):
         if x.device.type != "cuda":
@@ -100,9 +95,8 @@ class GroupNorm(nn.GroupNorm):
 
 
 class PreActBottleneck(nn.Module):
-    """GN-ReLU-1x1, GN-ReLU-3x3 (carries the stride), GN-ReLU-1x1, plus the shortcut.
-
-    The projection shortcut, where the shape changes, reads the first pre-activation.
+    """GN-ReLU-1x1, GN-ReLU-3x3 (carries the stride), GN-ReLU-1x1, plus the input or, where the
+    shape changes, a projection of the first pre-activation.
     """
 
     def __init__(self, cin, cout, cmid, stride):
@@ -125,11 +119,6 @@ class PreActBottleneck(nn.Module):
         return out + shortcut
 
 
-# ------------------------------------------------------------------------------------------------
-# Network
-# ------------------------------------------------------------------------------------------------
-
-
 class ResNetV2(nn.Module):
     """BiT's pre-activation ResNet. The state dict has the names of BiT's PyTorch code."""
 
@@ -137,36 +126,26 @@ class ResNetV2(nn.Module):
         super().__init__()
         self.checkpoint_activations = checkpoint_activations
         channels = int(64 * width)
-        self.root = nn.Sequential(
-            OrderedDict(
-                conv=StdConv2d(3, channels, 7, stride=2, padding=3, bias=False),
-                pad=nn.ConstantPad2d(1, 0),  # zeros, not max_pool's -inf: BiT's weights expect them
-                pool=nn.MaxPool2d(3, stride=2),
-            )
-        )
-        stages = OrderedDict()
+        self.root = nn.Sequential()
+        self.root.conv = StdConv2d(3, channels, 7, stride=2, padding=3, bias=False)
+        self.root.pad = nn.ConstantPad2d(1, 0)  # not max_pool's -inf: BiT's weights expect zeros
+        self.root.pool = nn.MaxPool2d(3, stride=2)
+        self.body = nn.Sequential()
         cin = channels
         for stage, count in enumerate(blocks):
             cmid = channels * 2**stage
-            units = OrderedDict()
+            units = nn.Sequential()
             for unit in range(count):
                 stride = 2 if stage > 0 and unit == 0 else 1
-                units[f"unit{unit + 1:02d}"] = PreActBottleneck(cin, 4 * cmid, cmid, stride)
+                block = PreActBottleneck(cin, 4 * cmid, cmid, stride)
+                units.add_module(f"unit{unit + 1:02d}", block)
                 cin = 4 * cmid
-            stages[f"block{stage + 1}"] = nn.Sequential(units)
-        self.body = nn.Sequential(stages)
-        self.head = nn.Sequential(
-            OrderedDict(
-                gn=GroupNorm(32, cin),
-                relu=nn.ReLU(inplace=True),
-                avg=nn.AdaptiveAvgPool2d(1),
-                conv=nn.Conv2d(cin, num_classes, 1),
-            )
-        )
-
-    @property
-    def num_classes(self):
-        return self.head.conv.out_channels
+            self.body.add_module(f"block{stage + 1}", units)
+        self.head = nn.Sequential()
+        self.head.gn = GroupNorm(32, cin)
+        self.head.relu = nn.ReLU(inplace=True)
+        self.head.avg = nn.AdaptiveAvgPool2d(1)
+        self.head.conv = nn.Conv2d(cin, num_classes, 1)
 
     def parameter_groups(self):
         """For SGD_AGC: all but the classifier's weight, and that weight, which is not clipped."""
@@ -205,9 +184,8 @@ class ResNetV2(nn.Module):
 def create_model(name, num_classes, checkpoint_activations=False, device=None):
     """A freshly initialised network, on the CPU, or brought to a device as `place` does.
 
-    name: a key of MODELS. num_classes: outputs of the head. checkpoint_activations: recompute each
-    block's activations in the backward pass, which trades about a third more arithmetic for memory.
-    Raises ValueError for an unknown name.
+    name: a key of MODELS, else ValueError. checkpoint_activations: recompute those of each block in
+    the backward pass, about a third more arithmetic for less memory.
     """
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0)[0]
@@ -240,75 +218,55 @@ def place(model, device):
 # Weights
 # ------------------------------------------------------------------------------------------------
 
-# BiT's TensorFlow names -> ours, applied in this order to "resnet/...".
-BIT_NAMES = (
-    ("root_block/standardized_conv2d/kernel", "root.conv.weight"),
-    ("head/conv2d/kernel", "head.conv.weight"),
-    ("head/conv2d/bias", "head.conv.bias"),
-    ("a/proj/standardized_conv2d/kernel", "downsample.weight"),
-    ("a/standardized_conv2d/kernel", "conv1.weight"),
-    ("b/standardized_conv2d/kernel", "conv2.weight"),
-    ("c/standardized_conv2d/kernel", "conv3.weight"),
-    ("a/group_norm/", "gn1."),
-    ("b/group_norm/", "gn2."),
-    ("c/group_norm/", "gn3."),
-    ("group_norm/", "head.gn."),
-    ("gamma", "weight"),
-    ("beta", "bias"),
-    ("/", "."),
+# Names of others' files -> ours: regular expressions, replaced in this order.
+NAMES = (
+    (r"\b(_orig_mod|module)\.", ""),  # of torch.compile and DistributedDataParallel
+    # timm's
+    (r"^stem\.", "root."),
+    (r"^stages\.(\d+)", lambda found: f"body.block{int(found[1]) + 1}"),
+    (r"\.blocks\.(\d+)", lambda found: f".unit{int(found[1]) + 1:02d}"),
+    (r"\.norm(\d)", r".gn\1"),
+    (r"\.downsample\.conv", ".downsample"),
+    (r"^norm", "head.gn"),
+    (r"^head\.fc", "head.conv"),
+    # BiT's, of TensorFlow
+    (r"^resnet/block", "body/block"),
+    (r"^resnet/root_block/standardized_conv2d", "root/conv"),
+    (r"^resnet/group_norm", "head/gn"),
+    (r"^resnet/head/conv2d", "head/conv"),
+    (r"/a/proj/standardized_conv2d", "/downsample"),
+    (r"/([abc])/standardized_conv2d", lambda found: f"/conv{'abc'.index(found[1]) + 1}"),
+    (r"/([abc])/group_norm", lambda found: f"/gn{'abc'.index(found[1]) + 1}"),
+    (r"/(kernel|gamma)$", "/weight"),
+    (r"/beta$", "/bias"),
+    (r"/", "."),
 )
-# timm's names of its resnetv2_*_bit -> ours; their stages and blocks count from 0.
-TIMM_NAMES = {"stem.conv.": "root.conv.", "norm.": "head.gn.", "head.fc.": "head.conv."}
 
 
 def _read_npz(path):
-    """BiT's .npz as our state dict: kernels HWIO -> OIHW, vectors flat."""
-    state = {}
+    """BiT's .npz, kernels HWIO -> OIHW and vectors flat, without the optimiser's state of some."""
     with np.load(path, allow_pickle=False) as arrays:
-        for key in arrays.files:
-            if not key.startswith("resnet/"):
-                continue  # the optimiser's state and step counter of some releases
-            name = key.removeprefix("resnet/")
-            for theirs, ours in BIT_NAMES:
-                name = name.replace(theirs, ours)
-            name = name if name.startswith(("root.", "head.")) else f"body.{name}"
-            array = torch.from_numpy(arrays[key])
-            is_kernel = key.endswith("/kernel")
-            state[name] = array.permute(3, 2, 0, 1) if is_kernel else array.flatten()
-    return state
-
-
-def our_name(key):
-    """Of a parameter: without what DDP and torch.compile prefix, anywhere, and out of timm's."""
-    key = re.sub(r"\b(module|_orig_mod)\.", "", key)
-    if block := re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", key):
-        stage, unit = (int(number) + 1 for number in block.groups())
-        rest = key[block.end() :].replace("norm", "gn").replace("downsample.conv", "downsample")
-        return f"body.block{stage}.unit{unit:02d}.{rest}"
-    for theirs, ours in TIMM_NAMES.items():
-        key = ours + key.removeprefix(theirs) if key.startswith(theirs) else key
-    return key
+        keys = [key for key in arrays.files if key.startswith("resnet/")]
+        state = {key: torch.from_numpy(arrays[key]) for key in keys}
+    for key, array in state.items():
+        state[key] = array.permute(3, 2, 0, 1) if key.endswith("/kernel") else array.flatten()
+    return {"model": state}
 
 
 def read_weights(path):
     """Reads a weight file without running anything in it; returns the whole dict that it holds.
 
-    Raises FileNotFoundError, or ValueError when the file is damaged or holds code.
+    Raises FileNotFoundError, or ValueError when it is damaged, holds code or is of safetensors.
     """
-    if Path(path).suffix != ".npz" or not Path(path).is_file():
-        return read_tensors(path)
-    try:
-        return {"model": _read_npz(path)}
-    except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, OSError) as error:
-        raise ValueError(f"{path}: damaged or not a weight file ({str(error)[:100]})") from error
+    if Path(path).suffix == ".safetensors":
+        mend = f"torch.save(timm.models.load_state_dict({str(path)!r}), 'weights.pth')"
+        raise ValueError(f"{path}: safetensors are not read; save it as a .pth: {mend}")
+    return read_tensors(path, _read_npz if Path(path).suffix == ".npz" else load_plain)
 
 
 def load_weights(model, path, content=None, head=True):
-    """Fills the model in place from one of four formats, told apart by the file itself:
-
-    - our checkpoints, and the published model.pth.tar: a dict with the state dict under "model"
-    - BiT's .npz
-    - the state dict of timm's resnetv2_*_bit
+    """Fills the model in place from our checkpoints and the published model.pth.tar (a dict with
+    the state dict under "model"), a state dict alone, also timm's of resnetv2_*_bit, or BiT's .npz.
 
     content: what read_weights has read of it already. A head for another number of classes, and
     any with head=False, is left as it is (fresh). Raises ValueError naming the first keys when
@@ -323,10 +281,11 @@ def matching_state(model, path, content=None, head=True):
     state = state.get("model", state) if isinstance(state, dict) else None
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
         raise ValueError(f"{path}: holds no state dict under 'model'")
+    for theirs, ours in NAMES:
+        state = {re.sub(theirs, ours, str(key)): value for key, value in state.items()}
     own = model.state_dict()
-    state = {our_name(str(key)): value for key, value in state.items()}
     heads = ("head.conv.weight", "head.conv.bias")
-    if all(key in state and (not head or len(state[key]) != model.num_classes) for key in heads):
+    if all(key in state and (not head or len(state[key]) != len(own[key])) for key in heads):
         state |= {key: own[key] for key in heads}
     differences = [f"{key} is missing" for key in own if key not in state]
     differences += [f"{key} is unexpected" for key in state if key not in own]
@@ -334,9 +293,8 @@ def matching_state(model, path, content=None, head=True):
         if state[key].shape != own[key].shape:
             differences.append(f"{key} is {tuple(state[key].shape)} for {tuple(own[key].shape)}")
     if differences:
-        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise ValueError(
-            f"{path}: weights of another network: {'; '.join(differences[:3])}{more}; "
-            "give the --model that these weights were trained as"
+            f"{path}: weights of another network ({len(differences)} differences: "
+            f"{'; '.join(differences[:3])}); give the --model that they were trained as"
         )
     return state

@@ -31,30 +31,43 @@ def save_tensors(path, state):
     write_atomically(path, write)
 
 
-# What numbers of numpy are made of in a pickle, under the names of numpy 1 and 2.
+# A NumPy number in a file is a call of this function, which either major version names otherwise,
+# with one of these types; none holds an object, nor runs anything.
 _SCALAR = np.float64(0).__reduce__()[0]
-NUMPY_NUMBERS = [(_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-NUMPY_NUMBERS += [np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"}]
+NUMPY_NUMBERS = [
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *(np.dtype, *(type(np.dtype(letter)) for letter in "?bBhHiIlLqQefd")),
+]
 
 
-def read_tensors(path):
-    """torch.load on the CPU, of tensors, numbers and strings alone: nothing in the file is run.
+def load_plain(path):
+    """torch.load on the CPU, of tensors, numbers (also NumPy's) and strings alone."""
+    with torch.serialization.safe_globals(NUMPY_NUMBERS):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read_tensors(path, load=load_plain):
+    """What a file of weights holds, as `load` reads it: nothing in the file is run.
 
     Raises FileNotFoundError, or ValueError when the file is damaged or holds code.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no weights at {path}")
     try:
-        with torch.serialization.safe_globals(NUMPY_NUMBERS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return load(path)
     except pickle.UnpicklingError as error:
-        mend = "only tensors, numbers and strings are read, torch.load(weights_only=True)"
-        if "omegaconf" in str(error):  # as the study's code saves what it fine-tunes
-            mend = 'where omegaconf is installed, load it and torch.save({"model": its "model"})'
+        if "omegaconf" in str(error):  # as the study's code for fine-tuning saves them
+            raise ValueError(
+                f"{path}: refused, it holds OmegaConf objects beside the weights; if you trust it, "
+                "save the weights alone where omegaconf is installed: "
+                f"torch.save({{'model': torch.load({str(path)!r}, weights_only=False)['model']}}, "
+                "'weights.pth')"
+            ) from error
         raise ValueError(
-            f"{path}: refused, it is not plain weights: it holds code or is no checkpoint ({mend})"
+            f"{path}: refused, it is not plain weights: it holds code or is no checkpoint "
+            "(only tensors, numbers and strings are read, torch.load(weights_only=True))"
         ) from error
-    except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, OSError) as error:
+    except (zipfile.BadZipFile, EOFError, RuntimeError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"{path}: damaged or not a weight file ({str(error)[:100]})") from error
 
 
