@@ -17,7 +17,7 @@ import torch
 import data
 import models
 from engine import console, distance, memory, options
-from engine.checkpoint import Run, read_result, save_tensors
+from engine.checkpoint import Run, finished_run, save_tensors
 from engine.evaluate import evaluate, predict, to_input
 from engine.log import Log
 from engine.metrics import loss_sum
@@ -217,16 +217,15 @@ def main():
         raise ValueError(f"--balanced: {args.source} is multi-label; it has no one class an image")
     config = make_config(args, env, train_set)
     folder = Path(args.out) / f"{data.dataset_slug(train_set.name)}-{args.model}"
-    record = read_result(folder / "result.json", "pretrain", config)
-    if record:
-        console.say(env, f"{folder}: finished already; remove that folder to train anew")
-        if env.main:
-            report(record)
-        return
-    record = pretrain(train_set, test_set, config, folder, args, env)
+    with console.locked(folder, env.main):
+        record = finished_run(folder, config)
+        if record:
+            console.say(env, f"{folder}: finished already; remove that folder to train anew")
+        else:
+            record = pretrain(train_set, test_set, config, folder, args, env)
+            console.say(env, f"wrote {folder}/model.pt")
     if env.main:
         report(record)
-        print(f"wrote {folder}/model.pt")
 
 
 def pretrain(train_set, test_set, config, folder, args, env):
