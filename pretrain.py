@@ -22,6 +22,7 @@ from engine.evaluate import evaluate, predict, to_input
 from engine.log import Log, print_result
 from engine.metrics import loss_sum
 from engine.optimizer import SGD_AGC, set_learning_rate
+from engine.outputs import save_network
 from engine.processes import StopSignal, environment, parallel, parts, run_script, setup
 from readers import transforms
 from readers.cache import preload
@@ -331,18 +332,15 @@ def pretrain(train_set, test_set, config, folder, args, env):
         "layout": {key: getattr(args, key) for key in LAYOUT} | {"accumulate": accumulate},
         "environment": environment(env),
     }
-    mean, std = normalization
-    facts = {"name": args.model, "classes": train_set.classes, "task": train_set.task}
-    facts |= {"source": train_set.name, "domain": train_set.domain, "mean": mean, "std": std}
-    facts |= {"images": len(train_set), "image_size": size}
     kept = {folder / "model.pt": {"model": model.state_dict()}}
     if config["keep_best"]:
         kept[best_path] = read_tensors(best_path)
-    for path, state in kept.items():
-        model.load_state_dict(state["model"])
-        sample = sample_features(model, train_set, size, normalization, args.workers, env)
+    for path, more in kept.items():
+        model.load_state_dict(more["model"])
+        more["sample"] = sample_features(model, train_set, size, normalization, args.workers, env)
         if env.main:
-            save_tensors(path, {**state, **facts, "sample": sample})
+            about = more.pop("model"), args.model, train_set, normalization, size
+            save_network(path, *about, **more)
     if env.main:
         console.write_json(folder / "result.json", record)
     return record
