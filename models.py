@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.checkpoint import load_plain, read_tensors
+from engine.checkpoint import load_plain, read_tensors, refuse_nonsense
 
 
 class Size(NamedTuple):
@@ -284,6 +284,7 @@ def matching_state(model, path, content=None, head=True):
     for theirs, ours in NAMES:
         state = {re.sub(theirs, ours, str(key)): value for key, value in state.items()}
     own = model.state_dict()
+    refuse_nonsense(path, {key: state[key] for key in own if key in state})
     heads = ("head.conv.weight", "head.conv.bias")
     if all(key in state and (not head or len(state[key]) != len(own[key])) for key in heads):
         state |= {key: own[key] for key in heads}

@@ -24,7 +24,7 @@ import models
 from engine import console, distance, memory, options
 from engine.checkpoint import Run, file_digest
 from engine.evaluate import evaluate, predict, to_input
-from engine.grid import Cell, Grid, Network, open_networks, unfinished, write_result
+from engine.grid import Cell, Grid, Network, is_own, open_networks, unfinished, write_result
 from engine.log import Log
 from engine.metrics import loss_sum
 from engine.optimizer import SGD_AGC, set_learning_rate
@@ -159,7 +159,7 @@ def open_network(path, args):
     if path.is_dir() and not file.exists():
         raise FileNotFoundError(f"{path}: holds no model.pt; pretrain.py has not finished there")
     content, sample = read_weights(str(file)), None
-    if isinstance(content, dict) and "name" in content:
+    if is_own(file, content):
         model = content["name"]
         if args.model and args.model != model:
             raise ValueError(f"{file} is of {model}, not of --model {args.model}")
@@ -255,6 +255,7 @@ def make_cell(network, target, shots, seed, indices, args, env):
         sampling = "replacement" if len(indices) < (micro_batch or batch_size) else "shuffle"
         if args.balanced or (args.balanced is None and dataset in BALANCED and shots is None):
             sampling = "balanced"
+        settings["precision"] = env.training_precision(args.precision, rule.crop)
         if args.precision == "auto" and not recipe.autocast:
             settings["precision"] = "tf32" if env.device.type == "cuda" else "fp32"
         settings |= {"recipe": target.recipe, "batch_size": batch_size, "lr": args.lr or recipe.lr}
@@ -330,7 +331,7 @@ def train(cell, signals, args, env, title, accumulate):
     normalization = network.normalization or transforms.NORMALIZATION[train_set.domain]
     groups = model.parameter_groups()
     optimizer = SGD_AGC(groups, config["lr"], nesterov=recipe.nesterov, clipping=recipe.clipping)
-    run = Run(cell.checkpoint, model, optimizer, config, env, args.save_minutes)
+    run = Run(cell.checkpoint, model, optimizer, config, env, args.save_minutes, rule.steps)
     order = config["batch_size"], cell.seed, config["sampling"], env.rank, env.ranks
     batches = data.Batches(train_set, pipeline, *order, pairs=rule.mixup > 0)
     stream = loader(batches, run.step, rule.steps, args.workers, env.device)

@@ -5,6 +5,7 @@ import contextlib
 import datetime
 import functools
 import heapq
+import math
 import os
 import sys
 import time
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from engine import console
 from engine.checkpoint import load_checkpoint, read_result
+from engine.distance import DIMENSIONS
 from engine.memory import flops_per_second
 from engine.metrics import Diverged
 from engine.processes import Stopped, environment
@@ -53,7 +55,7 @@ def open_networks(args, open_network):
     """
     frozen, checkpoints = args.method != "finetune", args.checkpoint
     if not checkpoints:
-        checkpoints = sorted(str(path.parent) for path in Path("runs").glob("*/model.pt"))
+        checkpoints = sorted(str(path.parent) for path in Path("runs").glob("[!.]*/model.pt"))
         if not checkpoints:
             raise FileNotFoundError(
                 "no pre-trained network in runs/; run pretrain.py first, or give --checkpoint"
@@ -72,6 +74,36 @@ def open_networks(args, open_network):
                 source, steps = f"scratch-{args.scratch_steps}steps", args.scratch_steps
                 networks.append(Network(f"{source}-{model}", source, model, steps=steps))
     return networks
+
+
+def _three(values):
+    return len(values) == 3 and all(map(math.isfinite, values))
+
+
+# What pretrain.py says in model.pt beside the weights, and what that must be.
+OWN = {
+    "name": lambda name: isinstance(name, str),
+    "source": lambda source: source and source.isprintable(),
+    "domain": lambda domain: domain in console.MAIN_METRIC,
+    "images": lambda images: type(images) is int and images > 0,
+    "mean": _three,
+    "std": lambda std: _three(std) and min(std) > 0,
+    "sample": lambda x: x is None or x.shape[1:] == (DIMENSIONS,) and x.isfinite().all(),
+}
+
+
+def is_own(path, content):
+    """Whether pretrain.py wrote this content of a weight file. Raises ValueError naming what such a
+    file says that cannot be.
+    """
+    if not (isinstance(content, dict) and content.keys() >= OWN.keys() - {"sample"}):
+        return False
+    for key, good in OWN.items():
+        with contextlib.suppress(AttributeError, TypeError):
+            if good(content.get(key)):
+                continue
+        raise ValueError(f"{path}: its {key} is {content[key]!r:.60}; pre-train anew")
+    return True
 
 
 class Cell(NamedTuple):
@@ -133,7 +165,7 @@ class Cell(NamedTuple):
         return self.path.with_suffix(".checkpoint.pt") if kept else None
 
     def __str__(self):
-        shots = f"{self.shots} shots" if self.shots else "all images"
+        shots = console.counted(self.shots, "shot") if self.shots else "all images"
         return f"{self.target.name} from {self.network.name}, {shots}, seed {self.seed}"
 
 
@@ -149,9 +181,6 @@ def unfinished(cells, out, env):
                 f"two checkpoints or targets would write {path}; run them apart, one with another "
                 "--out"
             )
-    there = next(path for path in (Path(out), *Path(out).parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise OSError(f"--out {out}: {there} is no directory that can be written; give another")
     todo, results = [], {}
     for cell in cells:
         record = read_result(cell.path, cell.kind, cell.config)
@@ -160,6 +189,7 @@ def unfinished(cells, out, env):
         else:
             load_checkpoint(cell.checkpoint, cell.config)
             todo.append(cell)
+    console.refuse_unwritable("--out", *(cell.path for cell in todo))
     if env.ranks > 1:
         lists = [None] * env.ranks
         dist.all_gather_object(lists, [str(cell.path) for cell in todo])
@@ -168,7 +198,9 @@ def unfinished(cells, out, env):
                 f"--out {out}: the processes find different results there; name a folder that all "
                 "nodes share"
             )
-    console.say(env, f"{len(cells)} cells, {len(cells) - len(todo)} finished already")
+    console.say(
+        env, f"{console.counted(len(cells), 'cell')}, {len(cells) - len(todo)} finished already"
+    )
     return todo, results
 
 
@@ -305,7 +337,8 @@ class Grid:
             return 0
         report(cells, self.results)
         if self.failures:
-            print(f"{len(self.failures)} cells failed; the same command tries them again:")
+            failed = console.counted(len(self.failures), "cell")
+            print(f"{failed} failed; the same command tries again:")
             for path, reason in self.failures.items():
                 print(f"{path}: {reason}")
         return int(bool(self.failures))
@@ -375,7 +408,7 @@ def report(cells, results):
     columns, values = [], {}
     for cell in cells:
         if str(cell.path) in results:
-            column = f"{cell.shots} shots" if cell.shots else "full"
+            column = console.counted(cell.shots, "shot") if cell.shots else "full"
             columns += [] if column in columns else [column]
             row = cell.target.name, cell.network.name, cell.metric
             values.setdefault(row, {}).setdefault(column, []).append(results[str(cell.path)])
