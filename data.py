@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from engine import options
-from engine.console import EXIT_STOPPED, Parser, complain, positive, print_table
+from engine.console import Parser, counted, exit_status, print_table, refuse_unwritable
 from readers import inspect, natural, packs, synthetic, xrays
 from readers.images import ImageDataset, refuse_missing
 from readers.labels import images_by_class, join, keep_single_label
@@ -238,7 +238,9 @@ def few_shot_indices(labels, shots, seed, classes=None):
     for cls, count in enumerate(counts):
         if 0 < count < shots:
             label = classes[cls] if classes else cls
-            raise ValueError(f"--shots {shots}: class {label} has only {count} training images")
+            raise ValueError(
+                f"--shots {shots}: class {label} has only {counted(count, 'training image')}"
+            )
     order = generator(seed, Stream.SHOTS).permutation(len(labels))
     if labels.ndim == 1:
         places, starts, _ = by_class(labels[order])
@@ -390,11 +392,10 @@ def pack(args):
     name = args.name
     if len(parts_of(name)) > 1:
         raise ValueError(f"{name}: pack the datasets of a union one by one")
-    if args.quality > 100:
-        raise ValueError(f"--quality {args.quality}: must be 1 to 100")
     if pack_of(name)[1] or base_name(name) in synthetic.WORLDS:
         raise ValueError(f"{name}: nothing to pack; its images need no decoding")
     target = pack_folder(name, args.size, args.data_dir, args.out)
+    refuse_unwritable("--out", f"{target}.part/lock")
     began = time.monotonic()
     packs.pack(name, _load(args), args.size, target, args.codec, args.quality, args.workers)
     size = sum(file.stat().st_size for file in target.iterdir())
@@ -427,7 +428,7 @@ def main(argv=None):
     names = f"{', '.join(DATASETS)}, folder:PATH, NAME@SIZE, NAME~GAP, NAME+NAME"
     changes = {
         "size": {"required": True},
-        "workers": {"type": positive(int), "default": None, "help": "(default: one a core)"},
+        "workers": options.whole(1, 256) | {"help": "(default: one a core)"},
         "out": {"help": "directory for the pack (default: --data-dir; beside a folder:)"},
     }
     for command, (function, flags) in COMMANDS.items():
@@ -436,14 +437,12 @@ def main(argv=None):
         if command != "list":
             subparser.add_argument("name", help=names)
         options.add(subparser, f"--data-dir --cache-dir {flags}", **changes)
-    try:
+
+    def run():
         args = parser.parse_args(argv)
-        return COMMANDS[args.command][0](args) or 0
-    except (ValueError, OSError, RuntimeError) as error:  # of the last kind: a worker was killed
-        return complain(error)
-    except KeyboardInterrupt:
-        print("stopped by SIGINT; run the same command again", file=sys.stderr)
-        return EXIT_STOPPED
+        return COMMANDS[args.command][0](args)
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from engine.checkpoint import refuse_nonsense
 from engine.convolution import conv2d
 from engine.weights import our_names, read_weights
 
@@ -261,6 +262,7 @@ def matching_state(model, path, content=None, head=True):
         raise ValueError(f"{path}: holds no state dict under 'model'")
     state = our_names(state)
     own = model.state_dict()
+    refuse_nonsense(path, {key: state[key] for key in own if key in state})
     heads = ("head.conv.weight", "head.conv.bias")
     if all(key in state and (not head or len(state[key]) != len(own[key])) for key in heads):
         state |= {key: own[key] for key in heads}
