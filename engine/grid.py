@@ -102,7 +102,8 @@ def is_own(path, content):
         with contextlib.suppress(AttributeError, TypeError):
             if good(content.get(key)):
                 continue
-        raise ValueError(f"{path}: its {key} is {content[key]!r:.60}; pre-train anew")
+        found = " ".join(repr(content[key]).split())
+        raise ValueError(f"{path}: its {key} is {found:.60}; pre-train anew")
     return True
 
 
