@@ -79,7 +79,8 @@ def network_facts(path, content):
         with contextlib.suppress(AttributeError, TypeError):
             if good(content.get(key)):
                 continue
-        raise ValueError(f"{path}: its {key} is {content[key]!r:.60}; pre-train anew")
+        found = " ".join(repr(content[key]).split())
+        raise ValueError(f"{path}: its {key} is {found:.60}; pre-train anew")
     same = ("source", "domain", "images", "sample", "classes", "task", "image_size")
     normalization = tuple(content["mean"]), tuple(content["std"])
     about = {key: content.get(key) for key in same}
