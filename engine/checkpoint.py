@@ -71,13 +71,13 @@ def read_tensors(path, load=load_plain):
         raise ValueError(f"{path}: damaged or not a weight file ({str(error)[:100]})") from error
 
 
-def file_digest(path):
-    """16 hexadecimal digits of the SHA-256 of a file."""
+def file_digest(path, digits=16):
+    """So many hexadecimal digits of the SHA-256 of a file, of 64."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
             digest.update(block)
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:digits]
 
 
 def read_result(path, kind, config=None):
