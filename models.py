@@ -2,6 +2,8 @@
 
 Kolesnikov et al. 2020, *Big Transfer (BiT)*, arXiv:1912.11370, section 3; weight standardisation
 from Qiao et al. 2019, arXiv:1903.10520; group normalisation from Wu & He 2018, arXiv:1803.08494.
+
+    python models.py list       # published networks by name, and which of them are here
 """
 
 import difflib
@@ -14,9 +16,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from engine import options
 from engine.checkpoint import refuse_nonsense
+from engine.console import Parser, one_of, print_table
 from engine.convolution import conv2d
-from engine.weights import our_names, read_weights
+from engine.processes import run_script
+from engine.weights import PUBLISHED, VTAB, our_names, published_path, read_weights
 
 
 class Size(NamedTuple):
@@ -180,9 +185,7 @@ class ResNetV2(nn.Module):
 
 
 class Statistics(nn.Module):
-    """What is seen without any network: features are, of each channel, the mean, the standard
-    deviation and the shares of 32 equal parts of the range from 0 to 1.
-    """
+    """What is seen without a network: of each channel mean, spread and a histogram of 32 parts."""
 
     def __init__(self, num_classes):
         super().__init__()
@@ -208,15 +211,14 @@ def create_model(name, num_classes, checkpoint_activations=False, device=None):
     name: a key of MODELS, or "statistics", else ValueError. checkpoint_activations: recompute those
     of each block in the backward pass, about a third more arithmetic for less memory.
     """
-    if name not in (*MODELS, "statistics"):
+    if name == "statistics":
+        model = Statistics(num_classes)
+    elif size := MODELS.get(name):
+        model = ResNetV2(size.blocks, size.width, num_classes, checkpoint_activations)
+    else:
         near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0)[0]
         known = ", ".join(MODELS)
         raise ValueError(f"unknown model {name!r}; did you mean {near!r}? known: {known}")
-    if name == "statistics":
-        model = Statistics(num_classes)
-    else:
-        size = MODELS[name]
-        model = ResNetV2(size.blocks, size.width, num_classes, checkpoint_activations)
     return model if device is None else place(model, device)
 
 
@@ -277,3 +279,24 @@ def matching_state(model, path, content=None, head=True):
             f"{'; '.join(differences[:3])}); give the --model that they were trained as"
         )
     return state
+
+
+def main():
+    """Prints the networks that --checkpoint knows by name; of VTAB's those that are here."""
+    parser = Parser("Lists published networks: --checkpoint NAME --download fetches one.")
+    parser.add_argument("command", type=one_of("list"), help="list")
+    options.add(parser, "--cache-dir")
+    args, rows = parser.parse_args(), []
+    for name, (source, model, url) in PUBLISHED.items():
+        path = published_path(name, args.cache_dir)
+        if path.exists() or "/vtab/" not in url:
+            with torch.device("meta"):
+                network = create_model(model, 21843 if source == "imagenet21k" else 1000)
+            size = 4e-6 * sum(p.numel() for p in network.parameters())
+            rows.append([name, source, f"{size:.0f}", path if path.exists() else "no"])
+    print_table(rows, ["name", "trained on", "MB of weights", "here"])
+    print(f"and bit:BiT-M-SIZE-runN-TASK, N 0 to 2, TASK of VTAB-1k: {' '.join(VTAB.split())}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -9,8 +9,8 @@ from engine.console import Parser, not_empty, number, one_of
 TABLE = """
 --source text - dataset to pre-train on
 --target texts - datasets to transfer to
---checkpoint texts - run folders, weight files, 'scratch', 'statistics' (features of
-    each image's mean, spread and histogram) (default: all in runs/, and scratch)
+--checkpoint texts - run folders, weight files, names of `python models.py list`, scratch,
+    statistics (each image's mean, spread and histogram) (default: all in runs/, and scratch)
 --model text - network
 --shots texts - training images of each class, the study: 1 5 10 100 500; full: all of them
     (default: 1 10 100)
@@ -26,8 +26,9 @@ TABLE = """
 --out text - directory to write to
 --data-dir text datasets directory that holds the real datasets
 --cache-dir text - directory for the index of large datasets (default: beside them) and the
-    decoded images of a grid (default: the system's temporary one)
---download flag - fetch what torchvision can fetch
+    decoded images of a grid (default: the system's temporary one), and networks by name (default:
+    torch.hub's)
+--download flag - fetch what torchvision can fetch, and networks by name
 --views texts - X-ray views to keep, e.g. PA AP (default: the study's of the dataset)
 --split-by patient|image - how padchest is split; image: as in the study, patients on both sides
     (default: patient)
