@@ -68,6 +68,11 @@ SCRATCH = "fewshot --checkpoint scratch"
         (f"{SCRATCH} --method lineal", "did you mean linear?"),
         (f"{SCRATCH} --method linear", "--method linear: scratch has no features; leave it out"),
         (f"{SCRATCH} --target synthetic-natural-target --single-label", "--single-label means not"),
+        ("transfer --checkpoint statistics", "nothing to fine-tune; add --method linear"),
+        (f"{SCRATCH} --seeds 1 1", "--seeds 1 1: a seed is named twice"),
+        ("fewshot --method linear --save model", "--save model means nothing for --method linear"),
+        ("fewshot --eval-only --shots 1", "--shots means nothing for --method eval"),
+        ("fewshot --method features --seeds 2", "--seeds means nothing for --method features"),
         ("fewshot --checkpoint runs/none --scratch-steps 3", "--scratch-steps: name scratch"),
         *(
             (f"fewshot --method linear {option}", f"{option.split()[0]} means nothing for --method")
