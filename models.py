@@ -21,8 +21,8 @@ from engine.checkpoint import load_plain, read_tensors
 
 
 class Size(NamedTuple):
-    """blocks: units of each stage. width: factor of the channels, a multiple of 0.5. size_class:
-    pre-trained like the "small" networks (the study's R50x1) or the "large" ones (its R152x4).
+    """blocks: units of each stage. width: factor of the channels, a power of 2 or multiple of 0.5.
+    size_class: pre-trained like the "small" networks (R50x1) or the "large" ones (R152x4).
     """
 
     blocks: tuple
@@ -30,8 +30,9 @@ class Size(NamedTuple):
     size_class: str
 
 
-# Those below R50x1 are ours, for tests and for laptops.
+# Those below R50x1 are ours, for tests and laptops; 16 channels make 16 groups of a norm, not 32.
 MODELS = {
+    "R14x0.25": Size((1, 1, 1, 1), 0.25, "small"),
     "R14x0.5": Size((1, 1, 1, 1), 0.5, "small"),
     "R26x0.5": Size((2, 2, 2, 2), 0.5, "small"),
     "R26x1": Size((2, 2, 2, 2), 1, "small"),
@@ -101,11 +102,11 @@ class PreActBottleneck(nn.Module):
 
     def __init__(self, cin, cout, cmid, stride):
         super().__init__()
-        self.gn1 = GroupNorm(32, cin)
+        self.gn1 = GroupNorm(min(32, cin), cin)
         self.conv1 = StdConv2d(cin, cmid, 1, bias=False)
-        self.gn2 = GroupNorm(32, cmid)
+        self.gn2 = GroupNorm(min(32, cmid), cmid)
         self.conv2 = StdConv2d(cmid, cmid, 3, stride, padding=1, bias=False)
-        self.gn3 = GroupNorm(32, cmid)
+        self.gn3 = GroupNorm(min(32, cmid), cmid)
         self.conv3 = StdConv2d(cmid, cout, 1, bias=False)
         if stride != 1 or cin != cout:
             self.downsample = StdConv2d(cin, cout, 1, stride, bias=False)
@@ -191,8 +192,7 @@ def create_model(name, num_classes, checkpoint_activations=False, device=None):
         near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0)[0]
         known = ", ".join(MODELS)
         raise ValueError(f"unknown model {name!r}; did you mean {near!r}? known: {known}")
-    size = MODELS[name]
-    model = ResNetV2(size.blocks, size.width, num_classes, checkpoint_activations)
+    model = ResNetV2(*MODELS[name][:2], num_classes, checkpoint_activations)
     return model if device is None else place(model, device)
 
 

@@ -30,7 +30,8 @@ DISTANCES = {  # of "distance" in a result file, where it has one -> its name in
     "energy": "energy",
 }
 DOMAINS = ("natural", "medical", None)  # of sources; None without pre-training
-# What published.json leaves out. Source -> domain, images; target -> domain, classes (0: several).
+# What published.json leaves out. Source -> domain, images; target -> domain, classes (0: several),
+# test images.
 SOURCES = {
     "imagenet1k": ("natural", 1_281_167),
     "imagenet21k": ("natural", 14_197_122),
@@ -40,13 +41,13 @@ SOURCES = {
     "padchest": ("medical", 160_861),
 }
 TARGETS = {
-    "cifar10": ("natural", 10),
-    "cifar100": ("natural", 100),
-    "pets": ("natural", 37),
-    "flowers102": ("natural", 102),
-    "padchest": ("medical", 0),
-    "covidx": ("medical", 2),
-    "tuberculosis": ("medical", 2),
+    "cifar10": ("natural", 10, 10_000),
+    "cifar100": ("natural", 100, 10_000),
+    "pets": ("natural", 37, 3669),
+    "flowers102": ("natural", 102, 2040),
+    "padchest": ("medical", 0, 4153),
+    "covidx": ("medical", 2, 400),
+    "tuberculosis": ("medical", 2, 121),
 }
 
 
@@ -81,6 +82,9 @@ class Result:
     distances: dict  # name of DISTANCES -> value, None where the file has none
     classes: int  # of the target, 0 when unknown
     path: Path
+    train_images: int | None = None  # of the target; None where unknown
+    test_images: int | None = None
+    source_seed: int | None = None  # of pre-training
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,10 @@ def checked_result(data, path, origin="own", classes=0):
     distances = {key: number(data["distance"] or {}, key, -1e300, 1e300) for key in DISTANCES}
     rest = data["shots"], data["seed"], data["source_images"]
     classes = classes or len(data["metrics"].get("per_class") or ())
-    return Result(target, line, *rest, metrics, distances, classes, path)
+    config = data.get("config") or {}
+    sizes = (number(config, key, 1, 2**63) for key in ("train_images", "test_images"))
+    seed = number(data, "source_seed", 0, 2**63)
+    return Result(target, line, *rest, metrics, distances, classes, path, *sizes, seed)
 
 
 def read_result(path):
@@ -161,8 +168,9 @@ def read_published(path):
         for entry in json.loads(path.read_text(encoding="utf-8"))["records"]:
             sources = [SOURCES[name] for name in entry["source"].split("+")]
             (domain,) = {domain for domain, _ in sources}
-            target_domain, classes = TARGETS[entry["target"]]
+            target_domain, classes, test_images = TARGETS[entry["target"]]
             data = {**entry, "source_domain": domain, "target_domain": target_domain}
+            data["config"] = {"test_images": test_images}
             data |= {"source_images": sum(images for _, images in sources)}
             data |= {"method": "finetune", "recipe": "paper"}
             data["shots"] = None if entry["shots"] == "full" else entry["shots"]
