@@ -3,14 +3,15 @@ how well that predicts tasks that it has not seen.
 
 Error: 1 - metric, its mean over few-shot seeds, at least half a test image. Exponent: decades of
 error that a decade of scale (parameters, or images of the source) takes off. Of a family f (domain
-of the source -> of the target), with s = log10(images a class / 10) and d = log10 of the relative
-Fréchet distance, the law is
+of the source, of the target), with s = log10(images a class / 10) and d = log10 of the relative
+Fréchet distance, by ordinary least squares:
 
-    exponent = a_f + b_f s + (c + e s) d
+    B0   a + b s                           neither relation nor distance
+    B1   a_f + b_f s                       no distance
+    law  a_f + b_f s + (c + e s) d
 
-by ordinary least squares; beside it B0, which knows neither family nor distance, and B1, which
-knows no distance. Targets of one task (gaps of the same classes) are not independent: intervals
-leave out task by task.
+Targets of one task (gaps of the same classes) are not independent: intervals leave out whole tasks.
+Arrays y may be (N,), or (N, draws) for simulations.
 """
 
 import math
@@ -24,33 +25,32 @@ from charts.gains import KINDS, widest
 from charts.results import Target, group, t_quantile
 from engine.console import MAIN_METRIC
 
-PARAMETERS = {  # of models.MODELS, without a head
-    "R14x0.5": 2_006_304,
-    "R26x0.5": 3_491_744,
+PARAMETERS = {  # of the networks, without a head
+    "R14x0.25": 504_464,
+    "R14x0.5": 2_007_328,
+    "R26x0.5": 3_492_768,
     "R26x1": 13_938_496,
     "R50x1": 23_500_352,
     "R50x3": 211_174_080,
     "R101x1": 42_492_480,
     "R101x3": 381_789_888,
-    "R152x2": 232_238_144,
+    "R152x2": 232_238_208,
     "R152x4": 928_340_224,
 }
 PERMUTATIONS = 999
-BASELINES = {"B0": (False, False), "B1": (True, False), "law": (True, True)}  # relation, distance
+FEWEST = 4  # tasks of a fit: predicting one leaves out two
 
 
 class Row(NamedTuple):
-    """The exponent of one target, family and number of shots. decades: log10(images a class / 10)
-    and log10 of the distance; nan where unknown."""
+    """The exponent of one target, family and number of shots; s and d: nan where unknown."""
 
     target: Target
     task: str  # the target without its gap
     family: tuple  # domain of the source, of the target
     shots: int | None
-    arms: tuple  # small, large
     by_seed: dict  # pre-training seed -> exponent, mean over partners
-    shot_decades: float
-    distance_decades: float
+    s: float
+    d: float
 
     @property
     def exponent(self):
@@ -58,100 +58,82 @@ class Row(NamedTuple):
 
 
 class Law(NamedTuple):
-    """What the rows of one kind, method and recipe say. Arrays go with rows or terms; nan where
-    there are too few tasks. predicted, reach: of each row by a fit without its task, and half-width
-    of its 95 % interval. seed_share: of the variances of all terms, by pre-training seeds."""
+    """A fit: arrays go with rows or with terms, nan where too few tasks carry them. None of it but
+    about and rows where there are fewer than FEWEST tasks of known distance."""
 
-    kind: str  # of KINDS
-    method: str
-    recipe: str | None
-    origin: str
+    about: tuple  # kind of KINDS, method, recipe, origin
     rows: list
-    terms: list  # (letter, family or None)
-    coefficients: np.ndarray
-    ci95: np.ndarray  # half-widths
-    seed_share: float
-    predicted: np.ndarray
-    reach: np.ndarray
-    rmse: dict  # of BASELINES, of left-out tasks
-    p: float  # of the distances, by permutation
-    changes: np.ndarray  # of the coefficients, without each task and each pre-training seed
+    terms: list = ()  # (letter, family or None)
+    coefficients: np.ndarray = None
+    ci95: np.ndarray = None  # half-widths of the coefficients' intervals
+    changes: np.ndarray = (
+        None  # (units, terms): of the coefficients, without a task, without a seed
+    )
+    seed_share: float = math.nan  # of the variance, of pre-training seeds
+    predicted: np.ndarray = None  # rows, by a fit without their task
+    reach: np.ndarray = None  # half-widths of the intervals of predicted
+    coverage: float = math.nan  # share of rows within reach
+    rmse: dict = None  # B0, B1, law -> of left-out tasks
+    p: float = math.nan  # of the distances, by permutation
 
     @property
     def tasks(self):
         return sorted({row.task for row in self.rows})
 
-    @property
-    def coverage(self):
-        """Share of rows whose interval holds what was observed."""
-        errors = np.abs(self.predicted - [row.exponent for row in self.rows])
-        known = ~np.isnan(errors + self.reach)
-        return float((errors <= self.reach)[known].mean()) if known.any() else math.nan
+
+# ------------------------------------------------------------------------------------------------
+# Exponents
+# ------------------------------------------------------------------------------------------------
 
 
-def distances(runs):
-    """Results -> {(target, domain of the source): mean of log10 distance over networks}."""
-    found = {}
-    for run in runs:
-        value = run.distances["frechet_relative"]
-        if value is not None and value > 0:
-            networks = found.setdefault((run.target, run.line.source_domain), {})
-            networks[run.line] = math.log10(value)  # of every run the same
-    return {key: float(np.mean(list(networks.values()))) for key, networks in found.items()}
+def exponents(kind, runs, metric):
+    """Results of one target, family and number of shots -> {pre-training seed: exponent}.
 
-
-def exponent_rows(kind, runs, metric, distance):
-    """Results of one target, family and number of shots -> [Row], [] where no arms can be paired.
-
-    Arms are the furthest apart that share the most partners, a partner being what else pre-training
-    was, its seed included; of these the seeds of transfer that both arms have."""
+    The arms are the furthest apart that share the most partners: whatever else pre-training was,
+    its seed included. A partner's errors are of the transfer seeds that both arms have."""
     differing, sharing = KINDS[kind]
-    first, errors = runs[0], {}  # arm -> partner -> seed -> error
-    name = MAIN_METRIC[first.target.domain] if metric == "auto" else metric
+    errors, by_seed = {}, {}  # arm -> partner -> seed -> error
     for run in runs:
-        if run.metrics[name] is not None and run.line.model in PARAMETERS:
-            partner = getattr(run.line, sharing), run.source_seed
+        if run.metrics[metric] is not None and run.line.model in PARAMETERS:
             partners = errors.setdefault(getattr(run.line, differing), {})
-            partners.setdefault(partner, {})[run.seed] = 1 - run.metrics[name]
+            seeds = partners.setdefault((getattr(run.line, sharing), run.source_seed), {})
+            seeds[run.seed] = 1 - run.metrics[metric]
     arms = widest(runs, differing, errors)
     if arms is None:
-        return []
+        return {}
     scales = {run.line.source: run.source_images for run in runs}
     small, large = (PARAMETERS[arm] if kind == "network" else scales[arm] for arm in arms)
-    floor = 0.5 / first.test_images if first.test_images else 1e-9
-    by_seed = {}
+    floor = 0.5 / (runs[0].test_images or 1e9)
     for partner in errors[arms[0]].keys() & errors[arms[1]].keys():
         both = [errors[arm][partner] for arm in arms]
         seeds = both[0].keys() & both[1].keys()
         if seeds:
             low, high = (max(np.mean([arm[seed] for seed in seeds]), floor) for arm in both)
-            exponent = (math.log10(low) - math.log10(high)) / math.log10(large / small)
+            exponent = math.log10(low / high) / math.log10(large / small)
             by_seed.setdefault(partner[1], []).append(exponent)
-    if not by_seed:
-        return []
-    a_class = first.shots
-    if a_class is None:
-        a_class = (first.train_images or math.nan) / (first.classes or math.nan)
-    task = re.sub(r"~[\d.]+", "", results.plain_name(first.target.name))
-    family = first.line.source_domain, first.target.domain
-    means = {seed: float(np.mean(values)) for seed, values in by_seed.items()}
-    decades = math.log10(a_class / 10), distance
-    return [Row(first.target, task, family, first.shots, arms, means, *decades)]
+    return {seed: float(np.mean(values)) for seed, values in by_seed.items()}
 
 
 def laws(runs, metric):
-    """Results -> list of Law, of each kind, origin, method and recipe."""
-    known, found = distances(runs), {}
+    """Results -> list of Law, of each kind, method, recipe and origin."""
+    distances, found = {}, {}  # (target, domain of the source) -> network -> log10
+    for run in runs:
+        value = run.distances["frechet_relative"]
+        if value is not None and value > 0:
+            networks = distances.setdefault((run.target, run.line.source_domain), {})
+            networks[run.line, run.source_seed] = math.log10(value)  # of each of its runs the same
     alike = "target", "shots", "line.source_domain", "line.method", "line.recipe"
-    for (target, _, domain, method, recipe), members in group(runs, *alike).items():
-        if domain is not None:
-            for kind in KINDS:
-                distance = known.get((target, domain), math.nan)
-                key = kind, method, recipe, target.origin
-                rows = exponent_rows(kind, members, metric, distance)
-                found.setdefault(key, []).extend(rows)
-    order = sorted(found, key=lambda key: (key[3], *map(str, key[1:3]), list(KINDS).index(key[0])))
-    return [law(*key, found[key]) for key in order if found[key]]
+    for (target, shots, domain, *about), members in group(runs, *alike).items():
+        task = re.sub(r"~[\d.]+", "", results.plain_name(target.name))
+        first, networks = members[0], distances.get((target, domain), {})
+        a_class = shots or (first.train_images or math.nan) / (first.classes or math.nan)
+        decades = math.log10(a_class / 10), float(np.mean([*networks.values()] or [math.nan]))
+        name = MAIN_METRIC[target.domain] if metric == "auto" else metric
+        for kind in KINDS if domain else ():
+            if by_seed := exponents(kind, members, name):
+                row = Row(target, task, (domain, target.domain), shots, by_seed, *decades)
+                found.setdefault((kind, *about, target.origin), []).append(row)
+    return [law(about, rows) for about, rows in sorted(found.items(), key=str)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -160,144 +142,131 @@ def laws(runs, metric):
 
 
 def design(rows, relation=True, distance=True):
-    """Rows -> (terms [(letter, family)], matrix (N, terms)). Without two numbers of shots there are
-    no terms of shots."""
-    s = np.array([row.shot_decades for row in rows])
-    d = np.array([row.distance_decades for row in rows])
+    """Rows -> (terms [(letter, family)], matrix (N, terms)). One number of shots tells nothing of
+    more: no b and no e then."""
+    s, d = np.array([(row.s, row.d) for row in rows]).T
     columns = {}
     for family in sorted({row.family for row in rows}) if relation else [None]:
         among = np.array([family in (None, row.family) for row in rows], float)
         columns |= {("a", family): among, ("b", family): among * s}
     columns |= {("c", None): d, ("e", None): d * s} if distance else {}
-    if np.ptp(s) == 0:
-        columns = {term: column for term, column in columns.items() if term[0] in "ac"}
-    return list(columns), np.stack(list(columns.values()), 1)
+    terms = [term for term in columns if np.ptp(s) > 0 or term[0] in "ac"]
+    return terms, np.stack([columns[term] for term in terms], 1)
 
 
 def solve(x, y):
-    """Least squares of y (N,) or (N, draws) on x (N, terms): (terms,) or (terms, draws)."""
+    """Least squares of y (N[, draws]) on x (N, terms): (terms[, draws])."""
     return np.linalg.lstsq(x, y, rcond=None)[0]
 
 
 def changes_without(x, y, tasks):
-    """What leaving out each task changes in the coefficients: (K, terms[, draws]). tasks: (N,)."""
-    whole = solve(x, y)
-    return np.stack([solve(x[tasks != k], y[tasks != k]) - whole for k in np.unique(tasks)])
+    """What leaving out each of tasks (N,) changes in the coefficients: (K, terms[, draws])."""
+    parts = [tasks != task for task in np.unique(tasks)]
+    return np.stack([solve(x[part], y[part]) for part in parts]) - solve(x, y)
 
 
-def without_seed(rows, seed):
-    """Exponents (N,) of the other pre-training seeds, of all where there is no other."""
-    means = []
-    for row in rows:
-        others = [value for other, value in row.by_seed.items() if other != seed]
-        means.append(np.mean(others) if others else row.exponent)
-    return np.array(means)
-
-
-def degrees(terms, contrast, rows):
-    """Degrees of freedom of a contrast (terms,) of the coefficients: tasks - 2, or, of a family
-    that fewer tasks carry, those - 1."""
-    tasks = len({row.task for row in rows})
-    carriers = [tasks - 1]
+def half_width(changes, contrast, terms, rows):
+    """Of the 95 % interval of a contrast (terms,) of the coefficients, from their changes (units,
+    terms[, draws]) without each task: t times the root of their sum of squares; t of tasks - 2, or,
+    of a family that fewer tasks carry, of those - 1."""
+    carriers = [len({row.task for row in rows}) - 1]
     for (_, family), weight in zip(terms, contrast):
         if family and weight:
             carriers.append(len({row.task for row in rows if row.family == family}))
-    return min(carriers) - 1
-
-
-def half_width(changes, contrast, freedom):
-    """Of the 95 % interval of a contrast (terms,) of the coefficients, from their changes (K,
-    terms[, draws]) without each unit: t times the root of their sum of squares."""
-    if freedom < 1:
-        return np.full(changes.shape[2:], math.nan)
-    moved = np.tensordot(changes, contrast, (1, 0))
-    return t_quantile(freedom) * np.sqrt(np.sum(moved**2, 0))
+    moved = np.sqrt(np.sum(np.tensordot(changes, contrast, (1, 0)) ** 2, 0))
+    return moved * (t_quantile(min(carriers) - 1) if min(carriers) > 1 else math.nan)
 
 
 def predict(x, y, training, wanted):
-    """Rows `wanted`, by a fit of the rows `training` (masks): nan where a term of theirs is not in
-    the training at all, as that of a new family."""
-    predicted = x[wanted] @ solve(x[training], y[training])
+    """The rows `wanted` by a fit of the rows `training` (masks): nan where the training has nothing
+    of a term of theirs, as of a new family."""
     new = (x[wanted][:, ~x[training].any(0)] != 0).any(1)
+    predicted = x[wanted] @ solve(x[training], y[training])
     predicted[new] = math.nan
     return predicted
 
 
 def predict_tasks(x, y, tasks):
-    """Each task by a fit of all others, (N[, draws])."""
-    predicted = np.empty(np.shape(y))
-    for k in np.unique(tasks):
-        predicted[tasks == k] = predict(x, y, tasks != k, tasks == k)
+    """Each task by a fit of the others: (N[, draws])."""
+    predicted = np.empty_like(y)
+    for task in np.unique(tasks):
+        predicted[tasks == task] = predict(x, y, tasks != task, tasks == task)
     return predicted
 
 
 def prediction_reach(x, y, tasks):
-    """Half-widths of the 95 % prediction intervals of predict_tasks, (N[, draws]): of task k
-    t(K - 2) times the root of the mean, over the other tasks, of the squared error of each as
-    predicted without it and without k."""
-    reach, names = np.full(np.shape(y), math.nan), np.unique(tasks)
-    for k in names if len(names) > 3 else []:
+    """Half-widths of the 95 % intervals of predict_tasks: of task k t(K - 2) times the root of the
+    mean, over the others, of the squared error of each as predicted without it and without k."""
+    reach, names = np.empty_like(y), np.unique(tasks)
+    for k in names:
         squares = []
         for j in names[names != k]:
             predicted = predict(x, y, (tasks != j) & (tasks != k), tasks == j)
-            squares.append(np.nanmean((predicted - y[tasks == j]) ** 2, 0))
-        reach[tasks == k] = t_quantile(len(names) - 2) * np.sqrt(np.nanmean(squares, 0))
+            if not np.isnan(predicted).all():
+                squares.append(np.nanmean((predicted - y[tasks == j]) ** 2, 0))
+        reach[tasks == k] = t_quantile(len(names) - 2) * np.sqrt(np.mean(squares, 0))
     return reach
 
 
 def permuted(rows, rng):
-    """Rows with their distances traded among the targets of a task, of all families alike; tasks of
-    one target trade with each other."""
-    of_target = group(rows, "target")
-    pools = {}
-    for target, members in of_target.items():
-        families = frozenset(row.family for row in members)
-        pools.setdefault((members[0].task, families), []).append(target)
-    for (task, families), targets in list(pools.items()):
-        if len(targets) == 1:
-            pools.setdefault(families, []).extend(pools.pop((task, families)))
+    """Rows with their distances traded among the targets of a task, in all families alike; targets
+    that are alone in their task trade with each other."""
+    members, pools = group(rows, "target"), {}
+    sizes = {task: len(group(part, "target")) for task, part in group(rows, "task").items()}
+    for target, part in members.items():
+        families, task = frozenset(row.family for row in part), part[0].task
+        pools.setdefault((families, task if sizes[task] > 1 else None), []).append(target)
     given = {}
     for targets in pools.values():
         for target, place in zip(targets, rng.permutation(len(targets))):
-            given[target] = {row.family: row.distance_decades for row in of_target[targets[place]]}
-    return [row._replace(distance_decades=given[row.target][row.family]) for row in rows]
+            given |= {(target, row.family): row.d for row in members[targets[place]]}
+    return [row._replace(d=given[row.target, row.family]) for row in rows]
 
 
 def permutation_p(rows, y, draws=PERMUTATIONS):
-    """Share of distances traded at random (the observed ones among them) that predict left-out
-    tasks as well as the observed ones: () or (draws of y,)."""
-    tasks = np.array([row.task for row in rows])
-    rng = np.random.default_rng(0)
+    """How often distances traded at random (or the observed ones) predict left-out tasks as well as
+    the observed ones: fractions ([draws of y,])."""
+    tasks, rng = np.array([row.task for row in rows]), np.random.default_rng(0)
 
     def error(rows):
         return np.nansum((predict_tasks(design(rows)[1], y, tasks) - y) ** 2, 0)
 
-    observed = error(rows)
-    as_good = sum(error(permuted(rows, rng)) <= observed * (1 + 1e-9) for _ in range(draws))
-    return (1 + as_good) / (1 + draws)
+    observed = error(rows) * (1 + 1e-9)
+    return (1 + sum(error(permuted(rows, rng)) <= observed for _ in range(draws))) / (1 + draws)
 
 
-def law(kind, method, recipe, origin, rows):
-    """Rows of one kind -> Law."""
-    known = [row for row in rows if not math.isnan(row.distance_decades + row.shot_decades)]
-    about = kind, method, recipe, origin
-    y, tasks = np.array([row.exponent for row in known]), np.array([row.task for row in known])
-    terms, x = design(known) if known else ([], np.empty((0, 0)))
-    if len(np.unique(tasks)) < 4 or len(known) <= len(terms):
-        none = np.empty(0)
-        return Law(*about, rows, [], none, none, math.nan, none, none, {}, math.nan, none)
+def without_seed(row, seed):
+    """The exponent of a row by its other pre-training seeds; by all where there is no other."""
+    others = [value for other, value in row.by_seed.items() if other != seed]
+    return np.mean(others) if others else row.exponent
+
+
+def law(about, rows):
+    """Rows of one kind, method, recipe and origin -> Law.
+
+    Pre-training seeds are a second level of its intervals, beside tasks: their networks are common
+    to all tasks, so that leaving out tasks does not show them.
+    """
+    known = [row for row in rows if not math.isnan(row.s + row.d)]
+    tasks = np.array([row.task for row in known])
+    if len(np.unique(tasks)) < FEWEST:
+        return Law(about, rows)
+    y, (terms, x) = np.array([row.exponent for row in known]), design(known)
     seeds = {seed for row in known for seed in row.by_seed}
-    by_task, by_seed = changes_without(x, y, tasks), np.zeros((0, len(terms)))
-    if len(seeds) > 1:
-        by_seed = np.stack([solve(x, without_seed(known, seed)) - solve(x, y) for seed in seeds])
-    changes = np.concatenate([by_task, by_seed])
-    unit = np.eye(len(terms))
-    ci95 = [half_width(changes, one, degrees(terms, one, known)) for one in unit]
-    predicted, rmse = predict_tasks(x, y, tasks), {}
-    for name, columns in BASELINES.items():
-        error = predict_tasks(design(known, *columns)[1], y, tasks) - y
-        rmse[name] = math.sqrt(np.mean(error[~np.isnan(predicted)] ** 2))
-    share = float(np.sum(by_seed**2) / np.sum(changes**2)) if len(seeds) > 1 else math.nan
-    reach, p = prediction_reach(x, y, tasks), float(permutation_p(known, y))
-    estimates = solve(x, y), np.array(ci95), share, predicted, reach, rmse, p, changes
-    return Law(*about, known, terms, *estimates)
+    changes = [*changes_without(x, y, tasks)]
+    for seed in seeds if len(seeds) > 1 else ():
+        others = np.array([without_seed(row, seed) for row in known])
+        changes.append(solve(x, others) - solve(x, y))
+    changes = np.array(changes)
+    by_seed = changes[len(np.unique(tasks)) :]
+    share = np.sum(by_seed**2) / np.sum(changes**2) if len(by_seed) else math.nan
+    ci95 = np.array([half_width(changes, one, terms, known) for one in np.eye(len(terms))])
+    predicted, reach = predict_tasks(x, y, tasks), prediction_reach(x, y, tasks)
+    seen, rmse = ~np.isnan(predicted), {}
+    for name, parts in {"B0": (False, False), "B1": (True, False), "law": (True, True)}.items():
+        error = predict_tasks(design(known, *parts)[1], y, tasks) - y
+        rmse[name] = math.sqrt(np.mean(error[seen] ** 2))
+    coverage = np.mean(np.abs(predicted - y)[seen] <= reach[seen])
+    p = permutation_p(known, y)
+    fitted = solve(x, y), ci95, changes, share, predicted, reach, coverage, rmse, p
+    return Law(about, known, terms, *fitted)

@@ -213,7 +213,7 @@ def load(paths):
             skipped.append(f"skipped {path}: {' '.join(str(error).split())}")
     kept, doubled = {}, []
     for result in sorted(results, key=lambda result: result.path.stat().st_mtime):
-        run = result.target, result.line, result.shots, result.seed
+        run = result.target, result.line, result.source_seed, result.shots, result.seed
         older = kept.get(run, result)
         if older.metrics != result.metrics:
             doubled.append(f"same run twice: kept {result.path}, newer than {older.path}")
