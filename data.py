@@ -164,9 +164,10 @@ def _union(name, root, split, verify, labels="intersection", **options):
         raise ValueError(f"--labels {labels}: must be intersection or union")
     if len({pack_of(part)[0] for part in parts}) < len(parts):
         raise ValueError(f"{name}: a dataset occurs twice in the union")
-    members = []
+    members, five_views = [], "padchest" in map(base_name, parts)  # of all, as in the study
     for part in parts:
-        own = {key: value for key, value in options.items() if key in dataset_options(part)}
+        given = {"views": xrays.VIEWS["padchest"]} if five_views and not pack_of(part)[1] else {}
+        own = {o: value for o, value in (given | options).items() if o in dataset_options(part)}
         if "views" in own:
             own["views"] = xrays.views_in_union(base_name(part), own["views"])
         member = load_dataset(part, root, split, verify=verify, **own)

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.checkpoint import load_plain, read_tensors
+from engine.convolution import conv2d
 
 
 class Size(NamedTuple):
@@ -71,7 +72,7 @@ class StdConv2d(nn.Conv2d):
 
     def forward(self, x):
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._conv_forward(x, standardize(self.weight), self.bias)
+            return conv2d(x, standardize(self.weight), self.stride, self.padding)
         kind, dtype = x.device.type, self.weight.dtype
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
         key = id(self.weight), self.weight._version, self.weight.device, dtype
@@ -126,13 +127,12 @@ class ResNetV2(nn.Module):
     def __init__(self, blocks, width, num_classes, checkpoint_activations=False):
         super().__init__()
         self.checkpoint_activations = checkpoint_activations
-        channels = int(64 * width)
+        cin = channels = int(64 * width)
         self.root = nn.Sequential()
         self.root.conv = StdConv2d(3, channels, 7, stride=2, padding=3, bias=False)
         self.root.pad = nn.ConstantPad2d(1, 0)  # not max_pool's -inf: BiT's weights expect zeros
         self.root.pool = nn.MaxPool2d(3, stride=2)
         self.body = nn.Sequential()
-        cin = channels
         for stage, count in enumerate(blocks):
             cmid = channels * 2**stage
             units = nn.Sequential()

@@ -13,6 +13,8 @@ TABLE = """
 --shots texts - training images of each class, the study: 1 5 10 100 500; full: all of them
 --seeds number - runs of each, with another head, order and draw; the study: 5
 --method text - finetune the whole network, or classify its frozen features
+--keep last|best last best: also writes model-best.pt, of the least loss on the test images, of
+    those at the end of each epoch
 --out text - directory to write to
 --data-dir text datasets directory that holds the real datasets
 --cache-dir text - directory for the index of large datasets (default: beside them) and the

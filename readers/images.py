@@ -68,7 +68,7 @@ class ImageDataset(torch.utils.data.Dataset):
     groups: np.ndarray | None = None  # (N,) patient ids
     size: int | None = None  # the side in pixels of a set that is made at a side of its own
     options: dict = dataclasses.field(default_factory=dict)  # what shaped it, as used
-    dropped: dict = dataclasses.field(default_factory=dict)  # {reason: images left out}
+    dropped: dict = dataclasses.field(default_factory=dict)  # {reason: images, or marks, left out}
 
     def __post_init__(self):
         self.classes = tuple(self.classes)

@@ -104,13 +104,19 @@ FINDING = one_of(
 FINDING_COLUMNS = dict.fromkeys(["No Finding", *CHEXPERT_COLUMNS], FINDING)
 
 
+DEVICES = "marks of Support Devices, as No Finding is 1"  # left out of so many kept images
+
+
 def _finding_labels(no_finding, *findings):
-    """The labels (N,13) of CheXpert's labeller; with No Finding all are absent, as in the study:
-    Support Devices too, which torchxrayvision keeps, a device being no finding.
+    """(labels (N,13) of CheXpert's labeller, whose mark of Support Devices is so left out (N,)).
+
+    With No Finding all are absent, as in the study: Support Devices too, which torchxrayvision
+    keeps, a device being no finding.
     """
-    labels = np.stack(findings, axis=1)
-    labels[no_finding == 1] = 0
-    return labels
+    labels, none = np.stack(findings, axis=1), no_finding == 1
+    devices = none & (labels[:, CHEXPERT_CLASSES.index("Support Devices")] == 1)
+    labels[none] = 0
+    return labels, devices
 
 
 CHEXPERT_PATH = re.compile(r"CheXpert-v1\.0[^/]*/((?:train|valid)/patient[0-9]+/[^/]+/[^/]+)")
@@ -135,10 +141,12 @@ def chexpert(name, root, split, views=("PA", "AP")):
     paths, found, frontal, *findings = tables.read_table(table, columns | FINDING_COLUMNS)
     found = np.where(frontal, found, b"L")
     kept, other = _of_views(name, table, found, views)
-    paths, labels = paths[kept], _finding_labels(*findings)[kept]
+    labels, devices = _finding_labels(*findings)
+    paths, labels = paths[kept], labels[kept]
     tables.refuse_repeats(paths, table)
     patients = np.array([int(path.split(b"/")[1][len("patient") :]) for path in paths], np.int64)
-    options, dropped = {"views": list(views)}, {other: int((~kept).sum())}
+    options = {"views": list(views)}
+    dropped = {other: int((~kept).sum()), DEVICES: int(devices[kept].sum())}
     reader = Files(str(folder), paths, "L")
     return _xray(name, reader, labels, CHEXPERT_CLASSES, patients, options, dropped)
 
@@ -183,8 +191,9 @@ def mimic_rows(name, folder, split, views):
             f"{metadata.name}; fetch both of one release"
         )
     dropped["studies without labels"] = int((~labelled).sum())
-    labels = _finding_labels(*findings)[row[labelled]]
-    return dicoms[labelled], subjects[labelled], studies[labelled], labels, dropped
+    labels, devices = _finding_labels(*findings)
+    dropped[DEVICES] = int(devices[row[labelled]].sum())
+    return dicoms[labelled], subjects[labelled], studies[labelled], labels[row[labelled]], dropped
 
 
 def _nih_labels(texts):
