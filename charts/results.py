@@ -25,10 +25,6 @@ METRICS = {
     "mean_auc": Metric("mean AUC", 1, 3, "mean AUC"),
     "mean_ap": Metric("mean average precision", 1, 3, "mean average precision"),
 }
-DISTANCES = {  # of "distance" in a result file, where it has one -> its name in tables
-    "frechet_relative": "log10 of relative Fréchet distance",
-    "energy": "energy",
-}
 DOMAINS = ("natural", "medical", None)  # of sources; None without pre-training
 # What published.json leaves out. Source -> domain, images; target -> domain, classes (0: several),
 # test images.
@@ -79,7 +75,7 @@ class Result:
     seed: int
     source_images: int | None
     metrics: dict  # name of METRICS -> fraction; None where undefined, or unknown to an older file
-    distances: dict  # name of DISTANCES -> value, None where the file has none
+    distance: float | None  # of source and target: frechet_relative
     classes: int  # of the target, 0 when unknown
     path: Path
     train_images: int | None = None  # of the target; None where unknown
@@ -134,14 +130,13 @@ def checked_result(data, path, origin="own", classes=0):
         raise ValueError(f"shots is {data['shots']}")
     target = Target(data["target"], data["target_domain"], origin)
     line = Line(*(data[key] for key in Line._fields))
-    # The energy coefficient is without bias: a little below 0 where nothing differs.
-    distances = {key: number(data["distance"] or {}, key, -1e300, 1e300) for key in DISTANCES}
+    distance = number(data["distance"] or {}, "frechet_relative", -1e300, 1e300)
     rest = data["shots"], data["seed"], data["source_images"]
     classes = classes or len(data["metrics"].get("per_class") or ())
     config = data.get("config") or {}
     sizes = (number(config, key, 1, 2**63) for key in ("train_images", "test_images"))
     seed = number(data, "source_seed", 0, 2**63)
-    return Result(target, line, *rest, metrics, distances, classes, path, *sizes, seed)
+    return Result(target, line, *rest, metrics, distance, classes, path, *sizes, seed)
 
 
 def read_result(path):

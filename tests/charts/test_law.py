@@ -106,18 +106,14 @@ def test_a_family_of_one_task_has_no_interval_and_is_not_predicted():
     assert not few.terms and few.rows and math.isnan(few.coverage)
 
 
-def test_distances_are_traded_within_a_task_for_all_families_alike():
+def test_distances_are_traded_within_tasks():
     rows = known_rows(7)
-    traded = law.permuted(rows, np.random.default_rng(0))
-    pairs = {}
-    for row in (*rows, *traded):
-        pairs.setdefault((row.target, row.family), set()).add(row.d)
-    assert max(map(len, pairs.values())) == 2  # old and new: of all numbers of shots alike
-    for task in {row.task for row in rows}:
-        mine = [sorted(r.d for r in part if r.task == task) for part in (rows, traded)]
-        assert mine[0] == mine[1]
+    lists = law.trading(rows)
+    assert sorted(map(len, lists)) == [2, 2, 3, 3, 4, 4, 5]
+    assert all(len({target.name.split("~")[0] for target in targets}) == 1 for targets in lists)
     lone = [row for row in rows if row.target.name.endswith("~0")]  # tasks of one target
-    assert law.permuted(lone, np.random.default_rng(0)) != lone
+    lone = [row for row in lone if row.task != "t0" or row.family == FAMILIES[0]]
+    assert sorted(map(len, law.trading(lone))) == [1, 6]
 
 
 def test_exponents_by_hand(tmp_path):
