@@ -25,8 +25,8 @@ from engine.weights import PUBLISHED, VTAB, our_names, published_path, read_weig
 
 
 class Size(NamedTuple):
-    """blocks: units of each stage. width: factor of the channels, a multiple of 0.5. size_class:
-    pre-trained like the "small" networks (the study's R50x1) or the "large" ones (its R152x4).
+    """blocks: units of each stage. width: factor of the channels, a power of 2 or multiple of 0.5.
+    size_class: pre-trained like the "small" networks (R50x1) or the "large" ones (R152x4).
     """
 
     blocks: tuple
@@ -34,8 +34,9 @@ class Size(NamedTuple):
     size_class: str
 
 
-# Those below R50x1 are ours, for tests and for laptops.
+# Those below R50x1 are ours, for tests and laptops; 16 channels make 16 groups of a norm, not 32.
 MODELS = {
+    "R14x0.25": Size((1, 1, 1, 1), 0.25, "small"),
     "R14x0.5": Size((1, 1, 1, 1), 0.5, "small"),
     "R26x0.5": Size((2, 2, 2, 2), 0.5, "small"),
     "R26x1": Size((2, 2, 2, 2), 1, "small"),
@@ -105,11 +106,11 @@ class PreActBottleneck(nn.Module):
 
     def __init__(self, cin, cout, cmid, stride):
         super().__init__()
-        self.gn1 = GroupNorm(32, cin)
+        self.gn1 = GroupNorm(min(32, cin), cin)
         self.conv1 = StdConv2d(cin, cmid, 1, bias=False)
-        self.gn2 = GroupNorm(32, cmid)
+        self.gn2 = GroupNorm(min(32, cmid), cmid)
         self.conv2 = StdConv2d(cmid, cmid, 3, stride, padding=1, bias=False)
-        self.gn3 = GroupNorm(32, cmid)
+        self.gn3 = GroupNorm(min(32, cmid), cmid)
         self.conv3 = StdConv2d(cmid, cout, 1, bias=False)
         if stride != 1 or cin != cout:
             self.downsample = StdConv2d(cin, cout, 1, stride, bias=False)
