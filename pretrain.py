@@ -136,7 +136,7 @@ def choose_pipeline(source, size, train, augment="crop"):
 # ------------------------------------------------------------------------------------------------
 
 FLAGS = """--epochs --warmup --schedule --weight-decay --clipping --fraction --accumulate
-    --checkpoint-activations --keep"""
+    --checkpoint-activations --keep --dry-run"""
 DEFAULTS = {
     "source": dict(default="synthetic-natural"),
     "model": dict(default="R14x0.5", **options.words(*models.MODELS)),
@@ -222,35 +222,32 @@ def main():
     record = read_result(folder / "result.json", "pretrain", config)
     if record:
         console.say(env, f"{folder}: finished already; remove that folder to train anew")
-        if env.main:
-            print_result(record)
-        return
-    record = pretrain(train_set, test_set, config, folder, args, env)
-    if env.main:
+    else:
+        record = pretrain(train_set, test_set, config, folder, args, env)
+    if env.main and record:
         print_result(record)
-        print(f"wrote {folder}/model.pt")
 
 
 def pretrain(train_set, test_set, config, folder, args, env):
     """Trains to the end, from the checkpoint in `folder` if there is one, and writes there.
 
-    Returns the content of result.json.
+    Returns the content of result.json; with --dry-run it says what it would do, and returns None.
     """
     torch.manual_seed(config["seed"])
     model = models.create_model(
         args.model, len(train_set.classes), args.checkpoint_activations, env.device
     )
-    optimizer = SGD_AGC(
-        model.parameter_groups(),
-        config["lr"],
-        momentum=0.9,
-        nesterov=True,
-        weight_decay=config["weight_decay"],
-        clipping=config["clipping"],
-    )
-    accumulate = args.accumulate
+    decay, clipping = config["weight_decay"], config["clipping"]
+    settings = {"momentum": 0.9, "nesterov": True, "weight_decay": decay, "clipping": clipping}
+    optimizer = SGD_AGC(model.parameter_groups(), config["lr"], **settings)
+    size, batch_size, accumulate = config["image_size"], config["batch_size"], args.accumulate
     if args.batch_size == "auto":
-        accumulate = memory.parts_that_fit(model, config["image_size"], config["batch_size"], env)
+        accumulate = memory.parts_that_fit(model, size, batch_size, env)
+    last = math.ceil(config["epochs"] * len(train_set) / batch_size)
+    flops = models.forward_flops(args.model, len(train_set.classes), size)
+    if args.dry_run:
+        recipe = {key: config[key] for key in ("images", *Recipe._fields)}
+        return memory.print_estimate(model, recipe, last, accumulate, flops, env)
     run = Run(folder / "checkpoint.pt", model, optimizer, config, env, args.save_minutes)
     least, best_path = math.inf, folder / "model-best.pt"
     if run.step:
@@ -260,7 +257,6 @@ def pretrain(train_set, test_set, config, folder, args, env):
         best_path.unlink(missing_ok=True)  # of another run
 
     # Small sets are decoded once, into memory.
-    size, batch_size = config["image_size"], config["batch_size"]
     if env.device.type == "cuda" and batch_size < 16 * env.ranks:
         more = f"--batch-size {batch_size} on {env.ranks} GPUs; {32 * env.ranks} would be faster"
         console.say(env, f"fewer than 16 images a GPU leave it waiting: {more}")
@@ -273,7 +269,6 @@ def pretrain(train_set, test_set, config, folder, args, env):
     # every ranks-th image of it.
     sampling = "balanced" if config["balanced"] else "shuffle"
     batches = data.Batches(decoded, pipeline, batch_size, args.seed, sampling, env.rank, env.ranks)
-    last = math.ceil(config["epochs"] * len(train_set) / batch_size)
     stream = loader(batches, run.step, last, args.workers, env.device)
     normalization = transforms.NORMALIZATION[train_set.domain]
     if args.compile:
@@ -317,7 +312,6 @@ def pretrain(train_set, test_set, config, folder, args, env):
             run.save_or_stop(signals, log)
         run.finish_saving()
 
-    flops = models.forward_flops(args.model, len(train_set.classes), size)
     record = {
         "schema": 1,
         "kind": "pretrain",
@@ -343,6 +337,7 @@ def pretrain(train_set, test_set, config, folder, args, env):
             save_network(path, *about, **more)
     if env.main:
         console.write_json(folder / "result.json", record)
+        print(f"wrote {folder}/model.pt")
     return record
 
 

@@ -68,7 +68,7 @@ TABLE = """
 --size number - pixels of the side (X-rays) or of the shorter side
 --codec raw|jpeg raw raw is the fastest, jpeg the smallest
 --quality number 90 of JPEG, 1 to 100
---dry-run flag - print the grid and how long it would take, and leave
+--dry-run flag - print the grid, or the recipe's numbers, and how long it would take, and leave
 """
 KINDS = {
     "text": {},
