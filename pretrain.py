@@ -143,7 +143,7 @@ DEFAULTS = {
     "out": dict(default="runs"),
     "recipe": options.words(*RECIPES),
     "schedule": options.words(*SCHEDULES),
-    "batch_size": options.number_or("auto"),
+    "batch_size": options.number_or("auto", 2**20),
     "accumulate": dict(default=1),
 }
 # What is noted of a run beside its config: these change no result, and may differ when it goes on.
@@ -179,6 +179,7 @@ def make_config(args, env, source):
             f"--batch-size {config['batch_size']} is less than {env.ranks} processes x "
             f"--accumulate {args.accumulate}"
         )
+    size = config["image_size"] or source.size
     return config | {
         "source": args.source,
         "source_options": source.options,
@@ -187,12 +188,12 @@ def make_config(args, env, source):
         "model": args.model,
         "recipe": name,
         "clipping": config["clipping"] or None,
-        "image_size": config["image_size"] or source.size,
+        "image_size": size,
         "fraction": args.fraction,
         "balanced": bool(args.balanced),
         "single_label": args.single_label,
         "seed": args.seed,
-        "precision": env.precision,
+        "precision": env.training_precision(args.precision, size),
         "compile": args.compile,
         "keep_best": args.keep == "best",
     }
@@ -219,10 +220,13 @@ def main():
         raise ValueError(f"--balanced: {args.source} is multi-label; it has no one class an image")
     config = make_config(args, env, train_set)
     folder = Path(args.out) / f"{data.dataset_slug(train_set.name)}-{args.model}"
+    env = env.computing(config["precision"])
     record = read_result(folder / "result.json", "pretrain", config)
     if record:
         console.say(env, f"{folder}: finished already; remove that folder to train anew")
     else:
+        names = "checkpoint.pt", "log.jsonl", "model.pt", "result.json"
+        console.refuse_unwritable("--out", *(folder / name for name in names))
         record = pretrain(train_set, test_set, config, folder, args, env)
     if env.main and record:
         print_result(record)
@@ -248,7 +252,8 @@ def pretrain(train_set, test_set, config, folder, args, env):
     if args.dry_run:
         recipe = {key: config[key] for key in ("images", *Recipe._fields)}
         return memory.print_estimate(model, recipe, last, accumulate, flops, env)
-    run = Run(folder / "checkpoint.pt", model, optimizer, config, env, args.save_minutes)
+    path = folder / "checkpoint.pt"
+    run = Run(path, model, optimizer, config, env, args.save_minutes, last)
     least, best_path = math.inf, folder / "model-best.pt"
     if run.step:
         console.say(env, f"{folder}: continues after step {run.step}")

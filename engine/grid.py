@@ -62,7 +62,7 @@ def open_networks(args, open_network, env=None):
     """
     frozen, checkpoints = args.method != "finetune", args.checkpoint
     if not checkpoints:
-        checkpoints = sorted(str(path.parent) for path in Path("runs").glob("*/model.pt"))
+        checkpoints = sorted(str(path.parent) for path in Path("runs").glob("[!.]*/model.pt"))
         if not checkpoints:
             raise FileNotFoundError(
                 "no pre-trained network in runs/; run pretrain.py first, or give --checkpoint"
@@ -163,7 +163,7 @@ class Cell(NamedTuple):
         return self.path.with_suffix(".checkpoint.pt") if kept else None
 
     def __str__(self):
-        shots = f"{self.shots} shots" if self.shots else "all images"
+        shots = console.counted(self.shots, "shot") if self.shots else "all images"
         return f"{self.target.name} from {self.network.name}, {shots}, seed {self.seed}"
 
 
@@ -180,9 +180,6 @@ def unfinished(cells, out, env):
                 f"two checkpoints or targets would write {path}; run them apart, one with another "
                 "--out"
             )
-    there = next(path for path in (Path(out), *Path(out).parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise OSError(f"--out {out}: {there} is no directory that can be written; give another")
     todo, results = [], {}
     for cell in cells:
         test_set = cell.target.test_set
@@ -198,6 +195,7 @@ def unfinished(cells, out, env):
         if not record or missing:
             load_checkpoint(cell.checkpoint, cell.config)
             todo.append(cell)
+    console.refuse_unwritable("--out", *(cell.path for cell in todo))
     if env.ranks > 1:
         lists = [None] * env.ranks
         dist.all_gather_object(lists, [str(cell.path) for cell in todo])
@@ -206,7 +204,9 @@ def unfinished(cells, out, env):
                 f"--out {out}: the processes find different results there; name a folder that all "
                 "nodes share"
             )
-    console.say(env, f"{len(cells)} cells, {len(cells) - len(todo)} finished already")
+    console.say(
+        env, f"{console.counted(len(cells), 'cell')}, {len(cells) - len(todo)} finished already"
+    )
     return todo, results
 
 
@@ -343,7 +343,8 @@ class Grid:
             return 0
         report(cells, self.results)
         if self.failures:
-            print(f"{len(self.failures)} cells failed; the same command tries them again:")
+            failed = console.counted(len(self.failures), "cell")
+            print(f"{failed} failed; the same command tries again:")
             for path, reason in self.failures.items():
                 print(f"{path}: {reason}")
         return int(bool(self.failures))
@@ -413,7 +414,7 @@ def report(cells, results):
     columns, values = [], {}
     for cell in cells:
         if str(cell.path) in results:
-            column = f"{cell.shots} shots" if cell.shots else "full"
+            column = console.counted(cell.shots, "shot") if cell.shots else "full"
             columns += [] if column in columns else [column]
             row = cell.target.name, cell.network.name, cell.metric
             values.setdefault(row, {}).setdefault(column, []).append(results[str(cell.path)])
