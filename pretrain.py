@@ -136,7 +136,7 @@ def choose_pipeline(source, size, train, augment="crop"):
 # ------------------------------------------------------------------------------------------------
 
 FLAGS = """--epochs --warmup --schedule --weight-decay --clipping --fraction --accumulate
-    --checkpoint-activations --keep"""
+    --checkpoint-activations --keep --dry-run"""
 DEFAULTS = {
     "source": dict(default="synthetic-natural"),
     "model": dict(default="R14x0.5", **options.words(*models.MODELS)),
@@ -229,32 +229,32 @@ def main():
         console.refuse_unwritable("--out", *(folder / name for name in names))
         with console.locked(folder, env.main):
             record = pretrain(train_set, test_set, config, folder, args, env)
-        console.say(env, f"wrote {folder}/model.pt")
-    if env.main:
+        if record:
+            console.say(env, f"wrote {folder}/model.pt")
+    if env.main and record:
         print_result(record)
 
 
 def pretrain(train_set, test_set, config, folder, args, env):
     """Trains to the end, from the checkpoint in `folder` if there is one, and writes there.
 
-    Returns the content of result.json.
+    Returns the content of result.json; with --dry-run it says what it would do, and returns None.
     """
     torch.manual_seed(config["seed"])
     model = models.create_model(
         args.model, len(train_set.classes), args.checkpoint_activations, env.device
     )
-    optimizer = SGD_AGC(
-        model.parameter_groups(),
-        config["lr"],
-        momentum=0.9,
-        nesterov=True,
-        weight_decay=config["weight_decay"],
-        clipping=config["clipping"],
-    )
-    accumulate = args.accumulate
+    decay, clipping = config["weight_decay"], config["clipping"]
+    settings = {"momentum": 0.9, "nesterov": True, "weight_decay": decay, "clipping": clipping}
+    optimizer = SGD_AGC(model.parameter_groups(), config["lr"], **settings)
+    size, batch_size, accumulate = config["image_size"], config["batch_size"], args.accumulate
     if args.batch_size == "auto":
-        accumulate = memory.parts_that_fit(model, config["image_size"], config["batch_size"], env)
-    last = math.ceil(config["epochs"] * len(train_set) / config["batch_size"])
+        accumulate = memory.parts_that_fit(model, size, batch_size, env)
+    last = math.ceil(config["epochs"] * len(train_set) / batch_size)
+    flops = models.forward_flops(args.model, len(train_set.classes), size)
+    if args.dry_run:
+        recipe = {key: config[key] for key in ("images", *Recipe._fields)}
+        return memory.print_estimate(model, recipe, last, accumulate, flops, env)
     path = folder / "checkpoint.pt"
     run = Run(path, model, optimizer, config, env, args.save_minutes, last)
     least, best_path = math.inf, folder / "model-best.pt"
@@ -265,7 +265,6 @@ def pretrain(train_set, test_set, config, folder, args, env):
         best_path.unlink(missing_ok=True)  # of another run
 
     # Small sets are decoded once, into memory.
-    size, batch_size = config["image_size"], config["batch_size"]
     if env.device.type == "cuda" and batch_size < 16 * env.ranks:
         more = f"--batch-size {batch_size} on {env.ranks} GPUs; {32 * env.ranks} would be faster"
         console.say(env, f"fewer than 16 images a GPU leave it waiting: {more}")
@@ -321,7 +320,6 @@ def pretrain(train_set, test_set, config, folder, args, env):
             run.save_or_stop(signals, log)
         run.finish_saving()
 
-    flops = models.forward_flops(args.model, len(train_set.classes), size)
     record = {
         "schema": 1,
         "kind": "pretrain",
@@ -347,6 +345,7 @@ def pretrain(train_set, test_set, config, folder, args, env):
             save_network(path, *about, **more)
     if env.main:
         console.write_json(folder / "result.json", record)
+        print(f"wrote {folder}/model.pt")
     return record
 
 

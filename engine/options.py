@@ -70,7 +70,7 @@ TABLE = """
 --size 1..4096 - pixels of the side (X-rays) or of the shorter side
 --codec raw|jpeg raw raw is the fastest, jpeg the smallest
 --quality 1..100 90 of JPEG, 1 to 100
---dry-run flag - print the grid and how long it would take, and leave
+--dry-run flag - print the grid, or the recipe's numbers, and how long it would take, and leave
 """
 KINDS = {
     "text": {"type": not_empty},
