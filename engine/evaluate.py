@@ -47,15 +47,23 @@ def predict(forward, width, stream, num_images, env, normalization):
 MAX_CLASSES, MAX_SCORES = 2000, 2**26
 
 
-def evaluate(model, stream, labels, classes, env, normalization):
+def can_hold(num_images, num_classes):
+    """Whether all scores of a test set may be held together."""
+    return num_classes <= MAX_CLASSES and num_images * num_classes <= MAX_SCORES
+
+
+def evaluate(model, stream, labels, classes, env, normalization, keep=None):
     """compute_metrics of a test set; stream: as of `predict`. The model is in eval mode for it.
 
-    Beyond MAX_CLASSES or MAX_SCORES accuracy, top5 and loss are summed by batches on the device;
-    mean_auc, mean_ap and per_class are None then, and a line says so.
+    keep: called with the logits (N,C) float32 on the main rank, where they may be held. Beyond
+    MAX_CLASSES or MAX_SCORES accuracy, top5 and loss are summed by batches on the device; mean_auc,
+    mean_ap and per_class are None then, and a line says so.
     """
     model.eval()
-    if len(classes) <= MAX_CLASSES and len(labels) * len(classes) <= MAX_SCORES:
+    if can_hold(len(labels), len(classes)):
         logits = predict(model, len(classes), stream, len(labels), env, normalization)
+        if keep and env.main:
+            keep(logits)
         metrics = compute_metrics(logits, labels, classes, env)
     else:
         text = f"{len(labels):,} images x {len(classes):,} classes, above {MAX_SCORES:,} scores"

@@ -5,7 +5,6 @@ import contextlib
 import datetime
 import functools
 import heapq
-import math
 import os
 import sys
 import time
@@ -19,9 +18,10 @@ from tqdm import tqdm
 
 from engine import console
 from engine.checkpoint import load_checkpoint, read_result
-from engine.distance import DIMENSIONS
+from engine.evaluate import can_hold
 from engine.memory import flops_per_second
 from engine.metrics import Diverged
+from engine.outputs import ENDINGS
 from engine.processes import Stopped, environment
 
 # A process whose share of the cells is done may wait long for the last ones of the others.
@@ -31,7 +31,8 @@ PATIENCE = datetime.timedelta(days=30)
 class Network(NamedTuple):
     """A network to transfer. name: SOURCE-MODEL. path: of its weights, None for scratch; digest: of
     that file. domain, images: of its source; None where unknown. steps: of fine-tuning, in place of
-    the recipe's. sample: projected features of the source (distance.project), or None.
+    the recipe's. sample: projected features of the source (distance.project), or None. classes,
+    task, image_size: of its training, None where the file does not say.
     """
 
     name: str
@@ -44,10 +45,13 @@ class Network(NamedTuple):
     normalization: tuple | None = None
     sample: torch.Tensor | None = None
     steps: int | None = None
+    classes: tuple | None = None
+    task: str | None = None
+    image_size: int | None = None
 
 
 def open_networks(args, open_network):
-    """The networks that --checkpoint names: run folders, weight files, "scratch".
+    """The networks that --checkpoint names: run folders, weight files, "scratch", "statistics".
 
     None named: every finished run below runs/, and scratch (which has no features to classify).
     open_network: (path, args) -> Network; every file is opened, so that a wrong one is refused
@@ -65,7 +69,13 @@ def open_networks(args, open_network):
         raise ValueError(f"--method {args.method}: scratch has no features; leave it out")
     if args.scratch_steps and "scratch" not in checkpoints:
         raise ValueError("--scratch-steps: name scratch among --checkpoint too")
-    networks = [open_network(path, args) for path in checkpoints if path != "scratch"]
+    if not frozen and "statistics" in checkpoints:
+        raise ValueError("--checkpoint statistics: nothing to fine-tune; add --method linear")
+    files = [path for path in checkpoints if path not in ("scratch", "statistics")]
+    networks = [open_network(path, args) for path in files]
+    if "statistics" in checkpoints:  # of pixels from 0 to 1
+        unchanged = (0.0,) * 3, (1.0,) * 3
+        networks.append(Network(*["statistics"] * 3, normalization=unchanged))
     if "scratch" in checkpoints:
         found = sorted({network.model for network in networks}) or ["R14x0.5"]
         for model in [args.model] if args.model else found:
@@ -76,43 +86,12 @@ def open_networks(args, open_network):
     return networks
 
 
-def _three(values):
-    return len(values) == 3 and all(map(math.isfinite, values))
-
-
-# What pretrain.py says in model.pt beside the weights, and what that must be.
-OWN = {
-    "name": lambda name: isinstance(name, str),
-    "source": lambda source: source and source.isprintable(),
-    "domain": lambda domain: domain in console.MAIN_METRIC,
-    "images": lambda images: type(images) is int and images > 0,
-    "mean": _three,
-    "std": lambda std: _three(std) and min(std) > 0,
-    "sample": lambda x: x is None or x.shape[1:] == (DIMENSIONS,) and x.isfinite().all(),
-}
-
-
-def is_own(path, content):
-    """Whether pretrain.py wrote this content of a weight file. Raises ValueError naming what such a
-    file says that cannot be.
-    """
-    if not (isinstance(content, dict) and content.keys() >= OWN.keys() - {"sample"}):
-        return False
-    for key, good in OWN.items():
-        with contextlib.suppress(AttributeError, TypeError):
-            if good(content.get(key)):
-                continue
-        found = " ".join(repr(content[key]).split())
-        raise ValueError(f"{path}: its {key} is {found:.60}; pre-train anew")
-    return True
-
-
 class Cell(NamedTuple):
     """One run: which network, to which target, on how many shots (None: all images).
 
     target: has name, train_set, test_set and distances. indices: its training images among the
     target's, sorted (M,) int64. settings: of the method. flops: of an image's forward pass. out:
-    folder of all results; folder: of the target's below it.
+    folder of all results; folder: of the target's below it. save: keys of outputs.ENDINGS.
     """
 
     network: Network
@@ -125,6 +104,7 @@ class Cell(NamedTuple):
     flops: int
     out: str
     folder: str
+    save: tuple = ()
 
     @property
     def path(self):
@@ -132,6 +112,11 @@ class Cell(NamedTuple):
         shots = f"{self.shots}shot" if self.shots else "full"
         ending = ".json" if self.method == "finetune" else f"-{self.method}.json"
         return Path(self.out, self.folder, self.network.name, f"{shots}-seed{self.seed}{ending}")
+
+    @property
+    def files(self):
+        """{key of outputs.ENDINGS: path of that file beside the result}"""
+        return {what: self.path.with_suffix(ENDINGS[what]) for what in self.save}
 
     @property
     def config(self):
@@ -157,6 +142,8 @@ class Cell(NamedTuple):
 
     @property
     def kind(self):
+        if self.method == "features":
+            return "features"
         return "fewshot" if self.shots else "transfer"
 
     @property
@@ -173,8 +160,9 @@ class Cell(NamedTuple):
 def unfinished(cells, out, env):
     """(the cells without a result, {path: main metric} of the others), alike on all processes.
 
-    Raises OSError where results cannot be written, ValueError for two cells of one path, a file
-    made with other settings, and processes that find different results.
+    A cell that lacks a file of --save is run again. Raises OSError where results cannot be written,
+    ValueError for two cells of one path, a file made with other settings, predictions that are too
+    many to be held, and processes that find different results.
     """
     for path, times in collections.Counter(cell.path for cell in cells).items():
         if times > 1:
@@ -184,10 +172,17 @@ def unfinished(cells, out, env):
             )
     todo, results = [], {}
     for cell in cells:
+        test_set = cell.target.test_set
+        held = "predictions" in cell.save or cell.method == "eval"
+        if held and not can_hold(len(test_set), len(test_set.classes)):
+            raise ValueError(f"{cell.target.name}: too many scores for --save or --eval-only")
         record = read_result(cell.path, cell.kind, cell.config)
-        if record:
+        missing = [path for path in cell.files.values() if not path.exists()]
+        if record and missing:
+            console.say(env, f"{cell.path}: run again, as there is no {missing[0].name}")
+        elif record:
             results[str(cell.path)] = record["metrics"].get(cell.metric)
-        else:
+        if not record or missing:
             load_checkpoint(cell.checkpoint, cell.config)
             todo.append(cell)
     console.refuse_unwritable("--out", *(cell.path for cell in todo))
@@ -308,7 +303,7 @@ class Grid:
 
     def done(self, cell, metrics):
         """A cell has its result; where cells are shared out, a line says so and what is left."""
-        value = self.results[str(cell.path)] = metrics[cell.metric]
+        value = self.results[str(cell.path)] = metrics.get(cell.metric)
         if self.together:
             return
         seconds, self.ended = time.monotonic() - self.ended, time.monotonic()

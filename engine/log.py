@@ -9,7 +9,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from engine import memory
-from engine.console import progress_bar, say, write_atomically, writing
+from engine.console import print_table, progress_bar, say, write_atomically, writing
 from engine.metrics import Diverged
 
 
@@ -153,3 +153,17 @@ def trim_log(env, path, step):
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: damaged; remove that line") from error
     write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
+
+
+def print_result(record):
+    """The closing table of a pre-training."""
+    metrics, train = record["metrics"], record["train"]
+    shown = ("accuracy", "top5", "mean_auc", "mean_ap", "loss")
+    rows = [[name, f"{metrics[name]:.4f}"] for name in shown if metrics.get(name) is not None]
+    rows += [
+        ["seconds", f"{train['seconds']:.0f}"],
+        ["images/s", f"{train['images_per_second']:.0f}"],
+        ["GFLOP/s", f"{train['flops_per_second'] / 1e9:.1f}"],
+        ["share of the device's peak", f"{train['peak_share']:.3f}"],
+    ]
+    print_table(rows, [f"{record['source']} {record['model']} (test)", "value"])

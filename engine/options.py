@@ -9,11 +9,20 @@ from engine.console import Parser, not_empty, number, one_of
 TABLE = """
 --source text - dataset to pre-train on
 --target texts - datasets to transfer to
---checkpoint texts - run folders, weight files, 'scratch' (default: all in runs/, and scratch)
+--checkpoint texts - run folders, weight files, 'scratch', 'statistics' (features of
+    each image's mean, spread and histogram) (default: all in runs/, and scratch)
 --model text - network
 --shots texts - training images of each class, the study: 1 5 10 100 500; full: all of them
---seeds 1..10000 - runs of each, with another head, order and draw; the study: 5
---method text - finetune the whole network, or classify its frozen features
+    (default: 1 10 100)
+--seeds counts - runs of each, with another head, order and draw: one number is how many, from
+    --seed on; several are the seeds; the study: 5 (default: 1 of transfer.py, 3 of fewshot.py)
+--method text - finetune the whole network, or of its frozen features a classifier, or a file
+    (features); eval: as --eval-only
+--eval-only flag - evaluate networks as they are, by the classes that their head and a target share
+--keep last|best last best: also writes model-best.pt, of the least loss on the test images, of
+    those at the end of each epoch
+--save texts - beside a result: predictions (.npz: logits, labels, names, classes), model (.pt: the
+    fine-tuned network, for --checkpoint)
 --out text - directory to write to
 --data-dir text datasets directory that holds the real datasets
 --cache-dir text - directory for the index of large datasets (default: beside them) and the
@@ -67,6 +76,7 @@ KINDS = {
     "texts": {"type": not_empty, "nargs": "+", "metavar": "NAME"},
     "flag": {"action": "store_true"},
     "yes-or-no": {"action": argparse.BooleanOptionalAction},
+    "counts": {"type": number(int, 0, 2**63 - 1), "nargs": "+", "metavar": "N"},
     "positive": {"type": number(float, 1e-12), "metavar": "X"},
     "amount": {"type": number(float, 0), "metavar": "X"},
 }
@@ -117,3 +127,20 @@ def parse(description, flags, **changes):
     parser = Parser(description)
     add(parser, f"{flags} {EVERYWHERE}", **changes)
     return parser.parse_args()
+
+
+def seeds(args, count):
+    """The seeds that --seeds means, by default so many from --seed on."""
+    given = list(args.seeds or [count])
+    words = "--seeds " + " ".join(map(str, given))
+    if given == [0]:
+        raise ValueError(f"{words}: one number is how many; for seed 0 alone give --seeds 1")
+    if len(given) == 1:
+        if given[0] > 10_000:
+            raise ValueError(f"{words}: more than 10000 runs")
+        return list(range(args.seed, args.seed + given[0]))
+    if len(set(given)) < len(given):
+        raise ValueError(f"{words}: a seed is named twice")
+    if args.seed:
+        raise ValueError(f"--seed means nothing beside {words}; leave it out")
+    return given

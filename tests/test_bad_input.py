@@ -78,9 +78,15 @@ SCRATCH = "fewshot --checkpoint scratch"
         ("fewshot --checkpoint scratch runs/none", "no weights at runs/none"),
         (f"{SCRATCH} --shots 7 9999", "--shots 9999: class"),
         (f"{SCRATCH} --batch-size 1", "--batch-size 1"),
+        (f"{SCRATCH} --seeds 1000000000", "--seeds 1000000000: more than 10000 runs"),
         (f"{SCRATCH} --method lineal", "did you mean linear?"),
         (f"{SCRATCH} --method linear", "--method linear: scratch has no features; leave it out"),
         (f"{SCRATCH} --target synthetic-natural-target --single-label", "--single-label means not"),
+        ("transfer --checkpoint statistics", "nothing to fine-tune; add --method linear"),
+        (f"{SCRATCH} --seeds 1 1", "--seeds 1 1: a seed is named twice"),
+        ("fewshot --method linear --save model", "--save model means nothing for --method linear"),
+        ("fewshot --eval-only --shots 1", "--shots means nothing for --method eval"),
+        ("fewshot --method features --seeds 2", "--seeds means nothing for --method features"),
         ("fewshot --checkpoint runs/none --scratch-steps 3", "--scratch-steps: name scratch"),
         *(
             (f"fewshot --method linear {option}", f"{option.split()[0]} means nothing for --method")
@@ -115,7 +121,6 @@ BOUNDS = {  # values that are out of them
     "--save-minutes": ("1e-12", 10**9, "0 1e300"),
 }
 OF_TRANSFER = {
-    "--seeds": (1, 10_000, "0 1000000000"),
     "--steps": (1, 10**9, "0 1000000000000"),
     "--scratch-steps": (1, 10**9, "1000000000000"),
 }

@@ -1,18 +1,23 @@
 """The same pre-training in any layout; what decides a run, and the files that it leaves."""
 
+import functools
+import signal
+
 import interruption
 import numpy as np
 import pytest
 import torch
 from conftest import run
 from grids import call
-from interruption import Training, undisturbed
+from interruption import EPOCHS, Training, assert_same_tensors, at_step, die, undisturbed
 
 import data
 import models
 import pretrain
-from engine import memory
+from engine import evaluate, memory, processes
+from readers import transforms
 from readers.images import ImageDataset
+from readers.workers import in_order
 
 # ------------------------------------------------------------------------------------------------
 # One run, many layouts
@@ -188,6 +193,35 @@ def test_model_file_says_what_it_is(folder):
     assert record["classes"] == ("blue", "green", "red") and record["task"] == "multiclass"
     assert record["image_size"] == 16 and record["mean"] == (0.485, 0.456, 0.406)
     assert record["sample"].isfinite().all() and len(record["sample"]) == interruption.IMAGES
+
+
+def test_the_weights_of_the_least_loss_are_kept_also_when_killed(folder, tmp_path):
+    """Of three epochs the last one climbs: the least loss is the second's."""
+
+    def climbs(then=lambda: None):
+        pretrain.rate = lambda step, config: 0.003 if step < EPOCHS[1] else -0.01
+        then()
+
+    words = ("--keep", "best", "--save-minutes", 1e-6)
+    one, other = (Training(folder, tmp_path, *words, out=tmp_path / name) for name in "ab")
+    one.go(patch=climbs)
+    for step in (12, 20):
+        patch = functools.partial(climbs, at_step(step, die))
+        other.go(-signal.SIGKILL, patch)
+    other.go(patch=climbs)
+    best, again = one.load("model-best.pt"), other.load("model-best.pt")
+    losses = {line["step"]: line["test"]["loss"] for line in one.lines("test")}
+    least = min(losses, key=losses.get)
+    assert (best["step"], best["loss"]) == (least, losses[least]) and least == EPOCHS[1]
+    assert_same_tensors(best["model"], again["model"])
+    assert torch.equal(best["sample"], again["sample"]) and best["classes"] == again["classes"]
+    model = models.create_model("R14x0.5", 3)
+    models.load_weights(model, *one.paths("model-best.pt"))
+    test = data.load_dataset(f"folder:{folder}", split="test")
+    stream = in_order(test, pretrain.choose_pipeline(test, 16, False), 21)
+    env, norm = processes.setup("fp32"), transforms.NORMALIZATION["natural"]
+    found = evaluate.evaluate(model, stream, test.labels, test.classes, env, norm)
+    assert found["loss"] == pytest.approx(losses[least], rel=1e-5)
 
 
 def test_options_that_shape_a_source(nih_root, tmp_path):
