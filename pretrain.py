@@ -179,7 +179,7 @@ def make_config(args, env, source):
             f"--batch-size {config['batch_size']} is less than {env.ranks} processes x "
             f"--accumulate {args.accumulate}"
         )
-    size = config["image_size"] or source.size
+    config["image_size"] = config["image_size"] or source.size
     return config | {
         "source": args.source,
         "source_options": source.options,
@@ -188,12 +188,11 @@ def make_config(args, env, source):
         "model": args.model,
         "recipe": name,
         "clipping": config["clipping"] or None,
-        "image_size": size,
         "fraction": args.fraction,
         "balanced": bool(args.balanced),
         "single_label": args.single_label,
         "seed": args.seed,
-        "precision": env.training_precision(args.precision, size),
+        "precision": env.training_precision(args, config["image_size"]),
         "compile": args.compile,
         "keep_best": args.keep == "best",
     }
@@ -225,8 +224,7 @@ def main():
     if record:
         console.say(env, f"{folder}: finished already; remove that folder to train anew")
     else:
-        names = "checkpoint.pt", "log.jsonl", "model.pt", "result.json"
-        console.refuse_unwritable("--out", *(folder / name for name in names))
+        console.refuse_unwritable("--out", folder / "log.jsonl", folder / "model.pt")
         with console.locked(folder, env.main):
             record = pretrain(train_set, test_set, config, folder, args, env)
         if record:

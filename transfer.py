@@ -246,7 +246,7 @@ def make_cell(network, target, shots, seed, indices, args, env):
         sampling = "replacement" if len(indices) < (micro_batch or batch_size) else "shuffle"
         if args.balanced or (args.balanced is None and dataset in BALANCED and shots is None):
             sampling = "balanced"
-        settings["precision"] = env.training_precision(args.precision, rule.crop)
+        settings["precision"] = env.training_precision(args, rule.crop)
         if args.precision == "auto" and not recipe.autocast:
             settings["precision"] = "tf32" if env.device.type == "cuda" else "fp32"
         settings |= {"recipe": target.recipe, "batch_size": batch_size, "lr": args.lr or recipe.lr}

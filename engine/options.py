@@ -139,6 +139,8 @@ def seeds(args, count):
     if len(given) == 1 and given[0] > 10_000:
         raise ValueError(f"{words}: one number is how many, at most 10000")
     if len(given) == 1:
+        if given[0] > 10_000:
+            raise ValueError(f"{words}: more than 10000 runs")
         return list(range(args.seed, args.seed + given[0]))
     if len(set(given)) < len(given):
         raise ValueError(f"{words}: a seed is named twice")
