@@ -17,7 +17,7 @@ import torch
 import data
 import models
 from engine import console, distance, memory, options
-from engine.checkpoint import Run, read_result, read_tensors, save_tensors
+from engine.checkpoint import Run, finished_run, read_tensors, save_tensors
 from engine.evaluate import evaluate, predict, to_input
 from engine.log import Log, print_result
 from engine.metrics import loss_sum
@@ -221,13 +221,16 @@ def main():
     config = make_config(args, env, train_set)
     folder = Path(args.out) / f"{data.dataset_slug(train_set.name)}-{args.model}"
     env = env.computing(config["precision"])
-    record = read_result(folder / "result.json", "pretrain", config)
+    record = finished_run(folder, config)
     if record:
         console.say(env, f"{folder}: finished already; remove that folder to train anew")
     else:
         names = "checkpoint.pt", "log.jsonl", "model.pt", "result.json"
         console.refuse_unwritable("--out", *(folder / name for name in names))
-        record = pretrain(train_set, test_set, config, folder, args, env)
+        with console.locked(folder, env.main):
+            record = pretrain(train_set, test_set, config, folder, args, env)
+        if record:
+            console.say(env, f"wrote {folder}/model.pt")
     if env.main and record:
         print_result(record)
 

@@ -85,7 +85,6 @@ SCRATCH = "fewshot --checkpoint scratch"
         ("fewshot --seeds 1 1", "--seeds 1 1: a seed is named twice"),
         ("fewshot --seeds 0", "--seeds 0: one number is how many; for seed 0 alone give --seeds 1"),
         ("transfer --seeds 10001", "--seeds 10001: one number is how many, at most 10000"),
-        ("transfer --seeds -1 2", "argument --seeds: -1 is not from 0 to"),
         ("transfer --seed 3 --seeds 0 1", "--seed means nothing beside --seeds 0 1; leave it out"),
         ("fewshot --method linear --save model", "--save model means nothing for --method linear"),
         ("fewshot --eval-only --shots 1", "--shots means nothing for --method eval"),
@@ -124,6 +123,7 @@ BOUNDS = {  # values that are out of them
     "--save-minutes": ("1e-12", 10**9, "0 1e300"),
 }
 OF_TRANSFER = {
+    "--seeds": (0, 2**63 - 1, "-1 9223372036854775808"),
     "--steps": (1, 10**9, "0 1000000000000"),
     "--scratch-steps": (1, 10**9, "1000000000000"),
 }
