@@ -211,7 +211,10 @@ def unfinished(cells, out, env):
 
 
 def write_result(cell, metrics, train, workers, env):
-    """Writes the result of a cell, on the main rank; train: what it says of the training."""
+    """Writes the result of a cell, on the main rank; train: what it says of the training.
+
+    Raises ValueError where another process has meanwhile put one there that was made otherwise.
+    """
     network, target = cell.network, cell.target
     record = {
         "schema": 1,
@@ -234,7 +237,8 @@ def write_result(cell, metrics, train, workers, env):
         "environment": environment(env),
     }
     if env.main:
-        console.write_json(cell.path, record)
+        if not console.write_json(cell.path, record, replace=False):
+            read_result(cell.path, cell.kind, cell.config)
         if cell.checkpoint:
             cell.checkpoint.unlink(missing_ok=True)
 
