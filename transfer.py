@@ -272,7 +272,7 @@ def main():
     targets, networks, cells = open_targets(args, env), open_networks(args, open_network, env), []
     for target in targets:
         everything = np.arange(len(target.train_set))
-        for seed in options.seeds(args, 1):
+        for seed in args.seeds or [args.seed]:
             for network in networks:
                 cells.append(make_cell(network, target, None, seed, everything, args, env))
     todo, results = unfinished(cells, args.out, env)
