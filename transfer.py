@@ -152,7 +152,7 @@ def open_network(path, args):
     if path.is_dir() and not file.exists():
         raise FileNotFoundError(f"{path}: holds no model.pt; pretrain.py has not finished there")
     content = read_weights(str(file))
-    about = network_facts(content)
+    about = network_facts(file, content)
     model, source = about.get("model", args.model), about.get("source", args.source)
     if not model or not source:
         raise ValueError(f"{file}: not written by pretrain.py; say --model and --source of it")
@@ -246,6 +246,7 @@ def make_cell(network, target, shots, seed, indices, args, env):
         sampling = "replacement" if len(indices) < (micro_batch or batch_size) else "shuffle"
         if args.balanced or (args.balanced is None and dataset in BALANCED and shots is None):
             sampling = "balanced"
+        settings["precision"] = env.training_precision(args.precision, rule.crop)
         if args.precision == "auto" and not recipe.autocast:
             settings["precision"] = "tf32" if env.device.type == "cuda" else "fp32"
         settings |= {"recipe": target.recipe, "batch_size": batch_size, "lr": args.lr or recipe.lr}
@@ -268,7 +269,7 @@ def main():
     args = options.parse(__doc__, FLAGS, **DEFAULTS)
     args.method = "finetune"
     env = setup(args.precision)
-    targets, networks, cells = open_targets(args, env), open_networks(args, open_network), []
+    targets, networks, cells = open_targets(args, env), open_networks(args, open_network, env), []
     for target in targets:
         everything = np.arange(len(target.train_set))
         for seed in options.seeds(args, 1):
@@ -324,7 +325,7 @@ def train(cell, signals, args, env, title, accumulate):
     normalization = network.normalization or transforms.NORMALIZATION[train_set.domain]
     groups = model.parameter_groups()
     optimizer = SGD_AGC(groups, config["lr"], nesterov=recipe.nesterov, clipping=recipe.clipping)
-    run = Run(cell.checkpoint, model, optimizer, config, env, args.save_minutes)
+    run = Run(cell.checkpoint, model, optimizer, config, env, args.save_minutes, rule.steps)
     order = config["batch_size"], cell.seed, config["sampling"], env.rank, env.ranks
     batches = data.Batches(train_set, pipeline, *order, pairs=rule.mixup > 0)
     stream = loader(batches, run.step, rule.steps, args.workers, env.device)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from engine.console import say
+from engine.console import say_once
 from engine.metrics import answers, compute_metrics, loss_sum, refuse_nonfinite
 
 
@@ -66,18 +66,12 @@ def evaluate(model, stream, labels, classes, env, normalization, keep=None):
             keep(logits)
         metrics = compute_metrics(logits, labels, classes, env)
     else:
-        _say_left_out(len(labels), len(classes), env)
+        text = f"{len(labels):,} images x {len(classes):,} classes, above {MAX_SCORES:,} scores"
+        text = f"AUC and average precision are left out: {text} or {MAX_CLASSES:,} classes"
+        say_once(env, text)
         metrics = _sum_by_batches(model, stream, labels, len(classes), env, normalization)
     model.train()
     return metrics
-
-
-@functools.lru_cache  # once
-def _say_left_out(num_images, num_classes, env):
-    text = (
-        f"AUC and average precision are left out: {num_images:,} images x {num_classes:,} classes"
-    )
-    say(env, f"{text}, above {MAX_SCORES:,} scores or {MAX_CLASSES:,} classes")
 
 
 @torch.inference_mode()

@@ -1,5 +1,6 @@
 """Many cells in one command: what a cell is, which process runs which, what failed."""
 
+import argparse
 import collections
 import contextlib
 import datetime
@@ -23,6 +24,7 @@ from engine.memory import flops_per_second
 from engine.metrics import Diverged
 from engine.outputs import ENDINGS
 from engine.processes import Stopped, environment
+from engine.weights import PUBLISHED, find_published
 
 # A process whose share of the cells is done may wait long for the last ones of the others.
 PATIENCE = datetime.timedelta(days=30)
@@ -50,8 +52,9 @@ class Network(NamedTuple):
     image_size: int | None = None
 
 
-def open_networks(args, open_network):
-    """The networks that --checkpoint names: run folders, weight files, "scratch", "statistics".
+def open_networks(args, open_network, env=None):
+    """The networks that --checkpoint names: run folders, weight files, those of weights.PUBLISHED,
+    "scratch", "statistics".
 
     None named: every finished run below runs/, and scratch (which has no features to classify).
     open_network: (path, args) -> Network; every file is opened, so that a wrong one is refused
@@ -59,7 +62,7 @@ def open_networks(args, open_network):
     """
     frozen, checkpoints = args.method != "finetune", args.checkpoint
     if not checkpoints:
-        checkpoints = sorted(str(path.parent) for path in Path("runs").glob("*/model.pt"))
+        checkpoints = sorted(str(path.parent) for path in Path("runs").glob("[!.]*/model.pt"))
         if not checkpoints:
             raise FileNotFoundError(
                 "no pre-trained network in runs/; run pretrain.py first, or give --checkpoint"
@@ -72,7 +75,14 @@ def open_networks(args, open_network):
     if not frozen and "statistics" in checkpoints:
         raise ValueError("--checkpoint statistics: nothing to fine-tune; add --method linear")
     files = [path for path in checkpoints if path not in ("scratch", "statistics")]
-    networks = [open_network(path, args) for path in files]
+    networks = []
+    for path in files:
+        if str(path).startswith(("bit:", "study:")):
+            file, known = find_published(path, args, env), PUBLISHED[path]
+            about = {"source": known.source, "model": known.model}
+            networks.append(open_network(file, argparse.Namespace(**vars(args) | about)))
+        else:
+            networks.append(open_network(path, args))
     if "statistics" in checkpoints:  # of pixels from 0 to 1
         unchanged = (0.0,) * 3, (1.0,) * 3
         networks.append(Network(*["statistics"] * 3, normalization=unchanged))
@@ -153,7 +163,7 @@ class Cell(NamedTuple):
         return self.path.with_suffix(".checkpoint.pt") if kept else None
 
     def __str__(self):
-        shots = f"{self.shots} shots" if self.shots else "all images"
+        shots = console.counted(self.shots, "shot") if self.shots else "all images"
         return f"{self.target.name} from {self.network.name}, {shots}, seed {self.seed}"
 
 
@@ -170,9 +180,6 @@ def unfinished(cells, out, env):
                 f"two checkpoints or targets would write {path}; run them apart, one with another "
                 "--out"
             )
-    there = next(path for path in (Path(out), *Path(out).parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise OSError(f"--out {out}: {there} is no directory that can be written; give another")
     todo, results = [], {}
     for cell in cells:
         test_set = cell.target.test_set
@@ -188,6 +195,7 @@ def unfinished(cells, out, env):
         if not record or missing:
             load_checkpoint(cell.checkpoint, cell.config)
             todo.append(cell)
+    console.refuse_unwritable("--out", *(cell.path for cell in todo))
     if env.ranks > 1:
         lists = [None] * env.ranks
         dist.all_gather_object(lists, [str(cell.path) for cell in todo])
@@ -196,12 +204,17 @@ def unfinished(cells, out, env):
                 f"--out {out}: the processes find different results there; name a folder that all "
                 "nodes share"
             )
-    console.say(env, f"{len(cells)} cells, {len(cells) - len(todo)} finished already")
+    console.say(
+        env, f"{console.counted(len(cells), 'cell')}, {len(cells) - len(todo)} finished already"
+    )
     return todo, results
 
 
 def write_result(cell, metrics, train, workers, env):
-    """Writes the result of a cell, on the main rank; train: what it says of the training."""
+    """Writes the result of a cell, on the main rank; train: what it says of the training.
+
+    Raises ValueError where another process has meanwhile put one there that was made otherwise.
+    """
     network, target = cell.network, cell.target
     record = {
         "schema": 1,
@@ -224,7 +237,8 @@ def write_result(cell, metrics, train, workers, env):
         "environment": environment(env),
     }
     if env.main:
-        console.write_json(cell.path, record)
+        if not console.write_json(cell.path, record, replace=False):
+            read_result(cell.path, cell.kind, cell.config)
         if cell.checkpoint:
             cell.checkpoint.unlink(missing_ok=True)
 
@@ -333,7 +347,8 @@ class Grid:
             return 0
         report(cells, self.results)
         if self.failures:
-            print(f"{len(self.failures)} cells failed; the same command tries them again:")
+            failed = console.counted(len(self.failures), "cell")
+            print(f"{failed} failed; the same command tries again:")
             for path, reason in self.failures.items():
                 print(f"{path}: {reason}")
         return int(bool(self.failures))
@@ -403,7 +418,7 @@ def report(cells, results):
     columns, values = [], {}
     for cell in cells:
         if str(cell.path) in results:
-            column = f"{cell.shots} shots" if cell.shots else "full"
+            column = console.counted(cell.shots, "shot") if cell.shots else "full"
             columns += [] if column in columns else [column]
             row = cell.target.name, cell.network.name, cell.metric
             values.setdefault(row, {}).setdefault(column, []).append(results[str(cell.path)])

@@ -1,9 +1,13 @@
 """What is kept beside a result: predictions and features of images, and networks to go on from."""
 
+import contextlib
+import math
+
 import numpy as np
 
 from engine.checkpoint import save_tensors
-from engine.console import write_atomically
+from engine.console import MAIN_METRIC, write_atomically
+from engine.distance import DIMENSIONS
 
 # What --save may name, and features -> ending of the file beside the result.
 ENDINGS = {"predictions": ".npz", "model": ".pt", "features": ".npz"}
@@ -49,12 +53,34 @@ def save_network(path, state, name, dataset, normalization, image_size, **more):
     save_tensors(path, {"model": state, **facts, **more})
 
 
-def network_facts(content):
+def _three(values):
+    return len(values) == 3 and all(map(math.isfinite, values))
+
+
+# What such a file must say beside the weights.
+OWN = {
+    "name": lambda name: isinstance(name, str),
+    "source": lambda source: source and source.isprintable(),
+    "domain": lambda domain: domain in MAIN_METRIC,
+    "images": lambda images: type(images) is int and images > 0,
+    "mean": _three,
+    "std": lambda std: _three(std) and min(std) > 0,
+    "sample": lambda x: x is None or x.shape[1:] == (DIMENSIONS,) and x.isfinite().all(),
+}
+
+
+def network_facts(path, content):
     """What the content of such a file says of its network, as attributes of grid.Network; {} for
-    one that was written elsewhere.
+    one that was written elsewhere. Raises ValueError naming what of it cannot be.
     """
-    if not (isinstance(content, dict) and "name" in content):
+    if not (isinstance(content, dict) and content.keys() >= OWN.keys() - {"sample"}):
         return {}
+    for key, good in OWN.items():
+        with contextlib.suppress(AttributeError, TypeError):
+            if good(content.get(key)):
+                continue
+        found = " ".join(repr(content[key]).split())
+        raise ValueError(f"{path}: its {key} is {found:.60}; pre-train anew")
     same = ("source", "domain", "images", "sample", "classes", "task", "image_size")
     normalization = tuple(content["mean"]), tuple(content["std"])
     about = {key: content.get(key) for key in same}
