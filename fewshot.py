@@ -64,7 +64,7 @@ def classify(cell, signals, args, env):
     fit = linear.CLASSIFIERS[cell.method]
     labels, classes = target.train[0].labels[rows], len(test_set.classes)
     logits, facts = fit(train_features[rows], labels, test_features, classes)
-    metrics = compute_metrics(logits, test_set.labels, test_set.classes)
+    metrics = compute_metrics(logits, test_set.labels, test_set.classes, groups=test_set.groups)
     about = {"images": len(rows), "steps": None, "seconds": time.monotonic() - began}
     return metrics, about | {"images_per_second": None, **facts, "features_seconds": seconds}
 

@@ -372,7 +372,8 @@ def train(cell, signals, args, env, title, accumulate):
         at_once = max(config["batch_size"], memory.images_at_once(rule.crop))
         tested = in_order(*target.test, at_once, env.rank, env.ranks, args.workers, env.device)
         test_set = target.test_set
-        metrics = evaluate(model, tested, test_set.labels, test_set.classes, env, normalization)
+        about = test_set.labels, test_set.classes, env, normalization, test_set.groups
+        metrics = evaluate(model, tested, *about)
         log.evaluation(run.step, metrics)
     flops = models.forward_flops(network.model, classes, rule.crop)
     return metrics, run.summary(len(train_set), config["batch_size"], flops)

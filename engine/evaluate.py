@@ -47,16 +47,16 @@ def predict(forward, width, stream, num_images, env, normalization):
 MAX_CLASSES, MAX_SCORES = 2000, 2**26
 
 
-def evaluate(model, stream, labels, classes, env, normalization):
+def evaluate(model, stream, labels, classes, env, normalization, groups=None):
     """compute_metrics of a test set; stream: as of `predict`. The model is in eval mode for it.
 
     Beyond MAX_CLASSES or MAX_SCORES accuracy, top5 and loss are summed by batches on the device;
-    mean_auc, mean_ap and per_class are None then, and a line says so.
+    mean_auc, mean_ap, intervals and per_class are None then, and a line says so.
     """
     model.eval()
     if len(classes) <= MAX_CLASSES and len(labels) * len(classes) <= MAX_SCORES:
         logits = predict(model, len(classes), stream, len(labels), env, normalization)
-        metrics = compute_metrics(logits, labels, classes, env)
+        metrics = compute_metrics(logits, labels, classes, env, groups)
     else:
         _say_left_out(len(labels), len(classes), env)
         metrics = _sum_by_batches(model, stream, labels, len(classes), env, normalization)
@@ -98,5 +98,6 @@ def _sum_by_batches(model, stream, labels, num_classes, env, normalization):
         "mean_auc": None,
         "mean_ap": None,
         "loss": loss / count,
+        "intervals": None,
         "per_class": None,
     }
