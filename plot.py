@@ -25,10 +25,14 @@ second, share of time spent waiting for data.
 
 import argparse
 import io
+import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be there, and nothing is shown
 
 import matplotlib
 
@@ -116,7 +120,9 @@ def read(args):
     tell(doubled, f"runs of which two files differ, the newest counts: {len(doubled)}")
     if not runs:
         fill = f"no usable result file in {', '.join(map(str, args.paths))}: "
-        raise ValueError(f"{fill}`python fewshot.py --out {args.paths[0]}` writes some")
+        raise ValueError(
+            f"{fill}`python fewshot.py --out {shlex.quote(str(args.paths[0]))}` writes some"
+        )
     targets = sorted({run.target.name for run in runs})
     try:
         for name in args.target or []:
@@ -133,6 +139,8 @@ def read(args):
 
 def run(args):
     """Read, average, draw, write; raises OSError or ValueError."""
+    names = ["curves"] if args.curves else args.figure or FIGURES
+    console.refuse_unwritable("--out", *(args.out / f"{name}.png" for name in names))
     if args.curves:
         figure = curves.draw_logs(curves.load_logs(args.curves), args.title)
         print(*(f"wrote {path}" for path in save(args.out, "curves", figure)), sep="\n")
@@ -160,27 +168,23 @@ def run(args):
             if gain.n == 1
         ]
         tell(single, f"gains without interval: {len(single)}")
-    styles, written = style.line_styles(cells), []
+    styles, written, tables = style.line_styles(cells), [], []
     for name in [name for name in shown if shown[name]]:
         figure, content = FIGURES[name], shown[name]
         text = figure.markdown(content)
         drawing = figure.draw(content, styles, args.title, notes)
         written += save(args.out, name, drawing, md=text, csv=figure.csv(content))
         if args.figure or name == "fewshot":
-            print(text)
+            tables.append(text)
         elif name == "gain":
-            print(*markdown.count_table(content), "", sep="\n")
-    print(*missing, *(f"wrote {path}" for path in written), sep="\n")
+            tables += [*markdown.count_table(content), ""]
+    print(*tables, *missing, *(f"wrote {path}" for path in written), sep="\n")
 
 
 def main(argv=None):
     """Run the command line; returns the exit status, 2 after a line that says what is wrong."""
-    try:
-        with matplotlib.rc_context(style.SETTINGS):
-            run(parse(argv))
-    except (OSError, ValueError) as error:
-        return console.complain(error)
-    return 0
+    with matplotlib.rc_context(style.SETTINGS):
+        return console.exit_status(lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":

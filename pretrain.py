@@ -22,6 +22,7 @@ from engine.evaluate import evaluate, predict, to_input
 from engine.log import Log, print_result
 from engine.metrics import loss_sum
 from engine.optimizer import SGD_AGC, set_learning_rate
+from engine.outputs import save_network
 from engine.processes import StopSignal, environment, parallel, parts, run_script, setup
 from readers import transforms
 from readers.cache import preload
@@ -142,7 +143,7 @@ DEFAULTS = {
     "out": dict(default="runs"),
     "recipe": options.words(*RECIPES),
     "schedule": options.words(*SCHEDULES),
-    "batch_size": options.number_or("auto"),
+    "batch_size": options.number_or("auto", 2**20),
     "accumulate": dict(default=1),
 }
 # What is noted of a run beside its config: these change no result, and may differ when it goes on.
@@ -178,6 +179,7 @@ def make_config(args, env, source):
             f"--batch-size {config['batch_size']} is less than {env.ranks} processes x "
             f"--accumulate {args.accumulate}"
         )
+    size = config["image_size"] or source.size
     return config | {
         "source": args.source,
         "source_options": source.options,
@@ -186,12 +188,12 @@ def make_config(args, env, source):
         "model": args.model,
         "recipe": name,
         "clipping": config["clipping"] or None,
-        "image_size": config["image_size"] or source.size,
+        "image_size": size,
         "fraction": args.fraction,
         "balanced": bool(args.balanced),
         "single_label": args.single_label,
         "seed": args.seed,
-        "precision": env.precision,
+        "precision": env.training_precision(args.precision, size),
         "compile": args.compile,
         "keep_best": args.keep == "best",
     }
@@ -218,12 +220,15 @@ def main():
         raise ValueError(f"--balanced: {args.source} is multi-label; it has no one class an image")
     config = make_config(args, env, train_set)
     folder = Path(args.out) / f"{data.dataset_slug(train_set.name)}-{args.model}"
+    env = env.computing(config["precision"])
     record = read_result(folder / "result.json", "pretrain", config)
     if record:
         console.say(env, f"{folder}: finished already; remove that folder to train anew")
         if env.main:
             print_result(record)
         return
+    names = "checkpoint.pt", "log.jsonl", "model.pt", "result.json"
+    console.refuse_unwritable("--out", *(folder / name for name in names))
     record = pretrain(train_set, test_set, config, folder, args, env)
     if env.main:
         print_result(record)
@@ -250,7 +255,9 @@ def pretrain(train_set, test_set, config, folder, args, env):
     accumulate = args.accumulate
     if args.batch_size == "auto":
         accumulate = memory.parts_that_fit(model, config["image_size"], config["batch_size"], env)
-    run = Run(folder / "checkpoint.pt", model, optimizer, config, env, args.save_minutes)
+    last = math.ceil(config["epochs"] * len(train_set) / config["batch_size"])
+    path = folder / "checkpoint.pt"
+    run = Run(path, model, optimizer, config, env, args.save_minutes, last)
     least, best_path = math.inf, folder / "model-best.pt"
     if run.step:
         console.say(env, f"{folder}: continues after step {run.step}")
@@ -272,7 +279,6 @@ def pretrain(train_set, test_set, config, folder, args, env):
     # every ranks-th image of it.
     sampling = "balanced" if config["balanced"] else "shuffle"
     batches = data.Batches(decoded, pipeline, batch_size, args.seed, sampling, env.rank, env.ranks)
-    last = math.ceil(config["epochs"] * len(train_set) / batch_size)
     stream = loader(batches, run.step, last, args.workers, env.device)
     normalization = transforms.NORMALIZATION[train_set.domain]
     if args.compile:
@@ -330,18 +336,15 @@ def pretrain(train_set, test_set, config, folder, args, env):
         "layout": {key: getattr(args, key) for key in LAYOUT} | {"accumulate": accumulate},
         "environment": environment(env),
     }
-    mean, std = normalization
-    facts = {"name": args.model, "classes": train_set.classes, "task": train_set.task}
-    facts |= {"source": train_set.name, "domain": train_set.domain, "mean": mean, "std": std}
-    facts |= {"images": len(train_set), "image_size": size}
     kept = {folder / "model.pt": {"model": model.state_dict()}}
     if config["keep_best"]:
         kept[best_path] = read_tensors(best_path)
-    for path, state in kept.items():
-        model.load_state_dict(state["model"])
-        sample = sample_features(model, train_set, size, normalization, args.workers, env)
+    for path, more in kept.items():
+        model.load_state_dict(more["model"])
+        more["sample"] = sample_features(model, train_set, size, normalization, args.workers, env)
         if env.main:
-            save_tensors(path, {**state, **facts, "sample": sample})
+            about = more.pop("model"), args.model, train_set, normalization, size
+            save_network(path, *about, **more)
     if env.main:
         console.write_json(folder / "result.json", record)
     return record

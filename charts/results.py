@@ -99,7 +99,8 @@ class Cell:
     classes: int = 0  # 0 when unknown or when its runs differ
 
 
-# What a result file must hold, and of what type.
+# What a result file must hold, and of what type; bounds of its numbers.
+BOUNDS = {"seed": (0, 2**64), "source_images": (0, 10**12), "shots": (1, 10**9)}
 FIELDS = Line.__annotations__ | {"target": str, "target_domain": str, "metrics": dict}
 FIELDS |= {"seed": int, "source_images": int | None, "shots": int | None}
 
@@ -119,20 +120,22 @@ def checked_result(data, path, origin="own", classes=0):
     for key, kind in {**FIELDS, "distance": dict | None}.items():
         if key not in data:
             raise ValueError(f"no {key}")
-        if not isinstance(data[key], kind) or isinstance(data[key], bool):
+        wrong = not isinstance(data[key], kind) or isinstance(data[key], bool)
+        if wrong or not str(data[key]).isprintable():
             raise ValueError(f"{key} is {data[key]!r:.40}")
+    for key, bounds in BOUNDS.items():
+        number(data, key, *bounds)
     metrics = {key: number(data["metrics"], key, 0, 1) for key in METRICS}
     if not data["metrics"].keys() & METRICS.keys():
         raise ValueError(f"metrics hold none of {', '.join(METRICS)}")
     if data["source_domain"] not in DOMAINS or data["target_domain"] not in MAIN_METRIC:
         raise ValueError(f"a domain is none of {', '.join(MAIN_METRIC)}")
-    if data["shots"] is not None and data["shots"] < 1:
-        raise ValueError(f"shots is {data['shots']}")
     target = Target(data["target"], data["target_domain"], origin)
     line = Line(*(data[key] for key in Line._fields))
     distance = number(data["distance"] or {}, "frechet_relative", -1e300, 1e300)
     rest = data["shots"], data["seed"], data["source_images"]
-    classes = classes or len(data["metrics"].get("per_class") or ())
+    per_class = data["metrics"].get("per_class")
+    classes = classes or (len(per_class) if isinstance(per_class, dict) else 0)
     config = data.get("config") or {}
     sizes = (number(config, key, 1, 2**63) for key in ("train_images", "test_images"))
     seed = number(data, "source_seed", 0, 2**63)
@@ -192,7 +195,9 @@ def load(paths):
         if path.is_file():
             files[path.resolve()] = path
         elif path.is_dir():
-            files |= {file.resolve(): file for file in path.rglob("*.json")}
+            found = path.rglob("*.json")
+            shown = [file for file in found if "/." not in f"/{file.relative_to(path)}"]
+            files |= {file.resolve(): file for file in shown}
         else:
             mend = "give published.json, or a folder that `python fewshot.py --out FOLDER` fills"
             raise ValueError(f"no file or folder {path}: {mend}")

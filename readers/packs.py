@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 import shutil
 import textwrap
 import zlib
@@ -103,8 +104,8 @@ def _read_facts(folder, original, size):
     path, again = folder / "pack.json", f"remove {folder} and pack it again"
     if not path.exists():
         raise FileNotFoundError(
-            f"{folder}: no whole pack; `python data.py pack {original} --size {size}` makes or "
-            "finishes it"
+            f"{folder}: no whole pack; `python data.py pack {shlex.quote(original)} --size {size}` "
+            "makes or finishes it"
         )
     try:
         facts = json.loads(path.read_text())

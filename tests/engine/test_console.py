@@ -43,7 +43,7 @@ CONFIG = {"lr": 0.1, "decays": (3, 6), "clipping": None}
 def test_a_result_of_another_config_is_refused_by_the_setting(tmp_path, ours, message):
     """What theirs holds beside ours, as older files do, decides nothing."""
     path, older = tmp_path / "result.json", CONFIG | {"out": "results", "workers": 8}
-    record = {"schema": 1, "kind": "pretrain", "config": older}
+    record = {"schema": 1, "kind": "pretrain", "config": older, "metrics": {}}
     console.write_json(path, record)
     checkpoint.save_tensors(tmp_path / "checkpoint.pt", {"config": older})
     if message is None:
@@ -61,8 +61,8 @@ def test_a_result_of_another_config_is_refused_by_the_setting(tmp_path, ours, me
     (
         ("--bach-size=4", "unknown option --bach-size; did you mean --batch-size?"),
         ("--batch 4", "unknown option --batch; did you mean --batch-size?"),
-        ("--batch-size 0", "argument --batch-size: 0 is not above zero"),
-        ("--lr nan", "argument --lr: nan is not above zero"),
+        ("--batch-size 0", "argument --batch-size: 0 is not from 1 to 1048576"),
+        ("--lr nan", "argument --lr: nan is not from 1e-12 to 1000000000"),
         ("--batch-size x", "argument --batch-size: invalid int value: 'x'"),
         (
             "--precision fp16",
