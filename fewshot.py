@@ -81,7 +81,7 @@ def classify(cell, signals, args, env):
     fit = linear.CLASSIFIERS[cell.method]
     labels, classes = target.train[0].labels[rows], len(test_set.classes)
     logits, facts = fit(train_features[rows], labels, test_features, classes)
-    metrics = compute_metrics(logits, test_set.labels, test_set.classes)
+    metrics = compute_metrics(logits, test_set.labels, test_set.classes, groups=test_set.groups)
     save_predictions(cell, logits)
     about = {"images": len(rows), "steps": None, "seconds": time.monotonic() - began}
     return metrics, about | {"images_per_second": None, **facts, "features_seconds": seconds}
@@ -111,7 +111,7 @@ def evaluate_only(cell, signals, args, env):
     labels = test_set.labels
     if test_set.task == "multilabel":
         labels = labels[:, [test_set.classes.index(name) for name in shared]]
-    metrics = compute_metrics(logits, labels, shared)
+    metrics = compute_metrics(logits, labels, shared, groups=test_set.groups)
     save_predictions(cell, logits, labels, shared)
     return metrics, {"images": 0, "steps": None, "seconds": time.monotonic() - began}
 

@@ -286,9 +286,8 @@ def pretrain(train_set, test_set, config, folder, args, env):
         while True:
             if ends_epoch(run.step, last, config):  # also when the run goes on just there
                 run.save(wait=False)
-                metrics = evaluate(
-                    model, tested, test_set.labels, test_set.classes, env, normalization
-                )
+                known = test_set.labels, test_set.classes, env, normalization, test_set.groups
+                metrics = evaluate(model, tested, *known)
                 log.evaluation(run.step, metrics)
                 if config["keep_best"] and metrics["loss"] < least:
                     least = metrics["loss"]

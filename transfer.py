@@ -366,8 +366,9 @@ def train(cell, signals, args, env, title, accumulate):
         run.save()
         at_once = max(config["batch_size"], memory.images_at_once(rule.crop))
         tested = in_order(*target.test, at_once, env.rank, env.ranks, args.workers, env.device)
-        about = target.test_set.labels, target.test_set.classes, env, normalization
-        metrics = evaluate(model, tested, *about, functools.partial(save_predictions, cell))
+        known, keep = target.test_set, functools.partial(save_predictions, cell)
+        about = known.labels, known.classes, env, normalization, known.groups
+        metrics = evaluate(model, tested, *about, keep)
         log.evaluation(run.step, metrics)
     if "model" in cell.save and env.main:
         source = f"{data.dataset_slug(network.source)}-to-{cell.folder}-{cell.path.stem}"
