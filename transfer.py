@@ -31,6 +31,7 @@ from engine.optimizer import SGD_AGC, set_learning_rate
 from engine.processes import StopSignal, parallel, parts, run_script, setup
 from readers import transforms
 from readers.cache import decode_once
+from readers.digest import data_digest
 from readers.workers import in_order, loader
 
 # ------------------------------------------------------------------------------------------------
@@ -190,6 +191,7 @@ class Target:
 
     def __init__(self, name, train_set, test_set, recipe):
         self.name, self.train_set, self.test_set, self.recipe = name, train_set, test_set, recipe
+        self.data = data_digest(train=train_set, test=test_set)
         self.image_size = tuple(train_set.read(0).shape[-2:])  # of the first image, as of all
         # Multi-label X-ray sets take the X-ray pipeline, also when each image was left one label.
         multilabel = train_set.task == "multilabel" or train_set.options.get("single_label")

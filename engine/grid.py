@@ -77,9 +77,9 @@ def open_networks(args, open_network):
 class Cell(NamedTuple):
     """One run: which network, to which target, on how many shots (None: all images).
 
-    target: has name, train_set, test_set and distances. indices: its training images among the
-    target's, sorted (M,) int64. settings: of the method. flops: of an image's forward pass. out:
-    folder of all results; folder: of the target's below it.
+    target: has name, train_set, test_set, data (digests) and distances. indices: its training
+    images among the target's, sorted (M,) int64. settings: of the method. flops: of an image's
+    forward pass. out: folder of all results; folder: of the target's below it.
     """
 
     network: Network
@@ -109,6 +109,7 @@ class Cell(NamedTuple):
             "model": self.network.model,
             "target": self.target.name,
             "target_options": self.target.train_set.options,
+            "data": self.target.data,
             "shots": self.shots,
             "seed": self.seed,
             "images": len(self.indices),
