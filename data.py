@@ -19,11 +19,13 @@ import torch
 import torch.distributed as dist
 
 from engine import options
-from engine.console import EXIT_STOPPED, Parser, complain, positive, print_table
+from engine.console import Parser, exit_status, print_table, refuse_unwritable
 from readers import inspect, natural, packs, synthetic, xrays
 from readers.images import ImageDataset, refuse_missing
-from readers.labels import images_by_class, join, keep_single_label
+from readers.labels import join, keep_single_label
 from readers.names import base_name, pack_folder, pack_of, parts_of, without_place
+from readers.subsets import Stream, by_class, generator
+from readers.subsets import few_shot_indices as few_shot_indices  # for the scripts
 from readers.transforms import Pipeline, keep
 
 SPLITS = ("train", "test")
@@ -164,9 +166,10 @@ def _union(name, root, split, verify, labels="intersection", **options):
         raise ValueError(f"--labels {labels}: must be intersection or union")
     if len({pack_of(part)[0] for part in parts}) < len(parts):
         raise ValueError(f"{name}: a dataset occurs twice in the union")
-    members = []
+    members, five_views = [], "padchest" in map(base_name, parts)  # of all, as in the study
     for part in parts:
-        own = {key: value for key, value in options.items() if key in dataset_options(part)}
+        given = {"views": xrays.VIEWS["padchest"]} if five_views and not pack_of(part)[1] else {}
+        own = {o: value for o, value in (given | options).items() if o in dataset_options(part)}
         if "views" in own:
             own["views"] = xrays.views_in_union(base_name(part), own["views"])
         member = load_dataset(part, root, split, verify=verify, **own)
@@ -202,60 +205,8 @@ def refuse_options(names, args):
 
 
 # ------------------------------------------------------------------------------------------------
-# Which images: few-shot subsets, and the global batch of a step
+# Which images: the global batch of a step (few-shot subsets: readers/subsets.py)
 # ------------------------------------------------------------------------------------------------
-
-
-class Stream:
-    """What a random number is for: the second word of the seed of every generator."""
-
-    SHOTS, ORDER, DRAW, AUGMENT, MIXUP, FRACTION = range(6)
-
-
-def generator(seed, *purpose):
-    """numpy's generator for a seed, a Stream and what else tells its draws from others."""
-    if seed < 0:
-        raise ValueError(f"--seed {seed}: must be 0 or more")
-    return np.random.default_rng([seed, *purpose])
-
-
-def few_shot_indices(labels, shots, seed, classes=None):
-    """Indices of a few-shot training set, sorted: (M,) int64.
-
-    labels: (N,) int64, or (N,C) in {0,1,nan}. Multi-class: `shots` images of each class without
-    replacement; a larger `shots` with the same seed holds the smaller one's images. Multi-label:
-    images are taken in random order while some class that they show has fewer than `shots`
-    positives. A class without any image is left out. classes: names for the message. Raises
-    ValueError when a class has some images but fewer than `shots`.
-    """
-    if shots < 1:
-        raise ValueError(f"--shots {shots}: must be 1 or more")
-    labels = np.asarray(labels)
-    counts = images_by_class(labels, 0)
-    if not counts.any():
-        raise ValueError(f"--shots {shots}: no training image shows any class")
-    for cls, count in enumerate(counts):
-        if 0 < count < shots:
-            label = classes[cls] if classes else cls
-            raise ValueError(f"--shots {shots}: class {label} has only {count} training images")
-    order = generator(seed, Stream.SHOTS).permutation(len(labels))
-    if labels.ndim == 1:
-        places, starts, _ = by_class(labels[order])
-        return np.sort(order[places[starts[:, None] + np.arange(shots)]].ravel())
-    positive, wanted, chosen = labels == 1, np.where(counts, shots, 0), []
-    for i in order:
-        if (wanted <= 0).all():
-            break
-        if (positive[i] & (wanted > 0)).any():
-            wanted -= positive[i]
-            chosen.append(i)
-    return np.sort(np.array(chosen, np.int64))
-
-
-def by_class(labels):
-    """(images sorted by class (N,), first place (C,) and number (C,) of each class present)."""
-    _, counts = np.unique(labels, return_counts=True)
-    return np.argsort(labels, kind="stable"), np.cumsum(counts) - counts, counts
 
 
 _ORDER = {}  # {(images, seed, epoch): order}, of one epoch: every worker of every rank holds it
@@ -389,11 +340,10 @@ def pack(args):
     name = args.name
     if len(parts_of(name)) > 1:
         raise ValueError(f"{name}: pack the datasets of a union one by one")
-    if args.quality > 100:
-        raise ValueError(f"--quality {args.quality}: must be 1 to 100")
     if pack_of(name)[1] or base_name(name) in synthetic.WORLDS:
         raise ValueError(f"{name}: nothing to pack; its images need no decoding")
     target = pack_folder(name, args.size, args.data_dir, args.out)
+    refuse_unwritable("--out", f"{target}.part/lock")
     began = time.monotonic()
     packs.pack(name, _load(args), args.size, target, args.codec, args.quality, args.workers)
     size = sum(file.stat().st_size for file in target.iterdir())
@@ -426,7 +376,7 @@ def main(argv=None):
     names = f"{', '.join(DATASETS)}, folder:PATH, NAME@SIZE, NAME~GAP, NAME+NAME"
     changes = {
         "size": {"required": True},
-        "workers": {"type": positive(int), "default": None, "help": "(default: one a core)"},
+        "workers": options.whole(1, 256) | {"help": "(default: one a core)"},
         "out": {"help": "directory for the pack (default: --data-dir; beside a folder:)"},
     }
     for command, (function, flags) in COMMANDS.items():
@@ -435,14 +385,12 @@ def main(argv=None):
         if command != "list":
             subparser.add_argument("name", help=names)
         options.add(subparser, f"--data-dir --cache-dir {flags}", **changes)
-    try:
+
+    def run():
         args = parser.parse_args(argv)
-        return COMMANDS[args.command][0](args) or 0
-    except (ValueError, OSError, RuntimeError) as error:  # of the last kind: a worker was killed
-        return complain(error)
-    except KeyboardInterrupt:
-        print("stopped by SIGINT; run the same command again", file=sys.stderr)
-        return EXIT_STOPPED
+        return COMMANDS[args.command][0](args)
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

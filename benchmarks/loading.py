@@ -1,6 +1,5 @@
-"""From files to batches: decoding, packs and folders, beside the study's way and torchvision."""
+"""From files to batches: decoding, packs, folders and tables, beside what else does it."""
 
-import importlib.util
 import itertools
 import tempfile
 import time
@@ -15,18 +14,20 @@ from torchvision import transforms as T
 
 import data
 import pretrain
-from benchmarks.measure import best_speeds, fastest, speed_report
+from benchmarks.measure import best_speeds, repeat, speed_report
 from engine.evaluate import to_input
-from readers import packs, synthetic
+from readers import packs, synthetic, xrays
 from readers.transforms import NORMALIZATION
 
 BATCH, SIZE = 32, 224
+MIMIC, IDS = "mimic-cxr-2.0.0-{}.csv.gz", ["dicom_id", "subject_id", "study_id"]
 REQUIRED = (
     ("ours, decoding", "study", 1.2),
     ("ours, pack, training", "study", 8),
     ("ours, pack, test", "study", 30),
     ("ours, 32 px JPEG", "torchvision, 32 px JPEG", 1.2),
     ("ours, 256 px JPEG", "torchvision, 256 px JPEG", 1.2),
+    ("ours, tables", "pandas, tables", 0.5),
 )
 
 
@@ -34,21 +35,24 @@ def load(args, env):
     """Images a second of one core (of its own time, whatever else runs on the machine): from files
     in the page cache to a batch of images of 224 pixels.
 
-    "study": 1024 px X-rays to floats, cropped and resized as the study's code does it, with OpenCV
-    (if installed) and with Pillow. "ours": the same to uint8 batches; from a pack with the X-ray
-    training augmentation, and from a pack at test. "torchvision": ImageFolder with
-    RandomResizedCrop, flip, ToTensor and Normalize on folders of JPEGs; ours with the same
-    transform, normalised too.
+    "study": 1024 px X-rays to floats, cropped and resized as the study's code does it, with Pillow.
+    "ours": the same to uint8 batches; from a pack with the X-ray training augmentation, and from a
+    pack at test. "torchvision": ImageFolder with RandomResizedCrop, flip, ToTensor and Normalize on
+    folders of JPEGs; ours with the same transform, normalised too. "tables": the labels of made
+    images in MIMIC's three tables.
     """
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        arms = xray_arms(args.data_dir or make_xrays(Path(folder)), Path(folder))
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        tables = table_arms(folder, args.rows)
+        arms = xray_arms(make_xrays(folder), folder)
         for side, size in ((32, 32), (256, SIZE)):
-            arms |= photo_arms(make_photos(Path(folder), side), f"{side} px JPEG", size, env)
+            arms |= photo_arms(make_photos(folder, side), f"{side} px JPEG", size, env)
         for arm in arms.values():
             next(arm)
         speeds = best_speeds(arms, args.rounds, 4, BATCH, env, time.process_time)
-    return speed_report(speeds, fastest(speeds, "study"), REQUIRED)
+        speeds |= best_speeds(tables, args.rounds, 1, args.rows, env, time.process_time)
+    return speed_report(speeds, "study", REQUIRED)
 
 
 def xray_arms(root, folder):
@@ -57,15 +61,12 @@ def xray_arms(root, folder):
     packs.pack("nih", sets, SIZE, folder / f"nih@{SIZE}")
     dataset, packed = sets["train"], data.load_dataset(f"nih@{SIZE}", folder)
     training, testing = (pretrain.choose_pipeline(dataset, SIZE, train) for train in (True, False))
-    paths = [dataset.where(i) for i in range(min(len(dataset), BATCH))]
-    arms = {"study, Pillow": one_by_one(study_pillow, paths)}
-    if importlib.util.find_spec("cv2"):
-        arms["study, OpenCV"] = one_by_one(study_opencv, paths)
-        arms["OpenCV, grey, 32-bit"] = one_by_one(partial(study_opencv, lean=True), paths)
-    arms["ours, decoding"] = batches(dataset, testing)
-    arms["ours, pack, training"] = batches(packed, training)
-    arms["ours, pack, test"] = batches(packed, testing)
-    return arms
+    return {
+        "study": one_by_one(study, [dataset.where(i) for i in range(len(dataset))]),
+        "ours, decoding": batches(dataset, testing),
+        "ours, pack, training": batches(packed, training),
+        "ours, pack, test": batches(packed, testing),
+    }
 
 
 def photo_arms(folder, title, size, env):
@@ -81,6 +82,33 @@ def photo_arms(folder, title, size, env):
     }
 
 
+def table_arms(folder, rows):
+    """{arm: iterator of readings} of MIMIC's tables, which are made; both find the same labels."""
+    make_mimic(folder, rows)
+    works = {"ours, tables": ours_of_mimic, "pandas, tables": pandas_of_mimic}
+    for found in zip(*(work(folder) for work in works.values())):
+        np.testing.assert_array_equal(*found)
+    return {name: repeat(partial(work, folder)) for name, work in works.items()}
+
+
+def ours_of_mimic(folder):
+    found = xrays.mimic_rows("mimic", folder, "train", ("PA", "AP"))
+    return found[0], found[3]
+
+
+def pandas_of_mimic(folder):
+    import pandas
+
+    columns = {"metadata": [*IDS, "ViewPosition"], "split": ["dicom_id", "split"], "chexpert": None}
+    tables = [pandas.read_csv(folder / MIMIC.format(k), usecols=v) for k, v in columns.items()]
+    table = tables[0].merge(tables[1], on="dicom_id")
+    table = table[(table["split"] == "train") & table["ViewPosition"].isin(["PA", "AP"])]
+    table = table.merge(tables[2], on=IDS[1:])
+    labels = table[xrays.CHEXPERT_COLUMNS].replace(-1, np.nan).to_numpy(np.float32)
+    labels[table["No Finding"].to_numpy() == 1] = 0
+    return table["dicom_id"].to_numpy("S"), labels
+
+
 def batches(dataset, pipeline):
     """Yields batch after batch of shuffled images, as a loader worker makes them."""
     source = data.Batches(dataset, pipeline, BATCH)
@@ -93,33 +121,38 @@ def one_by_one(read, items):
         yield torch.stack([read(item) for item in itertools.islice(itertools.cycle(items), BATCH)])
 
 
-def study_pillow(path):
+def study(path):
     """The study's X-ray, (SIZE, SIZE) floats, by Pillow: colour decoded, floats in [0,1], one
     channel, the central square, area resize.
     """
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB")) / 255.0
-    square = Image.fromarray(central_square(pixels[..., 0]).astype(np.float32))
+    side = min(pixels.shape[:2])
+    top, left = ((length - side) // 2 for length in pixels.shape[:2])
+    square = Image.fromarray(pixels[top:, left:, 0][:side, :side].astype(np.float32))
     return torch.from_numpy(np.array(square.resize((SIZE, SIZE), Image.Resampling.BOX)))
 
 
-def study_opencv(path, lean=False):
-    """The same by its library, 64-bit floats. lean: without detours, grey decoded, 32 bits."""
-    cv2 = importlib.import_module("cv2")
-    cv2.setNumThreads(1)
-    if lean:
-        pixels = cv2.imread(path, cv2.IMREAD_GRAYSCALE).astype(np.float32) / 255
-    else:
-        pixels = (cv2.imread(path) / 255.0)[..., 0]
-    square = central_square(pixels)
-    return torch.from_numpy(cv2.resize(square, (SIZE, SIZE), interpolation=cv2.INTER_AREA))
+def make_mimic(folder, rows):
+    """MIMIC-CXR-JPG's three tables of so many images with made content, in the real columns."""
+    import pandas
 
-
-def central_square(pixels):
-    height, width = pixels.shape
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return pixels[top : top + side, left : left + side]
+    rng = np.random.default_rng(0)
+    studies = 50_000_000 + np.arange(max(1, rows * 3 // 5))  # as many as are MIMIC's
+    subjects = 10_000_000 + rng.integers(max(1, rows // 6), size=len(studies))
+    marks = rng.choice(["", "0.0", "1.0", "-1.0"], (len(studies), 14), p=[0.8, 0.05, 0.12, 0.03])
+    findings = {"subject_id": subjects, "study_id": studies}
+    findings |= dict(zip(sorted(xrays.FINDING_COLUMNS), marks.T))
+    of = rng.integers(len(studies), size=rows)
+    dicoms = ["-".join(f"{w:08x}" for w in row) for row in rng.integers(2**32, size=(rows, 5))]
+    ids = dict(zip(IDS, (dicoms, subjects[of], studies[of])))
+    views = rng.choice(["AP", "PA", "LATERAL", "LL", ""], rows, p=[0.4, 0.25, 0.2, 0.1, 0.05])
+    metadata = ids | {"PerformedProcedureStepDescription": "CHEST (PA AND LAT)"}
+    metadata |= {"ViewPosition": views, "Rows": 3056, "Columns": 2544, "StudyDate": 21800506}
+    parts = rng.choice(["train", "validate", "test"], rows, p=[0.97, 0.02, 0.01])
+    tables = {"chexpert": findings, "metadata": metadata, "split": ids | {"split": parts}}
+    for part, table in tables.items():
+        pandas.DataFrame(table).to_csv(folder / MIMIC.format(part), index=False)
 
 
 def make_xrays(root):

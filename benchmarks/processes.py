@@ -5,10 +5,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from functools import partial
+import time
 from pathlib import Path
 
-from benchmarks.measure import best_speeds, repeat, speed_report
+from benchmarks.measure import speed_report
 from readers.synthetic import WORLDS
 
 REQUIRED = (("2 processes", "1 process", 1.8),)
@@ -21,16 +21,19 @@ def scaling(args, env):
     Each process has the same batch, as each GPU has in the study. One process with the batch of
     two shows what of the rest is owed to larger batches.
     """
-    arms = {
-        "1 process": (1, args.batch_size),
-        "2 processes": (2, 2 * args.batch_size),
-        "twice the batch on 1 process": (1, 2 * args.batch_size),
-    }
+    size = args.batch_size
+    arms = {"1 process": (1, size), "2 processes": (2, 2 * size)}
+    arms["twice the batch on 1 process"] = (1, 2 * size)
+    return fastest_runs(args, pretraining_speed, arms, "images/s")
+
+
+def fastest_runs(args, speed, arms, unit):
+    """Report of speed(args, *setting) of {arm: setting} by turns."""
     speeds = dict.fromkeys(arms, 0.0)
     for _ in range(args.rounds):
-        for name, (ranks, batch_size) in arms.items():
-            speeds[name] = max(speeds[name], pretraining_speed(args, ranks, batch_size))
-    return speed_report(speeds, "1 process", REQUIRED)
+        for name, setting in arms.items():
+            speeds[name] = max(speeds[name], speed(args, *setting))
+    return speed_report(speeds, "1 process", REQUIRED, unit)
 
 
 def pretraining_speed(args, ranks, batch_size):
@@ -49,16 +52,15 @@ def grid(args, env):
     """Cells a second of fewshot.py under torchrun with one process and with two, a thread each:
     the whole command, from its start to its closing table.
     """
-    arms = {"1 process": repeat(partial(run_grid, 1, args.seeds))}
-    arms["2 processes"] = repeat(partial(run_grid, 2, args.seeds))
-    speeds = best_speeds(arms, args.rounds, 1, CELLS * args.seeds, env)
-    return speed_report(speeds, "1 process", REQUIRED, "cells/s")
+    return fastest_runs(args, grid_speed, {"1 process": (1,), "2 processes": (2,)}, "cells/s")
 
 
-def run_grid(ranks, seeds):
+def grid_speed(args, ranks):
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as out:
-        options = "--checkpoint", "scratch", "--seeds", str(seeds)
+        options = "--checkpoint", "scratch", "--seeds", str(args.seeds)
         torchrun(ranks, "fewshot.py", *options, "--out", out)
+    return CELLS * args.seeds / (time.perf_counter() - began)
 
 
 def torchrun(ranks, script, *options):

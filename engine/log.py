@@ -9,7 +9,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from engine import memory
-from engine.console import progress_bar, say, write_atomically, writing
+from engine.console import print_table, progress_bar, say, write_atomically, writing
 from engine.metrics import Diverged
 
 
@@ -79,9 +79,10 @@ class Log:
             dist.all_reduce(self.bad, dist.ReduceOp.MIN)
         step = float(self.bad)
         if math.isfinite(step):
+            fp32 = ", or give --precision fp32," if self.env.precision == "bf16" else ""
             raise Diverged(
                 f"loss or gradient is not finite at step {step - 1:.0f}, learning rate "
-                f"{self.rates[int(step)]:g}; lower --lr and give another --out (the last "
+                f"{self.rates[int(step)]:g}; lower --lr{fp32} and give another --out (the last "
                 "checkpoint is from before)"
             )
 
@@ -142,13 +143,27 @@ def trim_log(env, path, step):
     if not (env.main and path.exists()):
         return
     kept = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), 1):
         if not line.endswith("\n"):
             continue  # cut by a kill
         try:
             record = json.loads(line)
             if record["step"] < step + ("loss" in record):  # the evaluation is made again
                 kept.append(line)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: damaged; remove that line") from error
     write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
+
+
+def print_result(record):
+    """The closing table of a pre-training."""
+    metrics, train = record["metrics"], record["train"]
+    shown = ("accuracy", "top5", "mean_auc", "mean_ap", "loss")
+    rows = [[name, f"{metrics[name]:.4f}"] for name in shown if metrics.get(name) is not None]
+    rows += [
+        ["seconds", f"{train['seconds']:.0f}"],
+        ["images/s", f"{train['images_per_second']:.0f}"],
+        ["GFLOP/s", f"{train['flops_per_second'] / 1e9:.1f}"],
+        ["share of the device's peak", f"{train['peak_share']:.3f}"],
+    ]
+    print_table(rows, [f"{record['source']} {record['model']} (test)", "value"])

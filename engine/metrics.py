@@ -106,7 +106,9 @@ def compute_metrics(logits, labels, classes, env=None):
 def refuse_nonfinite(finite):
     """Raises Diverged unless all outputs of the network are finite."""
     if not finite:
-        raise Diverged("the network's outputs are not finite; a smaller --lr may mend it")
+        raise Diverged(
+            "the network's outputs are not finite; a smaller --lr or --precision fp32 may mend it"
+        )
 
 
 def answers(logits, labels):

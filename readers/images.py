@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import io
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+
+# Of damaged EXIF, which says nothing of the pixels, Pillow warns without the file's name.
+warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")
 
 
 def read_image(file, mode, size=None, name=None):
@@ -68,10 +72,14 @@ class ImageDataset(torch.utils.data.Dataset):
     groups: np.ndarray | None = None  # (N,) patient ids
     size: int | None = None  # the side in pixels of a set that is made at a side of its own
     options: dict = dataclasses.field(default_factory=dict)  # what shaped it, as used
-    dropped: dict = dataclasses.field(default_factory=dict)  # {reason: images left out}
+    dropped: dict = dataclasses.field(default_factory=dict)  # {reason: images, or marks, left out}
 
     def __post_init__(self):
         self.classes = tuple(self.classes)
+        least, most = (f.reduce(self.labels, None, initial=0) for f in (np.fmin, np.fmax))
+        bound = 1 if self.task == "multilabel" else len(self.classes) - 1
+        if least < 0 or most > bound:
+            raise ValueError(f"{self.name}: a label is {least if least < 0 else most}")
 
     def __len__(self):
         return len(self.labels)

@@ -104,13 +104,19 @@ FINDING = one_of(
 FINDING_COLUMNS = dict.fromkeys(["No Finding", *CHEXPERT_COLUMNS], FINDING)
 
 
+DEVICES = "marks of Support Devices, as No Finding is 1"  # left out of so many kept images
+
+
 def _finding_labels(no_finding, *findings):
-    """The labels (N,13) of CheXpert's labeller; with No Finding all are absent, as in the study:
-    Support Devices too, which torchxrayvision keeps, a device being no finding.
+    """(labels (N,13) of CheXpert's labeller, whose mark of Support Devices is so left out (N,)).
+
+    With No Finding all are absent, as in the study: Support Devices too, which torchxrayvision
+    keeps, a device being no finding.
     """
-    labels = np.stack(findings, axis=1)
-    labels[no_finding == 1] = 0
-    return labels
+    labels, none = np.stack(findings, axis=1), no_finding == 1
+    devices = none & (labels[:, CHEXPERT_CLASSES.index("Support Devices")] == 1)
+    labels[none] = 0
+    return labels, devices
 
 
 CHEXPERT_PATH = re.compile(r"CheXpert-v1\.0[^/]*/((?:train|valid)/patient[0-9]+/[^/]+/[^/]+)")
@@ -135,12 +141,20 @@ def chexpert(name, root, split, views=("PA", "AP")):
     paths, found, frontal, *findings = tables.read_table(table, columns | FINDING_COLUMNS)
     found = np.where(frontal, found, b"L")
     kept, other = _of_views(name, table, found, views)
-    paths, labels = paths[kept], _finding_labels(*findings)[kept]
+    labels, devices = _finding_labels(*findings)
+    paths, labels = paths[kept], labels[kept]
     tables.refuse_repeats(paths, table)
     patients = np.array([int(path.split(b"/")[1][len("patient") :]) for path in paths], np.int64)
-    options, dropped = {"views": list(views)}, {other: int((~kept).sum())}
+    options = {"views": list(views)}
+    dropped = {other: int((~kept).sum()), DEVICES: int(devices[kept].sum())}
     reader = Files(str(folder), paths, "L")
     return _xray(name, reader, labels, CHEXPERT_CLASSES, patients, options, dropped)
+
+
+def packed_or_not(path):
+    """A gzipped table, or the unpacked one where that is there alone."""
+    unpacked = path.with_suffix("")
+    return unpacked if unpacked.exists() and not path.exists() else path
 
 
 def mimic(name, root, split, views=("PA", "AP")):
@@ -157,9 +171,9 @@ def mimic(name, root, split, views=("PA", "AP")):
 
 def mimic_rows(name, folder, split, views):
     """The rows of a split: (dicom ids, subject ids, study ids, labels (N,13), dropped)."""
-    metadata = folder / "mimic-cxr-2.0.0-metadata.csv.gz"
-    split_table = folder / "mimic-cxr-2.0.0-split.csv.gz"
-    findings_table = folder / "mimic-cxr-2.0.0-chexpert.csv.gz"
+    metadata = packed_or_not(folder / "mimic-cxr-2.0.0-metadata.csv.gz")
+    split_table = packed_or_not(folder / "mimic-cxr-2.0.0-split.csv.gz")
+    findings_table = packed_or_not(folder / "mimic-cxr-2.0.0-chexpert.csv.gz")
     need(name, metadata, split_table, findings_table)
 
     of_split = one_of({"train": split == "train", "validate": split == "test", "test": False}, bool)
@@ -183,8 +197,9 @@ def mimic_rows(name, folder, split, views):
             f"{metadata.name}; fetch both of one release"
         )
     dropped["studies without labels"] = int((~labelled).sum())
-    labels = _finding_labels(*findings)[row[labelled]]
-    return dicoms[labelled], subjects[labelled], studies[labelled], labels, dropped
+    labels, devices = _finding_labels(*findings)
+    dropped[DEVICES] = int(devices[row[labelled]].sum())
+    return dicoms[labelled], subjects[labelled], studies[labelled], labels[row[labelled]], dropped
 
 
 def _nih_labels(texts):
@@ -245,7 +260,7 @@ def padchest(name, root, split, views=VIEWS["padchest"], split_by="patient"):
     be broken are left out, as in the study.
     """
     folder = root / "PadChest"
-    table = folder / "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv.gz"
+    table = packed_or_not(folder / "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv.gz")
     need(name, table)
     if split_by not in ("patient", "image"):
         raise ValueError(f"--split-by {split_by}: must be patient or image")

@@ -77,7 +77,7 @@ def test_a_failing_cell_stops_no_other(folder, checkpoint, monkeypatch, capsys, 
     assert run_grid(folder, checkpoint, method=method) == 1
     assert len(found()) == 3 and not any("2shot-seed1" in name for name in found())
     output = capsys.readouterr().out
-    assert "1 cells failed" in output
+    assert "1 cell failed" in output
     (line,) = (line for line in output.splitlines() if "no memory" in line)
     assert "2shot-seed1" in line and "no memory is left" in line
     assert re.search(r"\| 0\.\d{3} \(1\) +\|$", output, re.MULTILINE)  # two shots: one seed is left

@@ -1,18 +1,23 @@
 """The same pre-training in any layout; what decides a run, and the files that it leaves."""
 
+import functools
+import signal
+
 import interruption
 import numpy as np
 import pytest
 import torch
 from conftest import run
 from grids import call
-from interruption import Training, undisturbed
+from interruption import EPOCHS, Training, assert_same_tensors, at_step, die, undisturbed
 
 import data
 import models
 import pretrain
-from engine import memory
+from engine import evaluate, memory, processes
+from readers import transforms
 from readers.images import ImageDataset
+from readers.workers import in_order
 
 # ------------------------------------------------------------------------------------------------
 # One run, many layouts
@@ -182,12 +187,54 @@ def test_result(nih_root, tmp_path):
     assert f"{train['flops_per_second'] / 1e9:.1f} " in out and train["peak_share"] > 0
 
 
+def test_a_dry_run_says_steps_memory_and_time(folder, tmp_path, monkeypatch, capsys):
+    """Where a step were of 0.04 images a second; nothing is written."""
+    monkeypatch.setattr(memory, "flops_per_second", lambda *args: 3 * args[3] * 0.04)
+    words = ("--source", f"folder:{folder}", "--image-size", 32, "--batch-size", 8, "--epochs", 3)
+    call(pretrain, *words, "--dry-run", "--out", tmp_path / "runs")
+    lines = [line.split("|")[1:3] for line in capsys.readouterr().out.splitlines() if "|" in line]
+    rows = {key.strip(): value.strip() for key, value in lines}
+    expected = {"images": "60", "batch_size": "8", "lr": "0.1", "epochs": "3.0", "steps": "23"}
+    expected["hours"] = "1.28"  # 23 * 8 / 0.04 / 3600
+    assert expected.items() <= rows.items() and 0.1 < float(rows["GB of memory a process"]) < 20
+    assert not (tmp_path / "runs").exists()
+
+
 def test_model_file_says_what_it_is(folder):
     record = undisturbed(folder, 1).load("model.pt")
     assert record["name"] == "R14x0.5" and record["domain"] == "natural"
     assert record["classes"] == ("blue", "green", "red") and record["task"] == "multiclass"
     assert record["image_size"] == 16 and record["mean"] == (0.485, 0.456, 0.406)
     assert record["sample"].isfinite().all() and len(record["sample"]) == interruption.IMAGES
+
+
+def test_the_weights_of_the_least_loss_are_kept_also_when_killed(folder, tmp_path):
+    """Of three epochs the last one climbs: the least loss is the second's."""
+
+    def climbs(then=lambda: None):
+        pretrain.rate = lambda step, config: 0.003 if step < EPOCHS[1] else -0.01
+        then()
+
+    words = ("--keep", "best", "--save-minutes", 1e-6)
+    one, other = (Training(folder, tmp_path, *words, out=tmp_path / name) for name in "ab")
+    one.go(patch=climbs)
+    for step in (12, 20):
+        patch = functools.partial(climbs, at_step(step, die))
+        other.go(-signal.SIGKILL, patch)
+    other.go(patch=climbs)
+    best, again = one.load("model-best.pt"), other.load("model-best.pt")
+    losses = {line["step"]: line["test"]["loss"] for line in one.lines("test")}
+    least = min(losses, key=losses.get)
+    assert (best["step"], best["loss"]) == (least, losses[least]) and least == EPOCHS[1]
+    assert_same_tensors(best["model"], again["model"])
+    assert torch.equal(best["sample"], again["sample"]) and best["classes"] == again["classes"]
+    model = models.create_model("R14x0.5", 3)
+    models.load_weights(model, *one.paths("model-best.pt"))
+    test = data.load_dataset(f"folder:{folder}", split="test")
+    stream = in_order(test, pretrain.choose_pipeline(test, 16, False), 21)
+    env, norm = processes.setup("fp32"), transforms.NORMALIZATION["natural"]
+    found = evaluate.evaluate(model, stream, test.labels, test.classes, env, norm)
+    assert found["loss"] == pytest.approx(losses[least], rel=1e-5)
 
 
 def test_options_that_shape_a_source(nih_root, tmp_path):

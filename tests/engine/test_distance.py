@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
-from scipy.stats import spearmanr
 
 import data
 import models
 import pretrain
-from benchmarks import distance as benchmark
 from engine import distance
 from engine.distance import (
     DIMENSIONS,
@@ -203,17 +201,6 @@ def test_compare_refuses_what_has_no_distance():
 # ------------------------------------------------------------------------------------------------
 # The sample of a source
 # ------------------------------------------------------------------------------------------------
-
-
-def test_requirements_of_a_measure():
-    for values in ([[1, 1.2], [2, 2.4], [4, 4.2]], [[1, 1.4], [2.2, 2.4], [4, 4.2]]):
-        values = np.array(values)
-        ranks, steps, extent = benchmark.requirements("energy", values)
-        rank = spearmanr([0, 0, 1, 1, 2, 2], values.ravel()).statistic
-        assert (ranks.ratio, ranks.least) == (pytest.approx(rank), 0.95)
-        # Steps of 1.1 and more beside spreads of 0.4 / sqrt(2), and of 0.4 between the seeds.
-        assert (steps.ratio, steps.least) == (pytest.approx(1.1 / (0.4 / 2**0.5)), 3)
-        assert (extent.ratio, extent.least) == (pytest.approx(1.1 / 0.4), 0)
 
 
 def test_the_sample_is_the_networks_features():

@@ -258,7 +258,8 @@ def test_nearest_mean_is_the_nearest_centroid(rng):
 
 
 def test_benchmark_finds_ours_as_good_as_scikit_learns():
-    args = SimpleNamespace(shots=[2], threads=[1], rounds=1, fits=1)
+    threads = torch.get_num_threads()
+    args = SimpleNamespace(shots=[2], threads=threads, rounds=1)
     report = benchmark(args, Env(0, 1, torch.device("cpu"), "fp32"))
-    assert len(report.rows) == 8 and report.required[2:]
-    assert all(required.reached for required in report.required[2:])  # the others are speeds
+    assert len(report.rows) == 3 and len(report.required) == 2
+    assert all(required.reached for required in report.required if required.least < 1)

@@ -64,7 +64,7 @@ def four(tmp_path):
 
 
 ORDER = [
-    *("view1_frontal.jpg", "view2_frontal.jpg"),
+    *("view1_frontal.jpg", "view2_frontal.jpg", "view3_lateral.jpg"),
     *(f"{MIMIC_ROWS[1][0]}.jpg", f"{MIMIC_ROWS[0][0]}.jpg"),
     *("00000002_000.png", "00000002_001.png", "10000032_000.png"),
     # As the study shuffles four; the last is a tenth, rounded up.
@@ -76,12 +76,12 @@ def test_union_of_four(four):
     dataset, test = (four.load(FOUR, split, split_by="image") for split in ("train", "test"))
     assert dataset.classes == COMMON and dataset.name == FOUR
     assert (dataset.task, dataset.domain) == ("multilabel", "medical")
-    assert dataset.labels.dtype == np.float32 and names(dataset) == ORDER[:10]
+    assert dataset.labels.dtype == np.float32 and names(dataset) == ORDER[:11]
     order = np.arange(4)
     np.random.RandomState(42).shuffle(order)
-    assert [f"2_{i + 1}.png" for i in order] == ORDER[7:]
+    assert [f"2_{i + 1}.png" for i in order] == ORDER[8:]
     expected = marks(
-        *("0000000", "0..011."),
+        *("0000000", "0..011.", "0000000"),
         *("0000000", "0..11.."),
         *("0000000", "0000100", "0000001"),
         *("0000000", "0000001", "0100000"),
@@ -90,7 +90,7 @@ def test_union_of_four(four):
     for i in range(7):
         np.testing.assert_array_equal(dataset.read(i), pixels_of(dataset.where(i), "L"))
     image, label = dataset[-1]
-    assert torch.equal(image, dataset.read(9)) and label.tolist() == [0, 1, 0, 0, 0, 0, 0]
+    assert torch.equal(image, dataset.read(10)) and label.tolist() == [0, 1, 0, 0, 0, 0, 0]
     assert names(test) == ["view2_frontal.jpg", f"{MIMIC_ROWS[5][0]}.jpg", "00000003_000.png"] + [
         "2_3.png"
     ]
@@ -103,6 +103,7 @@ def test_union_of_all_labels(four):
     expected = marks(
         "...0.00.00.0..0.....00..0.00.0.",
         "...0....01.1........01..0.1..1.",
+        "...0.00.00.0..0.....00..0.00.0.",
         "...0.00.00.0..0.....00..0.00.0.",
         "...0....11..............0......",
         "...0.00.000.0....0.0..00.000...",
@@ -122,40 +123,43 @@ def test_union_of_all_labels(four):
 
 def test_groups_of_different_sources_never_coincide(four):
     groups = four.load(FOUR, split_by="image").groups.tolist()
-    sources = [groups[:2], groups[2:4], groups[4:7], groups[7:]]
+    sources = [groups[:3], groups[3:5], groups[5:8], groups[8:]]
     # chexpert: two patients; mimic: one; nih 2, 2, 10000032; padchest 10000032, 2, 2.
     assert [len(set(source)) for source in sources] == [2, 1, 2, 2]
-    assert len(groups) == 10 and len(set(groups)) == 2 + 1 + 2 + 2
-    assert groups[4] == groups[5] != groups[6] and groups[7] != groups[8] == groups[9]
+    assert len(groups) == 11 and len(set(groups)) == 2 + 1 + 2 + 2
+    assert groups[5] == groups[6] != groups[7] and groups[8] != groups[9] == groups[10]
     test = four.load(FOUR, "test", split_by="image").groups.tolist()
     assert test[0] == groups[1]  # one patient has one name in both splits
-    assert test[3] == groups[8] and test[2] not in groups
+    assert groups[1] == groups[2] and test[3] == groups[9] and test[2] not in groups
     dataset = four.load("chexpert+synthetic-xray")  # which has no patients
     assert dataset.classes == COMMON[:5] + COMMON[6:]
     assert len(set(dataset.groups.tolist())) == 2 + 8000
 
 
 def test_union_options(four):
-    dataset = four.load(FOUR)
-    views = {"views": ["PA", "AP"]}
+    # Of four all take the study's five views, as far as each knows them; of two or three PA and AP.
+    dataset, views = four.load(FOUR), {"views": ["PA", "AP"]}
     padchest = {"views": ["PA", "AP", "AP Supine", "L", "COSTAL"], "split_by": "patient"}
-    expected = {"labels": "intersection", "chexpert": views, "mimic": views, "padchest": padchest}
-    assert dataset.options == expected
+    expected = {"labels": "intersection", "chexpert": {"views": ["PA", "AP", "L"]}, "mimic": views}
+    assert dataset.options == expected | {"nih": views, "padchest": padchest}
+    assert four.load("chexpert+mimic").options["chexpert"] == views
     dataset = four.load(FOUR, labels="union", split_by="image", views=["PA"])
     views = {"views": ["PA"]}
     expected = dict.fromkeys(["chexpert", "mimic", "nih"], views)
     expected |= {"padchest": views | {"split_by": "image"}, "labels": "union"}
     assert dataset.options == expected == json.loads(json.dumps(dataset.options))
-    assert names(dataset)[:2] == [ORDER[0], ORDER[2]]
+    assert names(dataset)[:2] == [ORDER[0], ORDER[3]]
     assert sum(dataset.dropped.values()) == 2 + 1  # lateral and AP of chexpert, AP of mimic
     assert set(data.dataset_options("chexpert+padchest")) == {"labels", "views", "split_by"}
-    # The study's union of four: a view that one dataset does not know may be another's.
-    views = ["PA", "AP", "AP Supine", "L", "COSTAL"]
-    dataset = four.load(FOUR, views=views, split_by="image")
+    # A view that one dataset does not know may be another's.
+    dataset = four.load(FOUR, views=["PA", "L"], split_by="image")
     used = {part: dataset.options[part]["views"] for part in FOUR.split("+")}
-    assert used["chexpert"] == ["PA", "AP", "L"] and used["mimic"] == used["nih"] == ["PA", "AP"]
-    assert used["padchest"] == views
-    assert len(dataset) == 10 + len(four.load("chexpert", views=["L"])) == 11
+    assert used == {
+        "chexpert": ["PA", "L"],
+        "mimic": ["PA"],
+        "nih": ["PA"],
+        "padchest": ["PA", "L"],
+    }
 
 
 @pytest.mark.parametrize(

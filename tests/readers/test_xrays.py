@@ -132,6 +132,7 @@ CHEXPERT_MARKS = marks(
     "01..0...1....",  # No Finding 0 changes nothing
 )
 CHEXPERT_PATIENTS = [1, 2, 2, 64540, 3, 5]
+DEVICES = "marks of Support Devices, as No Finding is 1"
 
 
 @pytest.mark.parametrize("release", ["CheXpert-v1.0-small", "CheXpert-v1.0"])
@@ -147,7 +148,7 @@ def test_chexpert_train(trees, release):
     np.testing.assert_array_equal(dataset.labels, CHEXPERT_MARKS)
     assert dataset.groups.tolist() == CHEXPERT_PATIENTS
     assert dataset.options == {"views": ["PA", "AP"]}
-    assert dataset.dropped == {"views other than PA, AP": 3}
+    assert dataset.dropped == {"views other than PA, AP": 3, DEVICES: 1}
     assert_grey(dataset)
     image, label = dataset[1]
     assert torch.equal(image, dataset.read(1)) and label.dtype == torch.float32
@@ -197,8 +198,11 @@ def test_coding(tmp_path, text, value, no_finding):
     findings = [f"10000032,50414267{f',{text}' * 8},{no_finding}{f',{text}' * 5}"]
     trees.write_mimic(MIMIC_ROWS[1:6], findings, images=False)
     expected = np.full((1, 13), 0 if no_finding in ("1", "1.0") else value, np.float32)
+    zeroed = no_finding in ("1", "1.0") and value == 1
     for name in ("chexpert", "mimic"):
-        np.testing.assert_array_equal(trees.load(name, verify=False).labels, expected)
+        dataset = trees.load(name, verify=False)
+        np.testing.assert_array_equal(dataset.labels, expected)
+        assert dataset.dropped[DEVICES] == len(dataset) * zeroed
 
 
 @pytest.mark.parametrize(
@@ -211,7 +215,8 @@ def test_chexpert_views(trees, views, kept):
     dataset = trees.load("chexpert", views=views)
     assert files(dataset, trees.chexpert) == [CHEXPERT_TRAIN[i].split(",")[0] for i in kept]
     assert len(dataset.labels) == len(dataset.groups) == len(kept)
-    assert dataset.options == {"views": views} and list(dataset.dropped.values()) == [9 - len(kept)]
+    assert dataset.options == {"views": views} and dataset.dropped[DEVICES] == 0
+    assert dataset.dropped[f"views other than {', '.join(views)}"] == 9 - len(kept)
 
 
 # MIMIC-CXR-JPG
@@ -246,7 +251,8 @@ def test_mimic_train(trees, order):
     np.testing.assert_array_equal(dataset.labels, MIMIC_MARKS[::order])
     assert dataset.groups.tolist() == [10000032, 10000032, 19999733, 10000032][::order]
     assert dataset.options == {"views": ["PA", "AP"]}
-    assert dataset.dropped == {"views other than PA, AP": 2, "studies without labels": 1}
+    left_out = {"views other than PA, AP": 2, "studies without labels": 1, DEVICES: 1}
+    assert dataset.dropped == left_out
     assert_grey(dataset)
 
 
@@ -258,7 +264,7 @@ def test_mimic_test_is_validate(trees):
     ]
     np.testing.assert_array_equal(dataset.labels, marks("..1..........", "...0.......1."))
     assert dataset.groups.tolist() == [10000764, 10000980]
-    assert list(dataset.dropped.values()) == [1, 0]
+    assert list(dataset.dropped.values()) == [1, 0, 0]
 
 
 @pytest.mark.parametrize("part", ["train", "metadata", "split", "chexpert"])
