@@ -32,6 +32,7 @@ from engine.outputs import network_facts, save_network, save_predictions
 from engine.processes import StopSignal, parallel, parts, run_script, setup
 from readers import transforms
 from readers.cache import decode_once
+from readers.digest import data_digest
 from readers.labels import shared_classes
 from readers.workers import in_order, loader
 
@@ -180,6 +181,7 @@ class Target:
 
     def __init__(self, name, train_set, test_set, recipe):
         self.name, self.train_set, self.test_set, self.recipe = name, train_set, test_set, recipe
+        self.data = data_digest(train=train_set, test=test_set)
         self.image_size = tuple(train_set.read(0).shape[-2:])  # of the first image, as of all
         # Multi-label X-ray sets take the X-ray pipeline, also when each image was left one label.
         multilabel = train_set.task == "multilabel" or train_set.options.get("single_label")

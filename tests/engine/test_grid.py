@@ -31,7 +31,8 @@ class Images:
         return self.count
 
 
-TARGET = SimpleNamespace(name="pets", train_set=Images(60), test_set=Images(21), distances={})
+ABOUT = {"data": {"train names": "0123456789abcdef"}, "distances": {}}
+TARGET = SimpleNamespace(name="pets", train_set=Images(60), test_set=Images(21), **ABOUT)
 
 
 def make_cell(seed=0, steps=2, shots=1, images=3, out="results", name="nih-R14x0.5"):
