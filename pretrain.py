@@ -344,7 +344,6 @@ def pretrain(train_set, test_set, config, folder, args, env):
             save_network(path, *about, **more)
     if env.main:
         console.write_json(folder / "result.json", record)
-        print(f"wrote {folder}/model.pt")
     return record
 
 
