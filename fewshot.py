@@ -148,6 +148,7 @@ def main():
     shot_counts = sorted({shots for shots in wanted if shots != "full"})
     if "full" in wanted:
         shot_counts.append(None)
+    seeds = args.seeds or range(args.seed, args.seed + (1 if once else 3))
     targets = open_targets(args, env)
     networks, cells = open_networks(args, open_network, env), []
     if args.method == "eval" and not args.image_size:  # at that which they were trained at
@@ -163,7 +164,7 @@ def main():
             without = ", ".join(empty)
             say(env, f"{target.name}: no training image shows {without}; no shots of it are drawn")
         for shots in shot_counts:  # None: all images
-            for seed in options.seeds(args, 1 if once else 3):
+            for seed in seeds:
                 chosen = np.arange(len(labels) if args.method != "eval" else 0)
                 if shots:
                     chosen = data.few_shot_indices(labels, shots, seed, classes)

@@ -2,8 +2,6 @@
 
 Kolesnikov et al. 2020, *Big Transfer (BiT)*, arXiv:1912.11370, section 3; weight standardisation
 from Qiao et al. 2019, arXiv:1903.10520; group normalisation from Wu & He 2018, arXiv:1803.08494.
-
-    python models.py list       # published networks by name, and which of them are here
 """
 
 import difflib
@@ -217,8 +215,7 @@ def create_model(name, num_classes, checkpoint_activations=False, device=None):
     elif size := MODELS.get(name):
         model = ResNetV2(size.blocks, size.width, num_classes, checkpoint_activations)
     else:
-        near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0)[0]
-        known = ", ".join(MODELS)
+        near, known = difflib.get_close_matches(name, MODELS, n=1, cutoff=0)[0], ", ".join(MODELS)
         raise ValueError(f"unknown model {name!r}; did you mean {near!r}? known: {known}")
     return model if device is None else place(model, device)
 
@@ -283,10 +280,10 @@ def matching_state(model, path, content=None, head=True):
 
 
 def main():
-    """Prints the networks that --checkpoint knows by name; of VTAB's those that are here."""
+    """python models.py list: the networks that --checkpoint knows by name; of VTAB's those here."""
     parser = Parser("Lists published networks: --checkpoint NAME --download fetches one.")
-    parser.add_argument("command", type=one_of("list"), help="list")
     options.add(parser, "--cache-dir")
+    parser.add_argument("command", type=one_of("list"), help="list")
     args, rows = parser.parse_args(), []
     for name, (source, model, url) in PUBLISHED.items():
         path = published_path(name, args.cache_dir)

@@ -32,6 +32,7 @@ from engine.outputs import network_facts, save_network, save_predictions
 from engine.processes import StopSignal, parallel, parts, run_script, setup
 from readers import transforms
 from readers.cache import decode_once
+from readers.digest import data_digest
 from readers.labels import shared_classes
 from readers.workers import in_order, loader
 
@@ -180,6 +181,7 @@ class Target:
 
     def __init__(self, name, train_set, test_set, recipe):
         self.name, self.train_set, self.test_set, self.recipe = name, train_set, test_set, recipe
+        self.data = data_digest(train=train_set, test=test_set)
         self.image_size = tuple(train_set.read(0).shape[-2:])  # of the first image, as of all
         # Multi-label X-ray sets take the X-ray pipeline, also when each image was left one label.
         multilabel = train_set.task == "multilabel" or train_set.options.get("single_label")
@@ -246,7 +248,7 @@ def make_cell(network, target, shots, seed, indices, args, env):
         sampling = "replacement" if len(indices) < (micro_batch or batch_size) else "shuffle"
         if args.balanced or (args.balanced is None and dataset in BALANCED and shots is None):
             sampling = "balanced"
-        settings["precision"] = env.training_precision(args.precision, rule.crop)
+        settings["precision"] = env.training_precision(args, rule.crop)
         if args.precision == "auto" and not recipe.autocast:
             settings["precision"] = "tf32" if env.device.type == "cuda" else "fp32"
         settings |= {"recipe": target.recipe, "batch_size": batch_size, "lr": args.lr or recipe.lr}
@@ -272,7 +274,7 @@ def main():
     targets, networks, cells = open_targets(args, env), open_networks(args, open_network, env), []
     for target in targets:
         everything = np.arange(len(target.train_set))
-        for seed in options.seeds(args, 1):
+        for seed in args.seeds or [args.seed]:
             for network in networks:
                 cells.append(make_cell(network, target, None, seed, everything, args, env))
     todo, results = unfinished(cells, args.out, env)

@@ -42,7 +42,23 @@ NUMPY_NUMBERS = [
 
 
 def load_plain(path):
-    """torch.load on the CPU, of tensors, numbers (also NumPy's) and strings alone."""
+    """torch.load on the CPU, of tensors, numbers (also NumPy's) and strings alone.
+
+    Raises zipfile.BadZipFile where a checksum is wrong: torch.load does not look at them.
+    """
+    with open(path, "rb") as file:
+        zipped = file.read(2) == b"PK"
+    if zipped:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            # torch.load reads whatever its memory holds for a record marked as a directory.
+            marked = (r.filename for r in records if r.external_attr & 0x10 and r.file_size)
+            damaged = next(marked, None)
+            # torch.serialization.set_crc32_options(False) makes files without checksums.
+            if not damaged and any(record.CRC for record in records):
+                damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"the checksum of its record {damaged} is wrong")
     with torch.serialization.safe_globals(NUMPY_NUMBERS):
         return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -123,6 +139,24 @@ def read_result(path, kind, config=None):
     return record
 
 
+def finished_run(folder, config):
+    """The result of a finished pre-training in this folder, or None if there is none yet.
+
+    Raises ValueError as read_result, or when its model.pt is gone or damaged.
+    """
+    path = Path(folder, "result.json")
+    record = read_result(path, "pretrain", config)
+    if record:
+        try:
+            read_tensors(Path(folder, "model.pt"))
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(
+                f"{error}, though {path} says that it is finished; remove {path}, and the same "
+                "command goes on from checkpoint.pt"
+            ) from error
+    return record
+
+
 def load_checkpoint(path, config):
     """The state of an interrupted run, or None if there is none.
 
@@ -139,15 +173,21 @@ def load_checkpoint(path, config):
 
 def check_same_config(path, theirs, ours):
     """Raises ValueError naming the first setting of `ours` that was another there. One that an
-    older file does not name was off, None or False.
+    older file does not name was off, None or False; of its data nothing is known.
     """
     theirs, ours = json.loads(json.dumps([theirs, ours]))  # tuples become lists, as in the file
+    then, now = theirs.pop("data", None) or {}, ours.pop("data", None) or {}
     for key in sorted(ours):
         if theirs.get(key) != ours[key] and (key in theirs or ours[key]):
             raise ValueError(
                 f"{path} was made with {key} = {theirs.get(key)}, not {ours[key]}; "
                 "use the same options, give another --out, or remove it"
             )
+    if changed := [part for part in now if then.get(part, now[part]) != now[part]]:
+        raise ValueError(
+            f"{path} was made of other data: {', '.join(changed)} changed since; use the same "
+            "data, give another --out, or remove it"
+        )
 
 
 # ------------------------------------------------------------------------------------------------

@@ -87,18 +87,19 @@ class Env(NamedTuple):
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def training_precision(self, asked, size):
-        """That of a training on images of size x size pixels, where --precision asked for this.
+    def training_precision(self, args, size):
+        """That of a training on images of size x size pixels with these options.
 
-        Raises ValueError for bf16 where PyTorch computes it wrongly: on CPUs the weight gradient of
-        a 3x3 convolution of stride 2 from 1x1 pixels, to which four halvings bring 16, reads memory
-        that was never written (PyTorch 2.14).
+        Raises ValueError for --compile and bf16 where PyTorch 2.14 computes it wrongly on CPUs: the
+        weight gradient of a 3x3 convolution of stride 2 from 1x1 pixels, to which four halvings
+        bring 16, reads memory that was never written (engine/convolution.py does not).
         """
-        if self.device.type != "cpu" or self.precision != "bf16" or size > 16:
+        cpu = self.device.type == "cpu" and self.precision == "bf16"
+        if not (cpu and args.compile and size <= 16):
             return self.precision
-        wrong = f"on CPUs PyTorch's bf16 gradients are wrong for images of {size} pixels"
-        if asked == "bf16":
-            raise ValueError(f"--precision bf16: {wrong}; give fp32, or an --image-size above 16")
+        wrong = f"--compile: PyTorch's bf16 gradients on CPUs are wrong for images of {size} pixels"
+        if args.precision == "bf16":
+            raise ValueError(f"{wrong}; give --precision fp32, or leave it out")
         say_once(self, f"{wrong}: in fp32")
         return "fp32"
 
@@ -111,11 +112,24 @@ class Env(NamedTuple):
         return self._replace(precision=precision)
 
 
+# What tells a process that others were started beside it: srun alone sets the first, where
+# SLURM_NTASKS is of the whole allocation (srun(1), output environment variables).
+TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
 def setup(precision="auto", timeout=None):
     """Joins the other processes of torchrun, if any, and chooses device and precision.
 
-    timeout: timedelta that one process waits for another (default: PyTorch's).
+    timeout: timedelta that one process waits for another (default: PyTorch's). Raises ValueError
+    where processes could not join each other.
     """
+    for name in TASKS:
+        count = os.environ.get(name, "")
+        if count not in ("", "0", "1") and "WORLD_SIZE" not in os.environ:
+            raise ValueError(
+                f"{name}={count}: {count} processes were started that do not know each other; "
+                "start one a node, of torchrun, or set WORLD_SIZE=1 for runs of their own"
+            )
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():

@@ -78,11 +78,15 @@ SCRATCH = "fewshot --checkpoint scratch"
         ("fewshot --checkpoint scratch runs/none", "no weights at runs/none"),
         (f"{SCRATCH} --shots 7 9999", "--shots 9999: class"),
         (f"{SCRATCH} --batch-size 1", "--batch-size 1"),
+        (f"{SCRATCH} --seeds 1000000000", "--seeds 1000000000: more than 10000 runs"),
         (f"{SCRATCH} --method lineal", "did you mean linear?"),
         (f"{SCRATCH} --method linear", "--method linear: scratch has no features; leave it out"),
         (f"{SCRATCH} --target synthetic-natural-target --single-label", "--single-label means not"),
         ("transfer --checkpoint statistics", "nothing to fine-tune; add --method linear"),
-        (f"{SCRATCH} --seeds 1 1", "--seeds 1 1: a seed is named twice"),
+        ("fewshot --seeds 1 1", "--seeds 1 1: a seed is named twice"),
+        ("fewshot --seeds 0", "--seeds 0: one number is how many; for seed 0 alone give --seeds 1"),
+        ("transfer --seeds 10001", "--seeds 10001: one number is how many, at most 10000"),
+        ("transfer --seed 3 --seeds 0 1", "--seed means nothing beside --seeds 0 1; leave it out"),
         ("fewshot --method linear --save model", "--save model means nothing for --method linear"),
         ("fewshot --eval-only --shots 1", "--shots means nothing for --method eval"),
         ("fewshot --method features --seeds 2", "--seeds means nothing for --method features"),
@@ -120,7 +124,7 @@ BOUNDS = {  # values that are out of them
     "--save-minutes": ("1e-12", 10**9, "0 1e300"),
 }
 OF_TRANSFER = {
-    "--seeds": (1, 10_000, "0 1000000000"),
+    "--seeds": (0, 2**63 - 1, "-1 9223372036854775808"),
     "--steps": (1, 10**9, "0 1000000000000"),
     "--scratch-steps": (1, 10**9, "1000000000000"),
 }
