@@ -19,11 +19,13 @@ import torch
 import torch.distributed as dist
 
 from engine import options
-from engine.console import Parser, counted, exit_status, print_table, refuse_unwritable
+from engine.console import Parser, exit_status, print_table, refuse_unwritable
 from readers import inspect, natural, packs, synthetic, xrays
 from readers.images import ImageDataset, refuse_missing
-from readers.labels import images_by_class, join, keep_single_label
+from readers.labels import join, keep_single_label
 from readers.names import base_name, pack_folder, pack_of, parts_of, without_place
+from readers.subsets import Stream, by_class, generator
+from readers.subsets import few_shot_indices as few_shot_indices  # for the scripts
 from readers.transforms import Pipeline, keep
 
 SPLITS = ("train", "test")
@@ -203,62 +205,8 @@ def refuse_options(names, args):
 
 
 # ------------------------------------------------------------------------------------------------
-# Which images: few-shot subsets, and the global batch of a step
+# Which images: the global batch of a step (few-shot subsets: readers/subsets.py)
 # ------------------------------------------------------------------------------------------------
-
-
-class Stream:
-    """What a random number is for: the second word of the seed of every generator."""
-
-    SHOTS, ORDER, DRAW, AUGMENT, MIXUP, FRACTION = range(6)
-
-
-def generator(seed, *purpose):
-    """numpy's generator for a seed, a Stream and what else tells its draws from others."""
-    if seed < 0:
-        raise ValueError(f"--seed {seed}: must be 0 or more")
-    return np.random.default_rng([seed, *purpose])
-
-
-def few_shot_indices(labels, shots, seed, classes=None):
-    """Indices of a few-shot training set, sorted: (M,) int64.
-
-    labels: (N,) int64, or (N,C) in {0,1,nan}. Multi-class: `shots` images of each class without
-    replacement; a larger `shots` with the same seed holds the smaller one's images. Multi-label:
-    images are taken in random order while some class that they show has fewer than `shots`
-    positives. A class without any image is left out. classes: names for the message. Raises
-    ValueError when a class has some images but fewer than `shots`.
-    """
-    if shots < 1:
-        raise ValueError(f"--shots {shots}: must be 1 or more")
-    labels = np.asarray(labels)
-    counts = images_by_class(labels, 0)
-    if not counts.any():
-        raise ValueError(f"--shots {shots}: no training image shows any class")
-    for cls, count in enumerate(counts):
-        if 0 < count < shots:
-            label = classes[cls] if classes else cls
-            raise ValueError(
-                f"--shots {shots}: class {label} has only {counted(count, 'training image')}"
-            )
-    order = generator(seed, Stream.SHOTS).permutation(len(labels))
-    if labels.ndim == 1:
-        places, starts, _ = by_class(labels[order])
-        return np.sort(order[places[starts[:, None] + np.arange(shots)]].ravel())
-    positive, wanted, chosen = labels == 1, np.where(counts, shots, 0), []
-    for i in order:
-        if (wanted <= 0).all():
-            break
-        if (positive[i] & (wanted > 0)).any():
-            wanted -= positive[i]
-            chosen.append(i)
-    return np.sort(np.array(chosen, np.int64))
-
-
-def by_class(labels):
-    """(images sorted by class (N,), first place (C,) and number (C,) of each class present)."""
-    _, counts = np.unique(labels, return_counts=True)
-    return np.argsort(labels, kind="stable"), np.cumsum(counts) - counts, counts
 
 
 _ORDER = {}  # {(images, seed, epoch): order}, of one epoch: every worker of every rank holds it

@@ -149,7 +149,7 @@ def main():
     if "full" in wanted:
         shot_counts.append(None)
     targets = open_targets(args, env)
-    networks, cells = open_networks(args, open_network), []
+    networks, cells = open_networks(args, open_network, env), []
     if args.method == "eval" and not args.image_size:  # at that which they were trained at
         sizes = {network.image_size for network in networks}
         if len(sizes) > 1:

@@ -14,14 +14,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from engine import options
 from engine.checkpoint import refuse_nonsense
+from engine.console import Parser, one_of, print_table
 from engine.convolution import conv2d
-from engine.weights import our_names, read_weights
+from engine.processes import run_script
+from engine.weights import PUBLISHED, VTAB, our_names, published_path, read_weights
 
 
 class Size(NamedTuple):
-    """blocks: units of each stage. width: factor of the channels, a multiple of 0.5. size_class:
-    pre-trained like the "small" networks (the study's R50x1) or the "large" ones (its R152x4).
+    """blocks: units of each stage. width: factor of the channels, a power of 2 or multiple of 0.5.
+    size_class: pre-trained like the "small" networks (R50x1) or the "large" ones (R152x4).
     """
 
     blocks: tuple
@@ -29,8 +32,9 @@ class Size(NamedTuple):
     size_class: str
 
 
-# Those below R50x1 are ours, for tests and for laptops.
+# Those below R50x1 are ours, for tests and laptops; 16 channels make 16 groups of a norm, not 32.
 MODELS = {
+    "R14x0.25": Size((1, 1, 1, 1), 0.25, "small"),
     "R14x0.5": Size((1, 1, 1, 1), 0.5, "small"),
     "R26x0.5": Size((2, 2, 2, 2), 0.5, "small"),
     "R26x1": Size((2, 2, 2, 2), 1, "small"),
@@ -100,11 +104,11 @@ class PreActBottleneck(nn.Module):
 
     def __init__(self, cin, cout, cmid, stride):
         super().__init__()
-        self.gn1 = GroupNorm(32, cin)
+        self.gn1 = GroupNorm(min(32, cin), cin)
         self.conv1 = StdConv2d(cin, cmid, 1, bias=False)
-        self.gn2 = GroupNorm(32, cmid)
+        self.gn2 = GroupNorm(min(32, cmid), cmid)
         self.conv2 = StdConv2d(cmid, cmid, 3, stride, padding=1, bias=False)
-        self.gn3 = GroupNorm(32, cmid)
+        self.gn3 = GroupNorm(min(32, cmid), cmid)
         self.conv3 = StdConv2d(cmid, cout, 1, bias=False)
         if stride != 1 or cin != cout:
             self.downsample = StdConv2d(cin, cout, 1, stride, bias=False)
@@ -180,9 +184,7 @@ class ResNetV2(nn.Module):
 
 
 class Statistics(nn.Module):
-    """What is seen without any network: features are, of each channel, the mean, the standard
-    deviation and the shares of 32 equal parts of the range from 0 to 1.
-    """
+    """What is seen without a network: of each channel mean, spread and a histogram of 32 parts."""
 
     def __init__(self, num_classes):
         super().__init__()
@@ -208,15 +210,13 @@ def create_model(name, num_classes, checkpoint_activations=False, device=None):
     name: a key of MODELS, or "statistics", else ValueError. checkpoint_activations: recompute those
     of each block in the backward pass, about a third more arithmetic for less memory.
     """
-    if name not in (*MODELS, "statistics"):
-        near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0)[0]
-        known = ", ".join(MODELS)
-        raise ValueError(f"unknown model {name!r}; did you mean {near!r}? known: {known}")
     if name == "statistics":
         model = Statistics(num_classes)
-    else:
-        size = MODELS[name]
+    elif size := MODELS.get(name):
         model = ResNetV2(size.blocks, size.width, num_classes, checkpoint_activations)
+    else:
+        near, known = difflib.get_close_matches(name, MODELS, n=1, cutoff=0)[0], ", ".join(MODELS)
+        raise ValueError(f"unknown model {name!r}; did you mean {near!r}? known: {known}")
     return model if device is None else place(model, device)
 
 
@@ -277,3 +277,24 @@ def matching_state(model, path, content=None, head=True):
             f"{'; '.join(differences[:3])}); give the --model that they were trained as"
         )
     return state
+
+
+def main():
+    """python models.py list: the networks that --checkpoint knows by name; of VTAB's those here."""
+    parser = Parser("Lists published networks: --checkpoint NAME --download fetches one.")
+    options.add(parser, "--cache-dir")
+    parser.add_argument("command", type=one_of("list"), help="list")
+    args, rows = parser.parse_args(), []
+    for name, (source, model, url) in PUBLISHED.items():
+        path = published_path(name, args.cache_dir)
+        if path.exists() or "/vtab/" not in url:
+            with torch.device("meta"):
+                network = create_model(model, 21843 if source == "imagenet21k" else 1000)
+            size = 4e-6 * sum(p.numel() for p in network.parameters())
+            rows.append([name, source, f"{size:.0f}", path if path.exists() else "no"])
+    print_table(rows, ["name", "trained on", "MB of weights", "here"])
+    print(f"and bit:BiT-M-SIZE-runN-TASK, N 0 to 2, TASK of VTAB-1k: {' '.join(VTAB.split())}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -14,7 +14,7 @@ published numbers, and writes each figure as PNG and SVG with its numbers as Mar
     fewshot    a panel for each target, a line for each source and model, over the shots
     fullshot   the same on all training images: bars for each model, lines over the source's size
     gain       larger network and larger source, minus the smaller: paired differences
-    distance   these gains against the distance of source and target, where results have one
+    law        what a decade of scale buys, against the distance of source and target, and its test
     published  own results against the published ones, where they share cells
 
 Intervals are Student's t over seeds at 95 %. With --curves it reads log.jsonl in the folders of
@@ -36,7 +36,7 @@ os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be there, and nothing i
 
 import matplotlib
 
-from charts import curves, gain_figures, gains, markdown, panels, results, style
+from charts import curves, gain_figures, gains, law, law_figure, markdown, panels, results, style
 from engine import console
 
 NAMED = 5  # files named in a notice; of the others the number is said
@@ -57,8 +57,8 @@ FIGURES = {
     "gain": Figure(
         gain_figures.draw_gains, markdown.gains, markdown.gain_csv, "no network or source to pair"
     ),
-    "distance": Figure(
-        gain_figures.draw_distance, markdown.distance, markdown.distance_csv, "no distance"
+    "law": Figure(
+        law_figure.draw_law, markdown.laws, markdown.law_csv, "no network or source to pair"
     ),
     "published": Figure(
         panels.draw_shared, markdown.shared, markdown.shared_csv, "give results and published.json"
@@ -152,7 +152,7 @@ def run(args):
         "fewshot": cells,
         "fullshot": results.full_shot(cells),
         "gain": pairs,
-        "distance": gains.distance_points(runs, pairs),
+        "law": law.laws(runs, args.metric),
         "published": gains.shared_cells(cells),
     }
     shown = {name: shown[name] for name in args.figure or FIGURES}

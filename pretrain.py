@@ -17,7 +17,7 @@ import torch
 import data
 import models
 from engine import console, distance, memory, options
-from engine.checkpoint import Run, read_result, read_tensors, save_tensors
+from engine.checkpoint import Run, finished_run, read_tensors, save_tensors
 from engine.evaluate import evaluate, predict, to_input
 from engine.log import Log, print_result
 from engine.metrics import loss_sum
@@ -136,7 +136,7 @@ def choose_pipeline(source, size, train, augment="crop"):
 # ------------------------------------------------------------------------------------------------
 
 FLAGS = """--epochs --warmup --schedule --weight-decay --clipping --fraction --accumulate
-    --checkpoint-activations --keep"""
+    --checkpoint-activations --keep --dry-run"""
 DEFAULTS = {
     "source": dict(default="synthetic-natural"),
     "model": dict(default="R14x0.5", **options.words(*models.MODELS)),
@@ -179,7 +179,7 @@ def make_config(args, env, source):
             f"--batch-size {config['batch_size']} is less than {env.ranks} processes x "
             f"--accumulate {args.accumulate}"
         )
-    config["image_size"] = config["image_size"] or source.size
+    size = config["image_size"] or source.size
     return config | {
         "source": args.source,
         "source_options": source.options,
@@ -188,11 +188,12 @@ def make_config(args, env, source):
         "model": args.model,
         "recipe": name,
         "clipping": config["clipping"] or None,
+        "image_size": size,
         "fraction": args.fraction,
         "balanced": bool(args.balanced),
         "single_label": args.single_label,
         "seed": args.seed,
-        "precision": env.training_precision(args, config["image_size"]),
+        "precision": env.training_precision(args, size),
         "compile": args.compile,
         "keep_best": args.keep == "best",
     }
@@ -220,42 +221,41 @@ def main():
     config = make_config(args, env, train_set)
     folder = Path(args.out) / f"{data.dataset_slug(train_set.name)}-{args.model}"
     env = env.computing(config["precision"])
-    record = read_result(folder / "result.json", "pretrain", config)
+    record = finished_run(folder, config)
     if record:
         console.say(env, f"{folder}: finished already; remove that folder to train anew")
-        if env.main:
-            print_result(record)
-        return
-    console.refuse_unwritable("--out", folder / "log.jsonl", folder / "model.pt")
-    record = pretrain(train_set, test_set, config, folder, args, env)
-    if env.main:
+    else:
+        console.refuse_unwritable("--out", folder / "log.jsonl", folder / "model.pt")
+        with console.locked(folder, env.main):
+            record = pretrain(train_set, test_set, config, folder, args, env)
+        if record:
+            console.say(env, f"wrote {folder}/model.pt")
+    if env.main and record:
         print_result(record)
-        print(f"wrote {folder}/model.pt")
 
 
 def pretrain(train_set, test_set, config, folder, args, env):
     """Trains to the end, from the checkpoint in `folder` if there is one, and writes there.
 
-    Returns the content of result.json.
+    Returns the content of result.json; with --dry-run it says what it would do, and returns None.
     """
     torch.manual_seed(config["seed"])
     model = models.create_model(
         args.model, len(train_set.classes), args.checkpoint_activations, env.device
     )
-    optimizer = SGD_AGC(
-        model.parameter_groups(),
-        config["lr"],
-        momentum=0.9,
-        nesterov=True,
-        weight_decay=config["weight_decay"],
-        clipping=config["clipping"],
-    )
-    size, batch_size = config["image_size"], config["batch_size"]
-    accumulate = args.accumulate
+    decay, clipping = config["weight_decay"], config["clipping"]
+    settings = {"momentum": 0.9, "nesterov": True, "weight_decay": decay, "clipping": clipping}
+    optimizer = SGD_AGC(model.parameter_groups(), config["lr"], **settings)
+    size, batch_size, accumulate = config["image_size"], config["batch_size"], args.accumulate
     if args.batch_size == "auto":
         accumulate = memory.parts_that_fit(model, size, batch_size, env)
     last = math.ceil(config["epochs"] * len(train_set) / batch_size)
-    run = Run(folder / "checkpoint.pt", model, optimizer, config, env, args.save_minutes, last)
+    flops = models.forward_flops(args.model, len(train_set.classes), size)
+    if args.dry_run:
+        recipe = {key: config[key] for key in ("images", *Recipe._fields)}
+        return memory.print_estimate(model, recipe, last, accumulate, flops, env)
+    path = folder / "checkpoint.pt"
+    run = Run(path, model, optimizer, config, env, args.save_minutes, last)
     least, best_path = math.inf, folder / "model-best.pt"
     if run.step:
         console.say(env, f"{folder}: continues after step {run.step}")
@@ -319,7 +319,6 @@ def pretrain(train_set, test_set, config, folder, args, env):
             run.save_or_stop(signals, log)
         run.finish_saving()
 
-    flops = models.forward_flops(args.model, len(train_set.classes), size)
     record = {
         "schema": 1,
         "kind": "pretrain",
@@ -345,6 +344,7 @@ def pretrain(train_set, test_set, config, folder, args, env):
             save_network(path, *about, **more)
     if env.main:
         console.write_json(folder / "result.json", record)
+        print(f"wrote {folder}/model.pt")
     return record
 
 

@@ -269,7 +269,7 @@ def main():
     args = options.parse(__doc__, FLAGS, **DEFAULTS)
     args.method = "finetune"
     env = setup(args.precision)
-    targets, networks, cells = open_targets(args, env), open_networks(args, open_network), []
+    targets, networks, cells = open_targets(args, env), open_networks(args, open_network, env), []
     for target in targets:
         everything = np.arange(len(target.train_set))
         for seed in options.seeds(args, 1):

@@ -25,12 +25,9 @@ METRICS = {
     "mean_auc": Metric("mean AUC", 1, 3, "mean AUC"),
     "mean_ap": Metric("mean average precision", 1, 3, "mean average precision"),
 }
-DISTANCES = {  # of "distance" in a result file, where it has one -> its name in tables
-    "frechet_relative": "log10 of relative Fréchet distance",
-    "energy": "energy",
-}
 DOMAINS = ("natural", "medical", None)  # of sources; None without pre-training
-# What published.json leaves out. Source -> domain, images; target -> domain, classes (0: several).
+# What published.json leaves out. Source -> domain, images; target -> domain, classes (0: several),
+# test images.
 SOURCES = {
     "imagenet1k": ("natural", 1_281_167),
     "imagenet21k": ("natural", 14_197_122),
@@ -40,13 +37,13 @@ SOURCES = {
     "padchest": ("medical", 160_861),
 }
 TARGETS = {
-    "cifar10": ("natural", 10),
-    "cifar100": ("natural", 100),
-    "pets": ("natural", 37),
-    "flowers102": ("natural", 102),
-    "padchest": ("medical", 0),
-    "covidx": ("medical", 2),
-    "tuberculosis": ("medical", 2),
+    "cifar10": ("natural", 10, 10_000),
+    "cifar100": ("natural", 100, 10_000),
+    "pets": ("natural", 37, 3669),
+    "flowers102": ("natural", 102, 2040),
+    "padchest": ("medical", 0, 4153),
+    "covidx": ("medical", 2, 400),
+    "tuberculosis": ("medical", 2, 121),
 }
 
 
@@ -78,9 +75,12 @@ class Result:
     seed: int
     source_images: int | None
     metrics: dict  # name of METRICS -> fraction; None where undefined, or unknown to an older file
-    distances: dict  # name of DISTANCES -> value, None where the file has none
+    distance: float | None  # of source and target: frechet_relative
     classes: int  # of the target, 0 when unknown
     path: Path
+    train_images: int | None = None  # of the target; None where unknown
+    test_images: int | None = None
+    source_seed: int | None = None  # of pre-training
 
 
 @dataclass(frozen=True)
@@ -132,12 +132,14 @@ def checked_result(data, path, origin="own", classes=0):
         raise ValueError(f"a domain is none of {', '.join(MAIN_METRIC)}")
     target = Target(data["target"], data["target_domain"], origin)
     line = Line(*(data[key] for key in Line._fields))
-    # The energy coefficient is without bias: a little below 0 where nothing differs.
-    distances = {key: number(data["distance"] or {}, key, -1e300, 1e300) for key in DISTANCES}
+    distance = number(data["distance"] or {}, "frechet_relative", -1e300, 1e300)
     rest = data["shots"], data["seed"], data["source_images"]
     per_class = data["metrics"].get("per_class")
     classes = classes or (len(per_class) if isinstance(per_class, dict) else 0)
-    return Result(target, line, *rest, metrics, distances, classes, path)
+    config = data.get("config") or {}
+    sizes = (number(config, key, 1, 2**63) for key in ("train_images", "test_images"))
+    seed = number(data, "source_seed", 0, 2**63)
+    return Result(target, line, *rest, metrics, distance, classes, path, *sizes, seed)
 
 
 def read_result(path):
@@ -164,8 +166,9 @@ def read_published(path):
         for entry in json.loads(path.read_text(encoding="utf-8"))["records"]:
             sources = [SOURCES[name] for name in entry["source"].split("+")]
             (domain,) = {domain for domain, _ in sources}
-            target_domain, classes = TARGETS[entry["target"]]
+            target_domain, classes, test_images = TARGETS[entry["target"]]
             data = {**entry, "source_domain": domain, "target_domain": target_domain}
+            data["config"] = {"test_images": test_images}
             data |= {"source_images": sum(images for _, images in sources)}
             data |= {"method": "finetune", "recipe": "paper"}
             data["shots"] = None if entry["shots"] == "full" else entry["shots"]
@@ -210,7 +213,7 @@ def load(paths):
             skipped.append(f"skipped {path}: {' '.join(str(error).split())}")
     kept, doubled = {}, []
     for result in sorted(results, key=lambda result: result.path.stat().st_mtime):
-        run = result.target, result.line, result.shots, result.seed
+        run = result.target, result.line, result.source_seed, result.shots, result.seed
         older = kept.get(run, result)
         if older.metrics != result.metrics:
             doubled.append(f"same run twice: kept {result.path}, newer than {older.path}")

@@ -42,7 +42,23 @@ NUMPY_NUMBERS = [
 
 
 def load_plain(path):
-    """torch.load on the CPU, of tensors, numbers (also NumPy's) and strings alone."""
+    """torch.load on the CPU, of tensors, numbers (also NumPy's) and strings alone.
+
+    Raises zipfile.BadZipFile where a checksum is wrong: torch.load does not look at them.
+    """
+    with open(path, "rb") as file:
+        zipped = file.read(2) == b"PK"
+    if zipped:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            # torch.load reads whatever its memory holds for a record marked as a directory.
+            marked = (r.filename for r in records if r.external_attr & 0x10 and r.file_size)
+            damaged = next(marked, None)
+            # torch.serialization.set_crc32_options(False) makes files without checksums.
+            if not damaged and any(record.CRC for record in records):
+                damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"the checksum of its record {damaged} is wrong")
     with torch.serialization.safe_globals(NUMPY_NUMBERS):
         return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -86,13 +102,13 @@ def refuse_nonsense(path, state):
             raise ValueError(f"{path}: {key} is not finite: the training that wrote it diverged")
 
 
-def file_digest(path):
-    """16 hexadecimal digits of the SHA-256 of a file."""
+def file_digest(path, digits=16):
+    """So many hexadecimal digits of the SHA-256 of a file, of 64."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
             digest.update(block)
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:digits]
 
 
 def read_result(path, kind, config=None):
@@ -120,6 +136,24 @@ def read_result(path, kind, config=None):
         raise ValueError(f"{path}: a result of kind and schema {found}, not {(kind, 1)}")
     if config is not None:
         check_same_config(path, record["config"], config)
+    return record
+
+
+def finished_run(folder, config):
+    """The result of a finished pre-training in this folder, or None if there is none yet.
+
+    Raises ValueError as read_result, or when its model.pt is gone or damaged.
+    """
+    path = Path(folder, "result.json")
+    record = read_result(path, "pretrain", config)
+    if record:
+        try:
+            read_tensors(Path(folder, "model.pt"))
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(
+                f"{error}, though {path} says that it is finished; remove {path}, and the same "
+                "command goes on from checkpoint.pt"
+            ) from error
     return record
 
 

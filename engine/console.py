@@ -5,12 +5,15 @@ import contextlib
 import difflib
 import errno
 import functools
+import glob
 import json
 import os
 import re
+import secrets
 import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from tqdm import tqdm
@@ -238,26 +241,109 @@ def refuse_unwritable(option, *paths):
             raise OSError(f"{option}: {path} cannot be written ({error.strerror})") from error
 
 
-def write_atomically(path, write):
+def write_atomically(path, write, replace=True):
     """Calls write(temporary path) and renames it to `path`: whole or not at all.
 
-    Raises OSError naming the file; what was there before stays.
+    No two writers share a temporary file. replace=False: a file that is there stays, also one that
+    another process put there meanwhile, and the answer is False; else True. Raises OSError naming
+    the file; what was there before stays.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")  # one that a killed run left is overwritten
-    try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by killed writers
+            with contextlib.suppress(OSError):  # another process removes it too
+                if time.time() - left.lstat().st_mtime > 3600:
+                    left.unlink()
+        temporary.touch(exist_ok=False)  # O_EXCL: through no symbolic link either
+        try:
             write(temporary)
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
+            if not replace:
+                return _link(temporary, path)
             os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):  # its folder may be a file
-            temporary.unlink()
+        finally:
+            temporary.unlink(missing_ok=True)
+    return True
 
 
-def write_json(path, record):
-    """One JSON file: strict (no NaN), whole or not at all."""
+def _link(temporary, path):
+    """Whether the file got this name too, which it does unless there is such a file."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        if path.exists():
+            return False
+        os.replace(temporary, path)
+    return True
+
+
+def write_json(path, record, replace=True):
+    """One JSON file: strict (no NaN), whole or not at all; replace: as of write_atomically."""
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    return write_atomically(path, lambda temporary: temporary.write_text(text), replace)
+
+
+# ------------------------------------------------------------------------------------------------
+# Locks
+# ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(folder, main=True):
+    """A block in which no other process writes to this folder; main: whether this one does.
+
+    Raises ValueError naming the folder while another process is in such a block. The lock ends with
+    its process, however that ends, and holds across NFS. A file system that has no locks is told of
+    and trusted.
+    """
+    if not main:
+        yield
+        return
+    folder = Path(folder)
+    path, made = folder / "lock", [p for p in (folder, *folder.parents) if not p.exists()]
+    # torchrun may start again before an NFS server frees the lock of a lost node, after 90 s.
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    deadline = time.monotonic() + 120 * restarts
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        while (file := _lock(path)) is None and time.monotonic() < deadline:
+            time.sleep(1)
+    if file is None:
+        raise ValueError(
+            f"{folder}: another process is writing there; wait for its end, or give another --out"
+        )
+    try:
+        for left in folder.glob(".*.tmp"):
+            left.unlink()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(file)
+        for place in made:
+            with contextlib.suppress(OSError):  # it holds something
+                place.rmdir()
+
+
+def _lock(path):
+    """The descriptor of a file that this process has locked, None while another one has."""
+    import fcntl  # not for plot.py, which needs no lock
+
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            os.close(file)
+            return None
+        except OSError as error:
+            place, reason = path.parent, error.strerror
+            print(f"{place}: cannot be locked ({reason}); start no second process", file=sys.stderr)
+            return file
+        if os.fstat(file).st_nlink:  # else its holder has just removed it
+            return file
+        os.close(file)

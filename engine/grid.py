@@ -1,5 +1,6 @@
 """Many cells in one command: what a cell is, which process runs which, what failed."""
 
+import argparse
 import collections
 import contextlib
 import datetime
@@ -23,6 +24,7 @@ from engine.memory import flops_per_second
 from engine.metrics import Diverged
 from engine.outputs import ENDINGS
 from engine.processes import Stopped, environment
+from engine.weights import PUBLISHED, find_published
 
 # A process whose share of the cells is done may wait long for the last ones of the others.
 PATIENCE = datetime.timedelta(days=30)
@@ -50,8 +52,9 @@ class Network(NamedTuple):
     image_size: int | None = None
 
 
-def open_networks(args, open_network):
-    """The networks that --checkpoint names: run folders, weight files, "scratch", "statistics".
+def open_networks(args, open_network, env=None):
+    """The networks that --checkpoint names: run folders, weight files, those of weights.PUBLISHED,
+    "scratch", "statistics".
 
     None named: every finished run below runs/, and scratch (which has no features to classify).
     open_network: (path, args) -> Network; every file is opened, so that a wrong one is refused
@@ -72,7 +75,14 @@ def open_networks(args, open_network):
     if not frozen and "statistics" in checkpoints:
         raise ValueError("--checkpoint statistics: nothing to fine-tune; add --method linear")
     files = [path for path in checkpoints if path not in ("scratch", "statistics")]
-    networks = [open_network(path, args) for path in files]
+    networks = []
+    for path in files:
+        if str(path).startswith(("bit:", "study:")):
+            file, known = find_published(path, args, env), PUBLISHED[path]
+            about = {"source": known.source, "model": known.model}
+            networks.append(open_network(file, argparse.Namespace(**vars(args) | about)))
+        else:
+            networks.append(open_network(path, args))
     if "statistics" in checkpoints:  # of pixels from 0 to 1
         unchanged = (0.0,) * 3, (1.0,) * 3
         networks.append(Network(*["statistics"] * 3, normalization=unchanged))

@@ -9,8 +9,8 @@ from engine.console import Parser, not_empty, number, one_of
 TABLE = """
 --source text - dataset to pre-train on
 --target texts - datasets to transfer to
---checkpoint texts - run folders, weight files, 'scratch', 'statistics' (features of
-    each image's mean, spread and histogram) (default: all in runs/, and scratch)
+--checkpoint texts - run folders, weight files, names of `python models.py list`, scratch,
+    statistics (each image's mean, spread and histogram) (default: all in runs/, and scratch)
 --model text - network
 --shots texts - training images of each class, the study: 1 5 10 100 500; full: all of them
     (default: 1 10 100)
@@ -26,8 +26,9 @@ TABLE = """
 --out text - directory to write to
 --data-dir text datasets directory that holds the real datasets
 --cache-dir text - directory for the index of large datasets (default: beside them) and the
-    decoded images of a grid (default: the system's temporary one)
---download flag - fetch what torchvision can fetch
+    decoded images of a grid (default: the system's temporary one), and networks by name (default:
+    torch.hub's)
+--download flag - fetch what torchvision can fetch, and networks by name
 --views texts - X-ray views to keep, e.g. PA AP (default: the study's of the dataset)
 --split-by patient|image - how padchest is split; image: as in the study, patients on both sides
     (default: patient)
@@ -69,7 +70,7 @@ TABLE = """
 --size 1..4096 - pixels of the side (X-rays) or of the shorter side
 --codec raw|jpeg raw raw is the fastest, jpeg the smallest
 --quality 1..100 90 of JPEG, 1 to 100
---dry-run flag - print the grid and how long it would take, and leave
+--dry-run flag - print the grid, or the recipe's numbers, and how long it would take, and leave
 """
 KINDS = {
     "text": {"type": not_empty},
@@ -135,9 +136,9 @@ def seeds(args, count):
     words = "--seeds " + " ".join(map(str, given))
     if given == [0]:
         raise ValueError(f"{words}: one number is how many; for seed 0 alone give --seeds 1")
+    if len(given) == 1 and given[0] > 10_000:
+        raise ValueError(f"{words}: one number is how many, at most 10000")
     if len(given) == 1:
-        if given[0] > 10_000:
-            raise ValueError(f"{words}: more than 10000 runs")
         return list(range(args.seed, args.seed + given[0]))
     if len(set(given)) < len(given):
         raise ValueError(f"{words}: a seed is named twice")

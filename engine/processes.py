@@ -53,7 +53,10 @@ def run_script(main):
 
 def _said(now):
     """Whether a process has said its error: from now on, or before."""
-    with contextlib.suppress(Exception):  # the store may have ended with its process
+    # A store of rank 0's own ends with it, and then says so in many lines.
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return False
+    with contextlib.suppress(Exception):
         store = dist.distributed_c10d._get_default_store()
         if now:
             store.set("said", "")
@@ -112,11 +115,24 @@ class Env(NamedTuple):
         return self._replace(precision=precision)
 
 
+# What tells a process that others were started beside it: srun alone sets the first, where
+# SLURM_NTASKS is of the whole allocation (srun(1), output environment variables).
+TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
 def setup(precision="auto", timeout=None):
     """Joins the other processes of torchrun, if any, and chooses device and precision.
 
-    timeout: timedelta that one process waits for another (default: PyTorch's).
+    timeout: timedelta that one process waits for another (default: PyTorch's). Raises ValueError
+    where processes could not join each other.
     """
+    for name in TASKS:
+        count = os.environ.get(name, "")
+        if count not in ("", "0", "1") and "WORLD_SIZE" not in os.environ:
+            raise ValueError(
+                f"{name}={count}: {count} processes were started that do not know each other; "
+                "start one a node, of torchrun, or set WORLD_SIZE=1 for runs of their own"
+            )
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():

@@ -6,7 +6,6 @@ SPLIT.{offsets,shapes,crc32,labels,names,groups}.npy their index.
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import io
@@ -24,7 +23,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from engine.console import write_json
+from engine.console import locked, write_json
 from readers.images import ImageDataset, read_image
 from readers.names import pack_folder, pack_of, without_place
 from readers.transforms import resize_shorter, xray_square
@@ -150,12 +149,7 @@ def pack(name, sets, size, target, codec="raw", quality=90, workers=None):
             raise ValueError(f"{target}: holds no pack.json, so it is no pack; remove it")
         return _refuse_other_facts(target, _read_facts(target, name, size), facts)
     part = target.with_name(target.name + ".part")
-    part.mkdir(parents=True, exist_ok=True)
-    with open(part / "lock", "w") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise ValueError(f"{part}: another process is packing it") from error
+    with locked(part):
         try:
             _fill(part, sets, facts, workers)
         except OSError as error:
@@ -164,7 +158,7 @@ def pack(name, sets, size, target, codec="raw", quality=90, workers=None):
             raise OSError(
                 f"{part}: cannot be written ({error}); free space and run the same command again"
             ) from error
-        part.rename(target)
+    part.rename(target)
 
 
 def _facts(name, sets, size, codec, quality):
@@ -230,7 +224,7 @@ def _fill(part, sets, facts, workers):
             files |= _write_index(part, split, dataset)
         facts = facts | {"files": files}
         write_json(whole, facts | {"crc32": _crc32_of(facts)})
-    for name in ("train.journal", "test.journal", "begun.json", "lock"):
+    for name in ("train.journal", "test.journal", "begun.json"):
         (part / name).unlink(missing_ok=True)
 
 

@@ -47,15 +47,14 @@ def test_same_input_gives_the_same_bytes_and_the_title_is_shown(call, tmp_path):
     assert names == [f"{name}.{end}" for name in ("fewshot", "fullshot", "gain") for end in endings]
 
 
-def test_results_without_distance_say_so_in_one_line(call, tmp_path):
-    write_worlds(tmp_path / "results", distances=False)
+def test_what_cannot_be_drawn_is_said_in_one_line(call, tmp_path):
+    write_worlds(tmp_path / "results")
     status, out, err = call("--target", "t-natural")
     assert (status, err) == (0, "") and {row["target"] for row in read_csv()} == {"t-natural"}
-    assert out.count("no figure distance: no distance") == 1
     assert "no figure published: give results and published.json" in out
     assert (tmp_path / "figures/gain.png").exists() and "| larger network |" in out
-    error = "error: no figure distance: no distance\n"
-    assert call("--figure", "distance", "--out", "x")[0::2] == (2, error)
+    error = "error: no figure published: give results and published.json\n"
+    assert call("--figure", "published", "--out", "x")[0::2] == (2, error)
     assert not (tmp_path / "x").exists()
 
 
@@ -95,6 +94,23 @@ def test_newest_of_two_files_of_one_run_is_kept_and_said(call, tmp_path):
     words = " ".join(texts("figures/fewshot.svg"))
     assert "Left out, unreadable or of another schema: 1." in words
     assert "Runs with two results, of which the newer counts: 1." in words
+
+
+def test_hidden_copies_are_passed_over(call, tmp_path):
+    write(tmp_path / "results" / ".ipynb_checkpoints", "a-checkpoint.json", {"accuracy": 0.9})
+    write(tmp_path / "results", ".hidden.json", {"accuracy": 0.9})
+    write(tmp_path / "results", "a.json", {"accuracy": 0.25})
+    status, out, err = call("--figure", "fewshot")
+    assert (status, err) == (0, "") and "25.0 (1)" in out
+
+
+def test_a_notebook_and_a_terminal_of_another_encoding(tmp_path):
+    write_seeds(tmp_path / "results", [0.25, 0.75])
+    odd = {"MPLBACKEND": "module://not_there.backend_inline", "PYTHONIOENCODING": "ascii"}
+    settings = dict(cwd=tmp_path, capture_output=True, text=True, env=os.environ | odd)
+    done = subprocess.run([sys.executable, ROOT / "plot.py", "--figure", "fewshot"], **settings)
+    assert (done.returncode, done.stderr) == (0, "") and "50.0 ? 35.4 (2)" in done.stdout
+    assert "±" in (tmp_path / "figures" / "fewshot.md").read_text()
 
 
 def test_a_folder_named_twice_is_read_once(call, tmp_path):

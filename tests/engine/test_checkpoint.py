@@ -1,6 +1,7 @@
 """Pre-training killed, refused the disk or struck by an error: continued as if it had not been."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -44,7 +45,7 @@ def killed_at_file(name, count=1):
 
 
 # Lines of the log after which a SIGKILL comes from outside, or how many events of temporary files
-# later it dies: each is opened, opened again to reach the disk, renamed and removed.
+# later it dies: each is made, written, opened to reach the disk, renamed and removed.
 KILLS = [
     *((0, None), (None, 2), (1, None), (None, 7), (2, None), (None, 9), (3, None)),
     *((None, 11), (5, None), (None, 4), (8, None), (None, 22)),
@@ -77,7 +78,7 @@ def test_killed_at_12_moments(folder, tmp_path):
                 training.assert_same(interruption.undisturbed(folder, 1))
                 finished += 1  # it was through before the blow fell: the next one gets it
         assert status == -signal.SIGKILL, (tmp_path / "rank0.err").read_text()
-        halves += bool(training.paths(".checkpoint.pt.tmp"))
+        halves += bool(training.paths(".checkpoint.pt.*.tmp"))
         died.append(training.step)
     training.finish()
     assert len(set(died)) >= 4 and halves >= 3, died  # unfinished checkpoints were left behind
@@ -90,6 +91,82 @@ def test_killed_after_the_last_step(name, folder, tmp_path):
     training.go(-signal.SIGKILL, killed_at_file(f"/{name}"))
     assert training.step == STEPS and not training.paths("result.json")
     training.finish()
+
+
+def test_a_second_process_is_refused_and_disturbs_nothing(folder, tmp_path):
+    training, second = Training(folder, tmp_path), tmp_path / "second"
+    second.mkdir()
+    halt = at_step(10, lambda: signal.raise_signal(signal.SIGSTOP))
+    pid = interruption.start(pretrain.main, training.argv, tmp_path, halt)
+    os.waitpid(pid, os.WUNTRACED)  # it has stopped
+    try:
+        for _ in range(2):
+            ((out, err),) = Training(folder, second, out=training.out).go(2)
+            (run,) = training.out.iterdir()
+            assert (out, err) == (
+                "",
+                f"error: {run}: another process is writing there; wait for its end, or give "
+                "another --out\n",
+            )
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert interruption.wait(pid) == 0
+    training.assert_same(interruption.undisturbed(folder, 1))
+
+
+# ------------------------------------------------------------------------------------------------
+# Damaged files
+# ------------------------------------------------------------------------------------------------
+
+
+def test_a_flipped_bit_or_a_cut_is_refused_or_changes_nothing(tmp_path):
+    """Headers and padding too. The last ones mark a record as a directory (APPNOTE.TXT 4.4.15)."""
+    path, state = tmp_path / "model.pt", {"model": {"a": torch.arange(40.0), "b": torch.ones(3)}}
+    checkpoint.save_tensors(path, state | {"name": "R14x0.5", "mean": (0.5, 0.25)})
+    whole, refused = path.read_bytes(), 0
+    flips = [(place, place % 8) for place in range(0, len(whole), 7)]
+    flips += [(entry.start() + 38, 4) for entry in re.finditer(b"PK\1\2", whole)]
+    for place, bit in flips:
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << bit
+        for damaged in (flipped, whole[:place]):
+            path.write_bytes(damaged)
+            try:
+                read = checkpoint.read_tensors(path)
+            except ValueError as error:
+                assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+                refused += 1
+                continue
+            assert len(damaged) == len(whole)
+            interruption.assert_same_tensors(read.pop("model"), state["model"])
+            assert read == {"name": "R14x0.5", "mean": (0.5, 0.25)}
+    assert refused > 1.5 * len(flips)
+
+
+def test_a_weight_file_without_checksums_is_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"model": torch.ones(3)}, tmp_path / "weights.pth.tar")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert checkpoint.read_tensors(tmp_path / "weights.pth.tar")["model"].sum() == 3
+
+
+@pytest.mark.parametrize("damage", ("gone", "cut", "flipped"))
+def test_finished_without_a_whole_model(damage, folder, tmp_path):
+    """The line says what to do, and that does it, without any training."""
+    training = Training(folder, tmp_path)
+    shutil.copytree(interruption.undisturbed(folder, 1).out, training.out)
+    (path,), (result,) = training.paths("model.pt"), training.paths("result.json")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.unlink() if damage == "gone" else path.write_bytes(content[: -(damage == "cut") or None])
+    ((_, err),) = training.go(2)
+    assert str(path) in err and err.count("\n") == 1
+    assert f"though {result} says that it is finished; remove {result}, and the same" in err
+    result.unlink()
+    ((out, _),) = training.finish()
+    assert f"continues after step {STEPS}" in out
 
 
 # ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import interruption
 import pytest
@@ -113,6 +114,47 @@ def test_restarts_that_would_not_meet_are_refused(monkeypatch):
         processes.setup("fp32")
 
 
+@pytest.mark.parametrize(
+    "line, refused",
+    (
+        # srun -n 2; mpirun -n 4; srun --mpi=pmi2 or Intel MPI's mpirun
+        ("SLURM_NTASKS=2 SLURM_PROCID=1 SLURM_STEP_NUM_TASKS=2", "SLURM_STEP_NUM_TASKS=2: 2 proc"),
+        ("OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_RANK=0", "OMPI_COMM_WORLD_SIZE=4: 4 processes"),
+        ("PMI_SIZE=3 PMI_RANK=0 SLURM_STEP_NUM_TASKS=1", "PMI_SIZE=3: 3 processes"),
+        # sbatch --ntasks=8 and salloc -n 8 without srun; srun -n 1; runs of their own
+        ("SLURM_NTASKS=8 SLURM_NPROCS=8 SLURM_PROCID=0 SLURM_TASKS_PER_NODE=8", None),
+        ("SLURM_NTASKS=1 SLURM_STEP_NUM_TASKS=1 SLURM_STEP_ID=0 PMI_SIZE=1", None),
+        ("SLURM_STEP_NUM_TASKS=4 WORLD_SIZE=1", None),
+    ),
+)
+def test_processes_that_do_not_know_each_other(line, refused, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for word in line.split():
+        monkeypatch.setenv(*word.split("="))
+    if refused is None:
+        assert processes.setup("fp32").ranks == 1
+        return
+    with pytest.raises(ValueError, match=f"{refused}.* do not know each other; start one a node"):
+        processes.setup("fp32")
+
+
+@pytest.mark.parametrize("rank, error", ((0, "ValueError"), (1, "KeyError")))
+def test_of_two_processes_the_one_that_met_an_error_says_it(rank, error, folder, tmp_path):
+    """torchrun's own lines aside, of which none is of the other process."""
+    patch = f"""
+def fail():
+    raise {error}("broken")
+
+at_step(3, fail, rank={rank})()"""
+    said = Training(folder, tmp_path).torchrun(patch, status=1)
+    who = f"error{' (rank 1)' * rank}: "
+    text = "broken" if error == "ValueError" else "KeyError: 'broken'; TRACEBACK=1 shows where"
+    assert [line for line in said.splitlines() if "rror" in line and "broken" in line] == [
+        who + text
+    ]
+    assert "RuntimeError" not in said and said.count("Traceback") == 1  # of torchrun
+
+
 # ------------------------------------------------------------------------------------------------
 # Two nodes, here of one machine: an agent of torchrun each
 # ------------------------------------------------------------------------------------------------
@@ -164,6 +206,22 @@ def test_a_node_dies_and_another_takes_its_place(folder, tmp_path):
 # ------------------------------------------------------------------------------------------------
 
 CPU = processes.Env(0, 1, torch.device("cpu"), "fp32")
+
+
+@pytest.mark.parametrize("size, precision", ((8, "fp32"), (16, "fp32"), (17, "bf16")))
+def test_compiled_bf16_of_tiny_images_on_a_cpu(size, precision, capsys):
+    """In fp32, said once; refused where it was asked for by name. Else as asked."""
+    env, auto = CPU._replace(precision="bf16"), SimpleNamespace(precision="auto", compile=True)
+    for _ in range(2):
+        assert env.training_precision(auto, size) == precision
+    said = f"--compile: PyTorch's bf16 gradients on CPUs are wrong for images of {size} pixels"
+    assert capsys.readouterr().out == (f"{said}: in fp32\n" if size <= 16 else "")
+    asked = SimpleNamespace(precision="bf16", compile=True)
+    if size <= 16:
+        with pytest.raises(ValueError, match=f"{said}; give --precision fp32"):
+            env.training_precision(asked, size)
+    eager = SimpleNamespace(precision="bf16", compile=False)
+    assert env.training_precision(eager, size) == "bf16"
 
 
 @pytest.mark.parametrize(
