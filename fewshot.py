@@ -81,7 +81,7 @@ def classify(cell, signals, args, env):
     fit = linear.CLASSIFIERS[cell.method]
     labels, classes = target.train[0].labels[rows], len(test_set.classes)
     logits, facts = fit(train_features[rows], labels, test_features, classes)
-    metrics = compute_metrics(logits, test_set.labels, test_set.classes)
+    metrics = compute_metrics(logits, test_set.labels, test_set.classes, groups=test_set.groups)
     save_predictions(cell, logits)
     about = {"images": len(rows), "steps": None, "seconds": time.monotonic() - began}
     return metrics, about | {"images_per_second": None, **facts, "features_seconds": seconds}
@@ -111,7 +111,7 @@ def evaluate_only(cell, signals, args, env):
     labels = test_set.labels
     if test_set.task == "multilabel":
         labels = labels[:, [test_set.classes.index(name) for name in shared]]
-    metrics = compute_metrics(logits, labels, shared)
+    metrics = compute_metrics(logits, labels, shared, groups=test_set.groups)
     save_predictions(cell, logits, labels, shared)
     return metrics, {"images": 0, "steps": None, "seconds": time.monotonic() - began}
 
@@ -148,6 +148,7 @@ def main():
     shot_counts = sorted({shots for shots in wanted if shots != "full"})
     if "full" in wanted:
         shot_counts.append(None)
+    seeds = args.seeds or range(args.seed, args.seed + (1 if once else 3))
     targets = open_targets(args, env)
     networks, cells = open_networks(args, open_network, env), []
     if args.method == "eval" and not args.image_size:  # at that which they were trained at
@@ -163,7 +164,7 @@ def main():
             without = ", ".join(empty)
             say(env, f"{target.name}: no training image shows {without}; no shots of it are drawn")
         for shots in shot_counts:  # None: all images
-            for seed in options.seeds(args, 1 if once else 3):
+            for seed in seeds:
                 chosen = np.arange(len(labels) if args.method != "eval" else 0)
                 if shots:
                     chosen = data.few_shot_indices(labels, shots, seed, classes)

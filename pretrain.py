@@ -26,6 +26,7 @@ from engine.outputs import save_network
 from engine.processes import StopSignal, environment, parallel, parts, run_script, setup
 from readers import transforms
 from readers.cache import preload
+from readers.digest import data_digest
 from readers.workers import in_order, loader
 
 # ------------------------------------------------------------------------------------------------
@@ -183,6 +184,7 @@ def make_config(args, env, source):
     return config | {
         "source": args.source,
         "source_options": source.options,
+        "data": data_digest(train=source),
         "images": len(source),
         "num_classes": len(source.classes),
         "model": args.model,
@@ -287,9 +289,8 @@ def pretrain(train_set, test_set, config, folder, args, env):
         while True:
             if ends_epoch(run.step, last, config):  # also when the run goes on just there
                 run.save(wait=False)
-                metrics = evaluate(
-                    model, tested, test_set.labels, test_set.classes, env, normalization
-                )
+                known = test_set.labels, test_set.classes, env, normalization, test_set.groups
+                metrics = evaluate(model, tested, *known)
                 log.evaluation(run.step, metrics)
                 if config["keep_best"] and metrics["loss"] < least:
                     least = metrics["loss"]

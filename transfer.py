@@ -32,6 +32,7 @@ from engine.outputs import network_facts, save_network, save_predictions
 from engine.processes import StopSignal, parallel, parts, run_script, setup
 from readers import transforms
 from readers.cache import decode_once
+from readers.digest import data_digest
 from readers.labels import shared_classes
 from readers.workers import in_order, loader
 
@@ -180,6 +181,7 @@ class Target:
 
     def __init__(self, name, train_set, test_set, recipe):
         self.name, self.train_set, self.test_set, self.recipe = name, train_set, test_set, recipe
+        self.data = data_digest(train=train_set, test=test_set)
         self.image_size = tuple(train_set.read(0).shape[-2:])  # of the first image, as of all
         # Multi-label X-ray sets take the X-ray pipeline, also when each image was left one label.
         multilabel = train_set.task == "multilabel" or train_set.options.get("single_label")
@@ -272,7 +274,7 @@ def main():
     targets, networks, cells = open_targets(args, env), open_networks(args, open_network, env), []
     for target in targets:
         everything = np.arange(len(target.train_set))
-        for seed in options.seeds(args, 1):
+        for seed in args.seeds or [args.seed]:
             for network in networks:
                 cells.append(make_cell(network, target, None, seed, everything, args, env))
     todo, results = unfinished(cells, args.out, env)
@@ -366,8 +368,9 @@ def train(cell, signals, args, env, title, accumulate):
         run.save()
         at_once = max(config["batch_size"], memory.images_at_once(rule.crop))
         tested = in_order(*target.test, at_once, env.rank, env.ranks, args.workers, env.device)
-        about = target.test_set.labels, target.test_set.classes, env, normalization
-        metrics = evaluate(model, tested, *about, functools.partial(save_predictions, cell))
+        known, keep = target.test_set, functools.partial(save_predictions, cell)
+        about = known.labels, known.classes, env, normalization, known.groups
+        metrics = evaluate(model, tested, *about, keep)
         log.evaluation(run.step, metrics)
     if "model" in cell.save and env.main:
         source = f"{data.dataset_slug(network.source)}-to-{cell.folder}-{cell.path.stem}"

@@ -173,15 +173,21 @@ def load_checkpoint(path, config):
 
 def check_same_config(path, theirs, ours):
     """Raises ValueError naming the first setting of `ours` that was another there. One that an
-    older file does not name was off, None or False.
+    older file does not name was off, None or False; of its data nothing is known.
     """
     theirs, ours = json.loads(json.dumps([theirs, ours]))  # tuples become lists, as in the file
+    then, now = theirs.pop("data", None) or {}, ours.pop("data", None) or {}
     for key in sorted(ours):
         if theirs.get(key) != ours[key] and (key in theirs or ours[key]):
             raise ValueError(
                 f"{path} was made with {key} = {theirs.get(key)}, not {ours[key]}; "
                 "use the same options, give another --out, or remove it"
             )
+    if changed := [part for part in now if then.get(part, now[part]) != now[part]]:
+        raise ValueError(
+            f"{path} was made of other data: {', '.join(changed)} changed since; use the same "
+            "data, give another --out, or remove it"
+        )
 
 
 # ------------------------------------------------------------------------------------------------

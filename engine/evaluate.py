@@ -52,19 +52,19 @@ def can_hold(num_images, num_classes):
     return num_classes <= MAX_CLASSES and num_images * num_classes <= MAX_SCORES
 
 
-def evaluate(model, stream, labels, classes, env, normalization, keep=None):
+def evaluate(model, stream, labels, classes, env, normalization, groups=None, keep=None):
     """compute_metrics of a test set; stream: as of `predict`. The model is in eval mode for it.
 
     keep: called with the logits (N,C) float32 on the main rank, where they may be held. Beyond
     MAX_CLASSES or MAX_SCORES accuracy, top5 and loss are summed by batches on the device; mean_auc,
-    mean_ap and per_class are None then, and a line says so.
+    mean_ap, intervals and per_class are None then, and a line says so.
     """
     model.eval()
     if can_hold(len(labels), len(classes)):
         logits = predict(model, len(classes), stream, len(labels), env, normalization)
         if keep and env.main:
             keep(logits)
-        metrics = compute_metrics(logits, labels, classes, env)
+        metrics = compute_metrics(logits, labels, classes, env, groups)
     else:
         text = f"{len(labels):,} images x {len(classes):,} classes, above {MAX_SCORES:,} scores"
         text = f"AUC and average precision are left out: {text} or {MAX_CLASSES:,} classes"
@@ -100,5 +100,6 @@ def _sum_by_batches(model, stream, labels, num_classes, env, normalization):
         "mean_auc": None,
         "mean_ap": None,
         "loss": loss / count,
+        "intervals": None,
         "per_class": None,
     }

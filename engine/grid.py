@@ -99,9 +99,10 @@ def open_networks(args, open_network, env=None):
 class Cell(NamedTuple):
     """One run: which network, to which target, on how many shots (None: all images).
 
-    target: has name, train_set, test_set and distances. indices: its training images among the
-    target's, sorted (M,) int64. settings: of the method. flops: of an image's forward pass. out:
-    folder of all results; folder: of the target's below it. save: keys of outputs.ENDINGS.
+    target: has name, train_set, test_set, data (digests) and distances. indices: its training
+    images among the target's, sorted (M,) int64. settings: of the method. flops: of an image's
+    forward pass. out: folder of all results; folder: of the target's below it. save: keys of
+    outputs.ENDINGS.
     """
 
     network: Network
@@ -137,6 +138,7 @@ class Cell(NamedTuple):
             "model": self.network.model,
             "target": self.target.name,
             "target_options": self.target.train_set.options,
+            "data": self.target.data,
             "shots": self.shots,
             "seed": self.seed,
             "images": len(self.indices),
@@ -211,7 +213,10 @@ def unfinished(cells, out, env):
 
 
 def write_result(cell, metrics, train, workers, env):
-    """Writes the result of a cell, on the main rank; train: what it says of the training."""
+    """Writes the result of a cell, on the main rank; train: what it says of the training.
+
+    Raises ValueError where another process has meanwhile put one there that was made otherwise.
+    """
     network, target = cell.network, cell.target
     record = {
         "schema": 1,
@@ -234,7 +239,8 @@ def write_result(cell, metrics, train, workers, env):
         "environment": environment(env),
     }
     if env.main:
-        console.write_json(cell.path, record)
+        if not console.write_json(cell.path, record, replace=False):
+            read_result(cell.path, cell.kind, cell.config)
         if cell.checkpoint:
             cell.checkpoint.unlink(missing_ok=True)
 

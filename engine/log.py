@@ -121,7 +121,7 @@ class Log:
 
     def evaluation(self, step, metrics):
         """A line of test metrics; the clock of the readings starts anew."""
-        shown = {k: v for k, v in metrics.items() if k != "per_class" and v is not None}
+        shown = {k: v for k, v in metrics.items() if isinstance(v, float)}
         self._append({"step": step, "test": shown})
         if self.title:
             values = "  ".join(f"{key} {value:.4f}" for key, value in shown.items())

@@ -127,21 +127,23 @@ def parse(description, flags, **changes):
     """The command line of a training script as a Namespace: these flags and those of EVERYWHERE."""
     parser = Parser(description)
     add(parser, f"{flags} {EVERYWHERE}", **changes)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if getattr(args, "seeds", None):
+        args.seeds = seeds(args.seeds, args.seed)
+    return args
 
 
-def seeds(args, count):
-    """The seeds that --seeds means, by default so many from --seed on."""
-    given = list(args.seeds or [count])
+def seeds(given, first):
+    """The seeds that --seeds means, of which one number says how many, from `first` on."""
     words = "--seeds " + " ".join(map(str, given))
     if given == [0]:
         raise ValueError(f"{words}: one number is how many; for seed 0 alone give --seeds 1")
     if len(given) == 1 and given[0] > 10_000:
         raise ValueError(f"{words}: one number is how many, at most 10000")
     if len(given) == 1:
-        return list(range(args.seed, args.seed + given[0]))
+        return list(range(first, first + given[0]))
     if len(set(given)) < len(given):
         raise ValueError(f"{words}: a seed is named twice")
-    if args.seed:
+    if first:
         raise ValueError(f"--seed means nothing beside {words}; leave it out")
     return given

@@ -57,8 +57,8 @@ def _three(values):
     return len(values) == 3 and all(map(math.isfinite, values))
 
 
-# What such a file must say beside the weights.
-OWN = {
+# What such a file says, and what that must be.
+FACTS = {
     "name": lambda name: isinstance(name, str),
     "source": lambda source: source and source.isprintable(),
     "domain": lambda domain: domain in MAIN_METRIC,
@@ -71,11 +71,11 @@ OWN = {
 
 def network_facts(path, content):
     """What the content of such a file says of its network, as attributes of grid.Network; {} for
-    one that was written elsewhere. Raises ValueError naming what of it cannot be.
+    one that was written elsewhere. Raises ValueError naming what it says that cannot be.
     """
-    if not (isinstance(content, dict) and content.keys() >= OWN.keys() - {"sample"}):
+    if not (isinstance(content, dict) and content.keys() >= FACTS.keys() - {"sample"}):
         return {}
-    for key, good in OWN.items():
+    for key, good in FACTS.items():
         with contextlib.suppress(AttributeError, TypeError):
             if good(content.get(key)):
                 continue

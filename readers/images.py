@@ -144,7 +144,8 @@ def encoded(texts):
     return np.array([os.fsencode(text) for text in texts])
 
 
-# Readers: (i, size) -> uint8 (C,H,W), and .where(i) -> str. They hold arrays, no object an image.
+# Readers: (i, size) -> uint8 (C,H,W), .where(i) -> str, and of files .content(i) -> their bytes.
+# They hold arrays, no object an image.
 
 
 class Files(NamedTuple):
@@ -156,6 +157,9 @@ class Files(NamedTuple):
 
     def __call__(self, i, size=None):
         return read_image(self.where(i), self.mode, size)
+
+    def content(self, i):
+        return Path(self.where(i)).read_bytes()
 
     def where(self, i):
         return os.path.join(self.folder, os.fsdecode(self.names[i]))
@@ -190,9 +194,14 @@ class Members(NamedTuple):
     def __call__(self, i, size=None):
         if self.starts[i] < 0:
             return self.files(i, size)
+        return read_image(self.content(i), self.files.mode, size, self.where(i))
+
+    def content(self, i):
+        if self.starts[i] < 0:
+            return self.files.content(i)
         with open(self._archive(i), "rb") as file:
             file.seek(self.starts[i])
-            return read_image(file.read(self.sizes[i]), self.files.mode, size, self.where(i))
+            return file.read(self.sizes[i])
 
     def _archive(self, i):
         return os.path.join(self.files.folder, f"{self.classes[self.labels[i]]}.tar")
@@ -209,16 +218,16 @@ class Joined(NamedTuple):
     readers: list
     ends: np.ndarray
 
-    def _find(self, i):
+    def find(self, i):
         r = int(np.searchsorted(self.ends, i, side="right"))
         return self.readers[r], i - (self.ends[r - 1] if r else 0)
 
     def __call__(self, i, size=None):
-        reader, i = self._find(i)
+        reader, i = self.find(i)
         return reader(i, size)
 
     def where(self, i):
-        reader, i = self._find(i)
+        reader, i = self.find(i)
         return reader.where(i)
 
 

@@ -24,6 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from engine.console import locked, write_json
+from readers.digest import data_digest
 from readers.images import ImageDataset, read_image
 from readers.names import pack_folder, pack_of, without_place
 from readers.transforms import resize_shorter, xray_square
@@ -44,17 +45,27 @@ class Packed(NamedTuple):
     made: int  # when, in ns: a pack made anew in its place is another
 
     def __call__(self, i, size=None):
-        pack = _mapped_pack(self.folder, self.split, self.made)
-        content = pack["images"][pack["offsets"][i] : pack["offsets"][i + 1]]
+        content, pack = self.content(i), self._arrays
         if zlib.crc32(content) != pack["crc32"][i]:
             raise ValueError(f"{self.where(i)}: damaged; remove {self.folder} and pack it again")
         if self.codec == "jpeg":
             return read_image(content.tobytes(), self.mode, size, self.where(i))
         return torch.from_numpy(content.copy()).view(*pack["shapes"][i].tolist())
 
+    @property
+    def _arrays(self):
+        return _mapped_pack(self.folder, self.split, self.made)
+
+    @property
+    def names(self):
+        return self._arrays["names"]
+
+    def content(self, i):
+        pack = self._arrays
+        return pack["images"][pack["offsets"][i] : pack["offsets"][i + 1]]
+
     def where(self, i):
-        name = _mapped_pack(self.folder, self.split, self.made)["names"][i]
-        return f"{self.name} {self.split} image {i} ({os.fsdecode(name)})"
+        return f"{self.name} {self.split} image {i} ({os.fsdecode(self.names[i])})"
 
 
 @functools.lru_cache(maxsize=64)
@@ -181,6 +192,7 @@ def _facts(name, sets, size, codec, quality):
         "options": train.options,
         "dropped": {split: dataset.dropped for split, dataset in sets.items()},
         "images": {split: len(dataset) for split, dataset in sets.items()},
+        **data_digest(**sets),
         "index": digest.hexdigest(),
     }
     return json.loads(json.dumps(facts))  # as they are read back
@@ -193,8 +205,9 @@ def _names(dataset):
 
 
 def _refuse_other_facts(place, theirs, ours):
+    """Raises ValueError for a fact that was another; an older pack may lack those of the data."""
     for key, value in ours.items():
-        if theirs.get(key) != value:
+        if theirs.get(key, value) != value:
             was, now = (textwrap.shorten(str(fact), 100) for fact in (theirs.get(key), value))
             raise ValueError(
                 f"{place} was packed from another {key} ({was}, now {now}); remove it, or give "
@@ -246,7 +259,7 @@ def _encode(facts, dataset, i):
 
 def _refuse_small_disk(part, sets, encode):
     """Raises OSError when the disk cannot hold the pack, judged by a sample of its images."""
-    needed = -sum(file.stat().st_size for file in part.iterdir())  # what is written already
+    needed = -sum(file.stat().st_size for file in part.glob("*.images"))  # what is there already
     for dataset in sets.values():
         sample = np.unique(np.linspace(0, len(dataset) - 1, 32).astype(int))
         sizes = [len(encode(dataset, i)[0]) for i in sample]

@@ -171,6 +171,9 @@ class Painted(NamedTuple):
     def __call__(self, i, size=None):
         return torch.from_numpy(self.paint(int(i)))
 
+    def content(self, i):
+        return b""  # nothing is stored
+
     def where(self, i):
         return f"{self.name} image {i}"
 

@@ -17,6 +17,7 @@ from interruption import SAVE_EACH_STEP, STEPS, Training, at_step, die, send
 import data
 import pretrain
 from engine import checkpoint, processes
+from readers import digest
 
 # ------------------------------------------------------------------------------------------------
 # SIGKILL
@@ -313,6 +314,7 @@ def test_a_broken_image_reached_late(folder, tmp_path):
 
     def patch():
         pretrain.preload = lambda dataset, pipeline: (dataset, pipeline)
+        digest.SAMPLE = 2  # which a large set's broken image is not among
 
     training = Training(tmp_path / "images", tmp_path, "--workers", 2, *SAVE_EACH_STEP)
     ((_, err),) = training.go(2, patch)
@@ -352,3 +354,56 @@ def test_ranks_that_see_different_checkpoints_are_refused(monkeypatch):
     env = processes.Env(0, 2, torch.device("cpu"), "fp32")
     with pytest.raises(ValueError, match=r"continue after steps \[0, 8\]: share --out"):
         checkpoint.Run(None, torch.nn.Linear(1, 1), None, {}, env)
+
+
+# ------------------------------------------------------------------------------------------------
+# Data that changed
+# ------------------------------------------------------------------------------------------------
+
+DATA = {f"{split} {part}": "0" * 16 for split in ("train", "test") for part in ("names", "content")}
+
+
+@pytest.mark.parametrize(
+    "theirs, ours, said",
+    [
+        ({"data": DATA}, {"data": dict(DATA)}, None),
+        ({}, {"data": DATA}, None),  # older than the digest
+        ({"data": None}, {"data": DATA}, None),
+        ({"data": {"train names": "0" * 16}}, {"data": DATA}, None),  # older than some of it
+        ({"data": DATA | {"train faces": "1"}}, {"data": DATA}, None),  # newer
+        ({"data": DATA}, {"data": DATA | {"train names": "1"}}, "train names changed since; use"),
+        (
+            {"data": DATA},
+            {"data": DATA | {"test content": "1", "test names": "2"}},
+            "x.pt was made of other data: test names, test content changed since; use the same",
+        ),
+        ({"data": DATA, "lr": 1}, {"data": {}, "lr": 2}, "x.pt was made with lr = 1, not 2; use"),
+        ({"data": DATA, "lr": 1}, {"data": DATA | {"train names": "1"}, "lr": 2}, "lr = 1, not"),
+    ],
+)
+def test_what_changed_is_said(theirs, ours, said):
+    if said is None:
+        return checkpoint.check_same_config("x.pt", theirs, ours)
+    with pytest.raises(ValueError) as caught:
+        checkpoint.check_same_config("x.pt", theirs, ours)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def swap(one, other):
+    between = one.rename(one.with_name("between"))
+    other.rename(one)
+    between.rename(other)
+
+
+@pytest.mark.parametrize("one, other", [("red", "blue"), ("red/02.png", "blue/00.png")])
+def test_an_interrupted_run_is_not_continued_on_other_data(folder, tmp_path, one, other):
+    train = shutil.copytree(folder, tmp_path / "images") / "train"
+    training = Training(tmp_path / "images", tmp_path, *SAVE_EACH_STEP)
+    training.go(75, at_step(9, send(signal.SIGTERM)))
+    swap(train / one, train / other)
+    ((_, err),) = training.go(2)
+    (path,) = training.paths("checkpoint.pt")
+    assert err.startswith(f"error: {path} was made of other data: train content changed since;")
+    swap(train / one, train / other)
+    training.go()
+    assert training.losses() == interruption.undisturbed(folder, 1).losses()

@@ -31,7 +31,8 @@ class Images:
         return self.count
 
 
-TARGET = SimpleNamespace(name="pets", train_set=Images(60), test_set=Images(21), distances={})
+ABOUT = {"data": {"train names": "0123456789abcdef"}, "distances": {}}
+TARGET = SimpleNamespace(name="pets", train_set=Images(60), test_set=Images(21), **ABOUT)
 
 
 def make_cell(seed=0, steps=2, shots=1, images=3, out="results", name="nih-R14x0.5"):
@@ -182,6 +183,18 @@ def test_finished_cells_are_left_out_and_others_refused_by_name(tmp_path, others
         unfinished([more_steps], tmp_path, ALONE)
     with pytest.raises(ValueError, match="would write .*1shot-seed1.json; run them apart"):
         unfinished([cells[1], more_steps], tmp_path, ALONE)
+
+
+def test_no_result_is_replaced_by_one_of_another_config(tmp_path):
+    """Of two grids at once, whichever is first: the other's cell fails, or is the very same."""
+    one, other = (make_cell(out=tmp_path, steps=steps) for steps in (2, 3))
+    module.write_result(one, {"accuracy": 0.5}, {}, 0, ALONE)
+    content = one.path.read_bytes()
+    with pytest.raises(ValueError, match="made with steps = 2, not 3"):
+        module.write_result(other, {"accuracy": 0.25}, {}, 0, ALONE)
+    module.write_result(one, {"accuracy": 0.5}, {}, 0, ALONE)
+    assert one.path == other.path and one.path.read_bytes() == content
+    assert [path.name for path in one.path.parent.iterdir()] == [one.path.name]
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):

@@ -137,11 +137,8 @@ def test_statistics_see_no_more_than_brightness(folder):
     )
 
 
-def test_seeds_are_a_count_or_a_list():
-    def seeds(*given, seed=0):
-        return options.seeds(options.argparse.Namespace(seeds=given, seed=seed), 3)
-
-    assert (seeds(), seeds(2, seed=4), seeds(7, 0)) == ([0, 1, 2], [4, 5], [7, 0])
-    for given, said in (((0,), "how many"), ((1, 1), "named twice")):
-        refuses(ValueError, partial(seeds, *given), said)
-    refuses(ValueError, partial(seeds, 0, 1, seed=3), "--seed means nothing beside --seeds 0 1")
+@pytest.mark.parametrize(
+    "given, first, expected", [([2], 4, [4, 5]), ([7, 0], 0, [7, 0]), ([1], 0, [0])]
+)
+def test_seeds_are_a_count_or_a_list(given, first, expected):
+    assert options.seeds(given, first) == expected

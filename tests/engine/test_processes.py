@@ -11,8 +11,9 @@ import interruption
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.run
 from conftest import env
-from interruption import SAVE_EACH_STEP, STEPS, Training, at_step, send, undisturbed
+from interruption import SAVE_EACH_STEP, STEPS, Training, at_step, run_forked, send, undisturbed
 
 from engine import processes
 
@@ -146,7 +147,10 @@ def fail():
     raise {error}("broken")
 
 at_step(3, fail, rank={rank})()"""
-    said = Training(folder, tmp_path).torchrun(patch, status=1)
+    driver = Training(folder, tmp_path).driver(patch)
+    argv = ("torchrun", "--standalone", "--nproc_per_node=2", *driver)
+    own_store = lambda: os.environ.pop("TORCH_DISABLE_SHARE_RDZV_TCP_STORE")  # noqa: E731
+    said = "".join(*run_forked(torch.distributed.run.main, argv, tmp_path, 1, own_store))
     who = f"error{' (rank 1)' * rank}: "
     text = "broken" if error == "ValueError" else "KeyError: 'broken'; TRACEBACK=1 shows where"
     assert [line for line in said.splitlines() if "rror" in line and "broken" in line] == [
