@@ -25,6 +25,12 @@ TABLE = """
     (default: patient)
 --labels intersection|union - of datasets joined by +: those common to all, or all (default:
     intersection)
+--domain natural|medical - of folder: and table:; medical: X-rays, read as grey (default: natural)
+--uncertain ignore|positive|negative - what a mark -1 is taken as (default: ignore, as in the study)
+--blank ignore|negative - what a finding without a mark is taken as (default: ignore, as in the
+    study)
+--validation positive - so large a part of the training images, by patient, is held out and
+    evaluated in place of the test set; for choosing options; writes into OUT-validation
 --single-label yes-or-no - keep images with exactly one positive label, as a multi-class dataset
     (default: padchest as a target)
 --fraction positive 1.0 of the source's images, up to 1; by --seed, and 0.1 inside 0.3
@@ -72,9 +78,10 @@ KINDS = {
     "positive": {"type": positive(float), "metavar": "X"},
     "amount": {"type": positive(float, or_zero=True), "metavar": "X"},
 }
-EVERYWHERE = """--out --data-dir --cache-dir --download --views --split-by --labels --single-label
-    --balanced --seed --batch-size --lr --image-size --precision --compile --workers --log-every
-    --save-minutes --time-limit --model --source --recipe"""
+EVERYWHERE = """--out --data-dir --cache-dir --download --views --split-by --labels --domain
+    --uncertain --blank --validation --single-label --balanced --seed --batch-size --lr --image-size
+    --precision --compile --workers --log-every --save-minutes --time-limit --model --source
+    --recipe"""
 
 
 def words(*choices):
@@ -111,4 +118,7 @@ def parse(description, flags, **changes):
     """The command line of a training script as a Namespace: these flags and those of EVERYWHERE."""
     parser = Parser(description)
     add(parser, f"{flags} {EVERYWHERE}", **changes)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.validation:  # never among results on the test set
+        args.out = f"{args.out.rstrip('/')}-validation"
+    return args
