@@ -182,8 +182,9 @@ class Target:
         self.data = data_digest(train=train_set, test=test_set)
         self.image_size = tuple(train_set.read(0).shape[-2:])  # of the first image, as of all
         # Multi-label X-ray sets take the X-ray pipeline, also when each image was left one label.
-        multilabel = train_set.task == "multilabel" or train_set.options.get("single_label")
-        self.xray_pipeline = train_set.domain == "medical" and multilabel and not train_set.size
+        # so do one's own, and not those that the study took as photographs.
+        own = train_set.task == "multilabel" or {"single_label", "domain"} & {*train_set.options}
+        self.xray_pipeline = train_set.domain == "medical" and bool(own) and not train_set.size
         self.distances, self.features = {}, {}  # by network, as they are measured
 
     def decode(self, cells, args, env):

@@ -156,7 +156,8 @@ class Cell(NamedTuple):
     def kind(self):
         if self.method == "features":
             return "features"
-        return "fewshot" if self.shots else "transfer"
+        kind = "fewshot" if self.shots else "transfer"
+        return f"{kind}-validation" if self.target.train_set.options.get("validation") else kind
 
     @property
     def checkpoint(self):
@@ -424,7 +425,8 @@ def report(cells, results):
         if str(cell.path) in results:
             column = console.counted(cell.shots, "shot") if cell.shots else "full"
             columns += [] if column in columns else [column]
-            row = cell.target.name, cell.network.name, cell.metric
+            metric = cell.metric + " (validation)" * cell.kind.endswith("-validation")
+            row = cell.target.name, cell.network.name, metric
             values.setdefault(row, {}).setdefault(column, []).append(results[str(cell.path)])
     rows = []
     for row, by_column in values.items():
