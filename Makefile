@@ -8,10 +8,12 @@ LARGE_TENTH = $(WORLDS:%=%-0.1-R26x1)
 ALL = $(LARGE) $(LARGE_TENTH) $(NETWORKS) $(TENTH)
 PRETRAIN = TQDM_DISABLE=1 .venv/bin/python pretrain.py --source $*
 FEWSHOT = .venv/bin/torchrun --standalone --nproc_per_node 2 fewshot.py --seeds 5
+LAW_TARGETS = $(foreach world,natural xray,$(foreach task,target target2 target3 target4,\
+	$(foreach gap,0 0.25 0.5 0.75 1,synthetic-$(world)-$(task)~$(gap))))
 
 # Both are made for two cores: two processes of one thread each.
-demo study: export CUDA_VISIBLE_DEVICES =
-demo study: export OMP_NUM_THREADS = 1
+demo study law: export CUDA_VISIBLE_DEVICES =
+demo study law: export OMP_NUM_THREADS = 1
 demo: .venv/installed
 	$(MAKE) --no-print-directory --jobs 2 $(NETWORKS)
 	$(FEWSHOT) --checkpoint $(NETWORKS) scratch
@@ -21,6 +23,24 @@ study: .venv/installed
 	$(MAKE) --no-print-directory --jobs 2 $(ALL)
 	$(FEWSHOT) --checkpoint $(ALL) scratch
 	.venv/bin/python plot.py
+
+# A tenth of a source with as many epochs as the whole, as in the study, and apart from that with as
+# many steps. A folder a seed of pre-training; started again, it does what is missing.
+law: .venv/installed
+	for seed in 1 2 3; do for world in natural xray; do for model in R26x1 R14x0.25; do \
+	    run="--source synthetic-$$world --model $$model --seed $$seed --out runs/law/seed$$seed"; \
+	    echo $$run/whole; \
+	    echo $$run/steps --fraction 0.1 --epochs 60; \
+	    echo $$run/epochs --fraction 0.1; \
+	done; done; done | TQDM_DISABLE=1 xargs -L 1 -P 2 .venv/bin/python pretrain.py
+	for seed in 1 2 3; do for part in whole epochs steps; do \
+	    $(FEWSHOT) --method linear --checkpoint runs/law/seed$$seed/$$part/* \
+	        --target $(LAW_TARGETS) --out runs/law/results/seed$$seed/$$part || exit; \
+	done; done
+	for part in epochs steps; do \
+	    .venv/bin/python plot.py runs/law/results/seed*/whole runs/law/results/seed*/$$part --figure law \
+	        --out figures/law-equal-$$part || exit; \
+	done
 
 $(NETWORKS): runs/%-R14x0.5:
 	$(PRETRAIN)
@@ -50,4 +70,4 @@ format: .venv/tests-installed
 	.venv/bin/python -m pip install -q -r tests/requirements.txt
 	touch $@
 
-.PHONY: demo study test format $(ALL)
+.PHONY: demo study law test format $(ALL)

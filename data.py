@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from engine import options
-from engine.console import EXIT_STOPPED, Parser, complain, positive, print_table
+from engine.console import Parser, exit_status, print_table, refuse_unwritable
 from readers import inspect, natural, own, packs, synthetic, xrays
 from readers.images import ImageDataset, refuse_missing
 from readers.labels import join, keep_single_label
@@ -359,11 +359,10 @@ def pack(args):
     name = args.name
     if len(parts_of(name)) > 1:
         raise ValueError(f"{name}: pack the datasets of a union one by one")
-    if args.quality > 100:
-        raise ValueError(f"--quality {args.quality}: must be 1 to 100")
     if pack_of(name)[1] or base_name(name) in synthetic.WORLDS:
         raise ValueError(f"{name}: nothing to pack; its images need no decoding")
     target = pack_folder(name, args.size, args.data_dir, args.out)
+    refuse_unwritable("--out", f"{target}.part/lock")
     began = time.monotonic()
     packs.pack(name, _load(args), args.size, target, args.codec, args.quality, args.workers)
     size = sum(file.stat().st_size for file in target.iterdir())
@@ -396,7 +395,7 @@ def main(argv=None):
     names = f"{', '.join(DATASETS)}, folder:PATH, table:FILE.csv, NAME@SIZE, NAME~GAP, NAME+NAME"
     changes = {
         "size": {"required": True},
-        "workers": {"type": positive(int), "default": None, "help": "(default: one a core)"},
+        "workers": options.whole(1, 256) | {"help": "(default: one a core)"},
         "out": {"help": "directory for the pack (default: --data-dir; beside a folder: or table:)"},
     }
     for command, (function, flags) in COMMANDS.items():
@@ -405,14 +404,12 @@ def main(argv=None):
         if command != "list":
             subparser.add_argument("name", help=names)
         options.add(subparser, f"--data-dir --cache-dir {flags}", **changes)
-    try:
+
+    def run():
         args = parser.parse_args(argv)
-        return COMMANDS[args.command][0](args) or 0
-    except (ValueError, OSError, RuntimeError) as error:  # of the last kind: a worker was killed
-        return complain(error)
-    except KeyboardInterrupt:
-        print("stopped by SIGINT; run the same command again", file=sys.stderr)
-        return EXIT_STOPPED
+        return COMMANDS[args.command][0](args)
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@
     torchrun --nproc_per_node=8 fewshot.py --checkpoint runs/* scratch --target cifar10 pets \\
         --shots 1 5 10 full --seeds 5
     python fewshot.py --method linear     # logistic regression on frozen features instead
+    python fewshot.py --method features   # these features of all images, as a file
+    python fewshot.py --eval-only --checkpoint runs/chexpert-R50x1 --target nih    # no training
 
 Each cell writes results/TARGET/SOURCE-MODEL/Nshot-seedS.json (…-seedS-METHOD.json on frozen
 features, full-seedS.json on all images) when it is finished; started again, the script does what
@@ -17,12 +19,13 @@ import time
 import numpy as np
 import torch
 
+import data
 import models
-from data import few_shot_indices
 from engine import linear, options
 from engine.console import say
 from engine.grid import PATIENCE, Grid, open_networks, unfinished, write_result
 from engine.metrics import compute_metrics
+from engine.outputs import image_names, save_arrays, save_predictions
 from engine.processes import StopSignal, run_script, setup
 from readers.labels import images_by_class
 from transfer import (
@@ -37,61 +40,122 @@ from transfer import (
     read_weights,
 )
 
-# Options of training, which mean nothing on frozen features.
+# Options of training, which mean nothing on frozen features; nor do these where nothing is drawn.
 TRAINING = ("recipe", "steps", "lr", "batch_size", "balanced", "compile")
+DRAWING = ("shots", "seeds")
+
+
+def frozen_features(cell, args, env):
+    """(training features (N,D), those of the test set (M,D), seconds that they took), float32 on
+    the device; taken once for each network and target.
+    """
+    network, target = cell.network, cell.target
+    if network.name not in target.features:
+        began = time.monotonic()
+        model = load_network(network, env)
+        measure_distance(model, cell, args, env)
+        found = [extract(model, cell, part, args, env) for part in (target.train, target.test)]
+        target.features = {network.name: (*found, time.monotonic() - began)}  # of one at a time
+    return target.features[network.name]
+
+
+def load_network(network, env, head=False):
+    """The network on the device; head: with its own, else with none of use."""
+    if not network.path:
+        return models.create_model(network.model, 1, device=env.device)
+    with torch.device("meta"):  # initialising what is loaded anyway takes as long as loading
+        model = models.create_model(network.model, len(network.classes) if head else 1)
+    model.to_empty(device="cpu")
+    models.load_weights(model, network.path, read_weights(network.path), head)
+    return models.place(model, env.device)
 
 
 def classify(cell, signals, args, env):
     """Fits a classifier of linear.CLASSIFIERS on the network's frozen features of the cell's images
-    and evaluates it on the test set. Features are extracted once for each network and target.
-
-    Returns (metrics, what the result file says of the fit).
+    and evaluates it on the test set. Returns (metrics, what the result file says of the fit).
     """
     signals.raise_if_agreed()
-    network, target, test_set = cell.network, cell.target, cell.target.test_set
-    if network.name not in target.features:
-        began = time.monotonic()
-        with torch.device("meta"):  # initialising what is loaded anyway takes as long as loading
-            model = models.create_model(network.model, 1)
-        model.to_empty(device="cpu")
-        models.load_weights(model, network.path, read_weights(network.path), head=False)
-        model = models.place(model, env.device)
-        measure_distance(model, cell, args, env)
-        found = [extract(model, cell, part, args, env) for part in (target.train, target.test)]
-        target.features = {network.name: (*found, time.monotonic() - began)}  # of one at a time
-    train_features, test_features, seconds = target.features[network.name]
+    target, test_set = cell.target, cell.target.test_set
+    train_features, test_features, seconds = frozen_features(cell, args, env)
     began, rows = time.monotonic(), target.rows(cell)
     fit = linear.CLASSIFIERS[cell.method]
     labels, classes = target.train[0].labels[rows], len(test_set.classes)
     logits, facts = fit(train_features[rows], labels, test_features, classes)
-    metrics = compute_metrics(logits, test_set.labels, test_set.classes)
+    metrics = compute_metrics(logits, test_set.labels, test_set.classes, groups=test_set.groups)
+    save_predictions(cell, logits)
     about = {"images": len(rows), "steps": None, "seconds": time.monotonic() - began}
     return metrics, about | {"images_per_second": None, **facts, "features_seconds": seconds}
 
 
+def write_features(cell, signals, args, env):
+    """Writes the frozen features of all images, with labels and names, to one .npz."""
+    signals.raise_if_agreed()
+    *found, seconds = frozen_features(cell, args, env)
+    arrays = {"classes": np.array(cell.target.test_set.classes)}
+    for split, features in zip(data.SPLITS, found):
+        dataset = getattr(cell.target, f"{split}_set")
+        arrays[f"{split}_features"] = features.cpu().numpy()
+        arrays[f"{split}_labels"], arrays[f"{split}_names"] = dataset.labels, image_names(dataset)
+    save_arrays(cell.files["features"], **arrays)
+    return {}, {"features_seconds": seconds}
+
+
+def evaluate_only(cell, signals, args, env):
+    """Evaluates the network as it is, by the classes that its head and the test set share."""
+    signals.raise_if_agreed()
+    network, test_set, shared = cell.network, cell.target.test_set, cell.config["labels"]
+    began, model = time.monotonic(), load_network(network, env, head=True)
+    measure_distance(model, cell, args, env)
+    own = [network.classes.index(name) for name in shared]
+    logits = extract(model, cell, cell.target.test, args, env, logits=True)[:, own]
+    labels = test_set.labels
+    if test_set.task == "multilabel":
+        labels = labels[:, [test_set.classes.index(name) for name in shared]]
+    metrics = compute_metrics(logits, labels, shared, groups=test_set.groups)
+    save_predictions(cell, logits, labels, shared)
+    return metrics, {"images": 0, "steps": None, "seconds": time.monotonic() - began}
+
+
 # (cell, signals, args, env) -> (metrics, what the result file says of the training)
 METHODS = {"finetune": fine_tune} | dict.fromkeys(linear.CLASSIFIERS, classify)
+METHODS |= {"features": write_features, "eval": evaluate_only}
 
 
 def main():
     changes = {
-        "shots": dict(default=[1, 10, 100], **options.number_or("full")),
-        "seeds": dict(default=3),
+        "shots": options.number_or("full"),
         "method": dict(default="finetune", **options.words(*METHODS)),
     }
-    args = options.parse(__doc__, f"{FLAGS} --shots --method", **DEFAULTS | changes)
-    frozen = args.method != "finetune"
-    for option in TRAINING:
-        if frozen and getattr(args, option):
+    args = options.parse(__doc__, f"{FLAGS} --shots --method --eval-only", **DEFAULTS | changes)
+    args.method = "eval" if args.eval_only else args.method
+    frozen, once = args.method != "finetune", args.method in ("features", "eval")
+    for option in (*TRAINING, *DRAWING):
+        meaningless = frozen if option in TRAINING else once
+        if meaningless and getattr(args, option):
             name = option.replace("_", "-")
             raise ValueError(f"--{name} means nothing for --method {args.method}; leave it out")
+    kept = {"finetune": ("predictions", "model"), "features": ()}.get(args.method, ("predictions",))
+    for what in args.save or ():
+        if what not in kept:
+            raise ValueError(
+                f"--save {what} means nothing for --method {args.method}; leave it out"
+            )
+    if args.method == "features":
+        args.save = ["features"]
     env = setup(args.precision, PATIENCE)
     alone = env.alone()  # each cell is run by one process
-    shot_counts = sorted({shots for shots in args.shots if shots != "full"})
-    if "full" in args.shots:
+    wanted = args.shots or (["full"] if once else [1, 10, 100])
+    shot_counts = sorted({shots for shots in wanted if shots != "full"})
+    if "full" in wanted:
         shot_counts.append(None)
+    seeds = args.seeds or range(args.seed, args.seed + (1 if once else 3))
     targets = open_targets(args, env)
-    networks, cells = open_networks(args, open_network), []
+    networks, cells = open_networks(args, open_network, env), []
+    if args.method == "eval" and not args.image_size:  # at that which they were trained at
+        sizes = {network.image_size for network in networks}
+        if len(sizes) > 1:
+            raise ValueError(f"--eval-only: networks of sides {sizes}; give one as --image-size")
+        (args.image_size,) = sizes
     for target in targets:
         labels, classes = target.train_set.labels, target.train_set.classes
         counts = images_by_class(labels, len(classes))
@@ -100,10 +164,10 @@ def main():
             without = ", ".join(empty)
             say(env, f"{target.name}: no training image shows {without}; no shots of it are drawn")
         for shots in shot_counts:  # None: all images
-            for seed in range(args.seed, args.seed + args.seeds):
-                chosen = np.arange(len(labels))
+            for seed in seeds:
+                chosen = np.arange(len(labels) if args.method != "eval" else 0)
                 if shots:
-                    chosen = few_shot_indices(labels, shots, seed, classes)
+                    chosen = data.few_shot_indices(labels, shots, seed, classes)
                 for network in networks:
                     cells.append(make_cell(network, target, shots, seed, chosen, args, alone))
 

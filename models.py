@@ -6,24 +6,25 @@ from Qiao et al. 2019, arXiv:1903.10520; group normalisation from Wu & He 2018, 
 
 import difflib
 import functools
-import re
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.checkpoint import load_plain, read_tensors
+from engine import options
+from engine.checkpoint import refuse_nonsense
+from engine.console import Parser, one_of, print_table
 from engine.convolution import conv2d
+from engine.processes import run_script
+from engine.weights import PUBLISHED, VTAB, our_names, published_path, read_weights
 
 
 class Size(NamedTuple):
-    """blocks: units of each stage. width: factor of the channels, a multiple of 0.5. size_class:
-    pre-trained like the "small" networks (the study's R50x1) or the "large" ones (its R152x4).
+    """blocks: units of each stage. width: factor of the channels, a power of 2 or multiple of 0.5.
+    size_class: pre-trained like the "small" networks (R50x1) or the "large" ones (R152x4).
     """
 
     blocks: tuple
@@ -31,8 +32,9 @@ class Size(NamedTuple):
     size_class: str
 
 
-# Those below R50x1 are ours, for tests and for laptops.
+# Those below R50x1 are ours, for tests and laptops; 16 channels make 16 groups of a norm, not 32.
 MODELS = {
+    "R14x0.25": Size((1, 1, 1, 1), 0.25, "small"),
     "R14x0.5": Size((1, 1, 1, 1), 0.5, "small"),
     "R26x0.5": Size((2, 2, 2, 2), 0.5, "small"),
     "R26x1": Size((2, 2, 2, 2), 1, "small"),
@@ -102,11 +104,11 @@ class PreActBottleneck(nn.Module):
 
     def __init__(self, cin, cout, cmid, stride):
         super().__init__()
-        self.gn1 = GroupNorm(32, cin)
+        self.gn1 = GroupNorm(min(32, cin), cin)
         self.conv1 = StdConv2d(cin, cmid, 1, bias=False)
-        self.gn2 = GroupNorm(32, cmid)
+        self.gn2 = GroupNorm(min(32, cmid), cmid)
         self.conv2 = StdConv2d(cmid, cmid, 3, stride, padding=1, bias=False)
-        self.gn3 = GroupNorm(32, cmid)
+        self.gn3 = GroupNorm(min(32, cmid), cmid)
         self.conv3 = StdConv2d(cmid, cout, 1, bias=False)
         if stride != 1 or cin != cout:
             self.downsample = StdConv2d(cin, cout, 1, stride, bias=False)
@@ -181,18 +183,40 @@ class ResNetV2(nn.Module):
         return self.head.conv(self._pooled(images)).flatten(1)
 
 
+class Statistics(nn.Module):
+    """What is seen without a network: of each channel mean, spread and a histogram of 32 parts."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.head = nn.Sequential()
+        self.head.conv = nn.Conv2d(3 * 34, num_classes, 1)
+
+    def features(self, images):
+        """images: (N,3,H,W) float from 0 to 1 -> (N,102) float32."""
+        pixels = images.float().flatten(2)
+        parts = (pixels * 32).long().clamp(max=31)
+        counts = pixels.new_zeros(*pixels.shape[:2], 32)
+        shares = counts.scatter_add_(2, parts, torch.ones_like(pixels)) / pixels.shape[2]
+        std, mean = torch.std_mean(pixels, 2, correction=0, keepdim=True)
+        return torch.cat([mean, std, shares], 2).flatten(1)
+
+    def forward(self, images):
+        return self.head.conv(self.features(images)[..., None, None]).flatten(1)
+
+
 def create_model(name, num_classes, checkpoint_activations=False, device=None):
     """A freshly initialised network, on the CPU, or brought to a device as `place` does.
 
-    name: a key of MODELS, else ValueError. checkpoint_activations: recompute those of each block in
-    the backward pass, about a third more arithmetic for less memory.
+    name: a key of MODELS, or "statistics", else ValueError. checkpoint_activations: recompute those
+    of each block in the backward pass, about a third more arithmetic for less memory.
     """
-    if name not in MODELS:
-        near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0)[0]
-        known = ", ".join(MODELS)
+    if name == "statistics":
+        model = Statistics(num_classes)
+    elif size := MODELS.get(name):
+        model = ResNetV2(size.blocks, size.width, num_classes, checkpoint_activations)
+    else:
+        near, known = difflib.get_close_matches(name, MODELS, n=1, cutoff=0)[0], ", ".join(MODELS)
         raise ValueError(f"unknown model {name!r}; did you mean {near!r}? known: {known}")
-    size = MODELS[name]
-    model = ResNetV2(size.blocks, size.width, num_classes, checkpoint_activations)
     return model if device is None else place(model, device)
 
 
@@ -218,51 +242,6 @@ def place(model, device):
 # Weights
 # ------------------------------------------------------------------------------------------------
 
-# Names of others' files -> ours: regular expressions, replaced in this order.
-NAMES = (
-    (r"\b(_orig_mod|module)\.", ""),  # of torch.compile and DistributedDataParallel
-    # timm's
-    (r"^stem\.", "root."),
-    (r"^stages\.(\d+)", lambda found: f"body.block{int(found[1]) + 1}"),
-    (r"\.blocks\.(\d+)", lambda found: f".unit{int(found[1]) + 1:02d}"),
-    (r"\.norm(\d)", r".gn\1"),
-    (r"\.downsample\.conv", ".downsample"),
-    (r"^norm", "head.gn"),
-    (r"^head\.fc", "head.conv"),
-    # BiT's, of TensorFlow
-    (r"^resnet/block", "body/block"),
-    (r"^resnet/root_block/standardized_conv2d", "root/conv"),
-    (r"^resnet/group_norm", "head/gn"),
-    (r"^resnet/head/conv2d", "head/conv"),
-    (r"/a/proj/standardized_conv2d", "/downsample"),
-    (r"/([abc])/standardized_conv2d", lambda found: f"/conv{'abc'.index(found[1]) + 1}"),
-    (r"/([abc])/group_norm", lambda found: f"/gn{'abc'.index(found[1]) + 1}"),
-    (r"/(kernel|gamma)$", "/weight"),
-    (r"/beta$", "/bias"),
-    (r"/", "."),
-)
-
-
-def _read_npz(path):
-    """BiT's .npz, kernels HWIO -> OIHW and vectors flat, without the optimiser's state of some."""
-    with np.load(path, allow_pickle=False) as arrays:
-        keys = [key for key in arrays.files if key.startswith("resnet/")]
-        state = {key: torch.from_numpy(arrays[key]) for key in keys}
-    for key, array in state.items():
-        state[key] = array.permute(3, 2, 0, 1) if key.endswith("/kernel") else array.flatten()
-    return {"model": state}
-
-
-def read_weights(path):
-    """Reads a weight file without running anything in it; returns the whole dict that it holds.
-
-    Raises FileNotFoundError, or ValueError when it is damaged, holds code or is of safetensors.
-    """
-    if Path(path).suffix == ".safetensors":
-        mend = f"torch.save(timm.models.load_state_dict({str(path)!r}), 'weights.pth')"
-        raise ValueError(f"{path}: safetensors are not read; save it as a .pth: {mend}")
-    return read_tensors(path, _read_npz if Path(path).suffix == ".npz" else load_plain)
-
 
 def load_weights(model, path, content=None, head=True):
     """Fills the model in place from our checkpoints and the published model.pth.tar (a dict with
@@ -281,9 +260,9 @@ def matching_state(model, path, content=None, head=True):
     state = state.get("model", state) if isinstance(state, dict) else None
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
         raise ValueError(f"{path}: holds no state dict under 'model'")
-    for theirs, ours in NAMES:
-        state = {re.sub(theirs, ours, str(key)): value for key, value in state.items()}
+    state = our_names(state)
     own = model.state_dict()
+    refuse_nonsense(path, {key: state[key] for key in own if key in state})
     heads = ("head.conv.weight", "head.conv.bias")
     if all(key in state and (not head or len(state[key]) != len(own[key])) for key in heads):
         state |= {key: own[key] for key in heads}
@@ -298,3 +277,24 @@ def matching_state(model, path, content=None, head=True):
             f"{'; '.join(differences[:3])}); give the --model that they were trained as"
         )
     return state
+
+
+def main():
+    """python models.py list: the networks that --checkpoint knows by name; of VTAB's those here."""
+    parser = Parser("Lists published networks: --checkpoint NAME --download fetches one.")
+    options.add(parser, "--cache-dir")
+    parser.add_argument("command", type=one_of("list"), help="list")
+    args, rows = parser.parse_args(), []
+    for name, (source, model, url) in PUBLISHED.items():
+        path = published_path(name, args.cache_dir)
+        if path.exists() or "/vtab/" not in url:
+            with torch.device("meta"):
+                network = create_model(model, 21843 if source == "imagenet21k" else 1000)
+            size = 4e-6 * sum(p.numel() for p in network.parameters())
+            rows.append([name, source, f"{size:.0f}", path if path.exists() else "no"])
+    print_table(rows, ["name", "trained on", "MB of weights", "here"])
+    print(f"and bit:BiT-M-SIZE-runN-TASK, N 0 to 2, TASK of VTAB-1k: {' '.join(VTAB.split())}")
+
+
+if __name__ == "__main__":
+    run_script(main)

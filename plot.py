@@ -14,7 +14,7 @@ published numbers, and writes each figure as PNG and SVG with its numbers as Mar
     fewshot    a panel for each target, a line for each source and model, over the shots
     fullshot   the same on all training images: bars for each model, lines over the source's size
     gain       larger network and larger source, minus the smaller: paired differences
-    distance   these gains against the distance of source and target, where results have one
+    law        what a decade of scale buys, against the distance of source and target, and its test
     published  own results against the published ones, where they share cells
 
 Intervals are Student's t over seeds at 95 %. With --curves it reads log.jsonl in the folders of
@@ -25,14 +25,18 @@ second, share of time spent waiting for data.
 
 import argparse
 import io
+import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be there, and nothing is shown
+
 import matplotlib
 
-from charts import curves, gain_figures, gains, markdown, panels, results, style
+from charts import curves, gain_figures, gains, law, law_figure, markdown, panels, results, style
 from engine import console
 
 NAMED = 5  # files named in a notice; of the others the number is said
@@ -53,8 +57,8 @@ FIGURES = {
     "gain": Figure(
         gain_figures.draw_gains, markdown.gains, markdown.gain_csv, "no network or source to pair"
     ),
-    "distance": Figure(
-        gain_figures.draw_distance, markdown.distance, markdown.distance_csv, "no distance"
+    "law": Figure(
+        law_figure.draw_law, markdown.laws, markdown.law_csv, "no network or source to pair"
     ),
     "published": Figure(
         panels.draw_shared, markdown.shared, markdown.shared_csv, "give results and published.json"
@@ -116,7 +120,9 @@ def read(args):
     tell(doubled, f"runs of which two files differ, the newest counts: {len(doubled)}")
     if not runs:
         fill = f"no usable result file in {', '.join(map(str, args.paths))}: "
-        raise ValueError(f"{fill}`python fewshot.py --out {args.paths[0]}` writes some")
+        raise ValueError(
+            f"{fill}`python fewshot.py --out {shlex.quote(str(args.paths[0]))}` writes some"
+        )
     targets = sorted({run.target.name for run in runs})
     try:
         for name in args.target or []:
@@ -133,6 +139,8 @@ def read(args):
 
 def run(args):
     """Read, average, draw, write; raises OSError or ValueError."""
+    names = ["curves"] if args.curves else args.figure or FIGURES
+    console.refuse_unwritable("--out", *(args.out / f"{name}.png" for name in names))
     if args.curves:
         figure = curves.draw_logs(curves.load_logs(args.curves), args.title)
         print(*(f"wrote {path}" for path in save(args.out, "curves", figure)), sep="\n")
@@ -144,7 +152,7 @@ def run(args):
         "fewshot": cells,
         "fullshot": results.full_shot(cells),
         "gain": pairs,
-        "distance": gains.distance_points(runs, pairs),
+        "law": law.laws(runs, args.metric),
         "published": gains.shared_cells(cells),
     }
     shown = {name: shown[name] for name in args.figure or FIGURES}
@@ -160,27 +168,23 @@ def run(args):
             if gain.n == 1
         ]
         tell(single, f"gains without interval: {len(single)}")
-    styles, written = style.line_styles(cells), []
+    styles, written, tables = style.line_styles(cells), [], []
     for name in [name for name in shown if shown[name]]:
         figure, content = FIGURES[name], shown[name]
         text = figure.markdown(content)
         drawing = figure.draw(content, styles, args.title, notes)
         written += save(args.out, name, drawing, md=text, csv=figure.csv(content))
         if args.figure or name == "fewshot":
-            print(text)
+            tables.append(text)
         elif name == "gain":
-            print(*markdown.count_table(content), "", sep="\n")
-    print(*missing, *(f"wrote {path}" for path in written), sep="\n")
+            tables += [*markdown.count_table(content), ""]
+    print(*tables, *missing, *(f"wrote {path}" for path in written), sep="\n")
 
 
 def main(argv=None):
     """Run the command line; returns the exit status, 2 after a line that says what is wrong."""
-    try:
-        with matplotlib.rc_context(style.SETTINGS):
-            run(parse(argv))
-    except (OSError, ValueError) as error:
-        return console.complain(error)
-    return 0
+    with matplotlib.rc_context(style.SETTINGS):
+        return console.exit_status(lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":

@@ -17,14 +17,16 @@ import torch
 import data
 import models
 from engine import console, distance, memory, options
-from engine.checkpoint import Run, read_result, read_tensors, save_tensors
+from engine.checkpoint import Run, finished_run, read_tensors, save_tensors
 from engine.evaluate import evaluate, predict, to_input
 from engine.log import Log, print_result
 from engine.metrics import loss_sum
 from engine.optimizer import SGD_AGC, set_learning_rate
+from engine.outputs import save_network
 from engine.processes import StopSignal, environment, parallel, parts, run_script, setup
 from readers import transforms
 from readers.cache import preload
+from readers.digest import data_digest
 from readers.workers import in_order, loader
 
 # ------------------------------------------------------------------------------------------------
@@ -135,14 +137,14 @@ def choose_pipeline(source, size, train, augment="crop"):
 # ------------------------------------------------------------------------------------------------
 
 FLAGS = """--epochs --warmup --schedule --weight-decay --clipping --fraction --accumulate
-    --checkpoint-activations --keep"""
+    --checkpoint-activations --keep --dry-run"""
 DEFAULTS = {
     "source": dict(default="synthetic-natural"),
     "model": dict(default="R14x0.5", **options.words(*models.MODELS)),
     "out": dict(default="runs"),
     "recipe": options.words(*RECIPES),
     "schedule": options.words(*SCHEDULES),
-    "batch_size": options.number_or("auto"),
+    "batch_size": options.number_or("auto", 2**20),
     "accumulate": dict(default=1),
 }
 # What is noted of a run beside its config: these change no result, and may differ when it goes on.
@@ -178,20 +180,21 @@ def make_config(args, env, source):
             f"--batch-size {config['batch_size']} is less than {env.ranks} processes x "
             f"--accumulate {args.accumulate}"
         )
+    config["image_size"] = config["image_size"] or source.size
     return config | {
         "source": args.source,
         "source_options": source.options,
+        "data": data_digest(train=source),
         "images": len(source),
         "num_classes": len(source.classes),
         "model": args.model,
         "recipe": name,
         "clipping": config["clipping"] or None,
-        "image_size": config["image_size"] or source.size,
         "fraction": args.fraction,
         "balanced": bool(args.balanced),
         "single_label": args.single_label,
         "seed": args.seed,
-        "precision": env.precision,
+        "precision": env.training_precision(args, config["image_size"]),
         "compile": args.compile,
         "keep_best": args.keep == "best",
     }
@@ -217,40 +220,43 @@ def main():
         raise ValueError(f"--balanced: {args.source} is multi-label; it has no one class an image")
     config = make_config(args, env, train_set)
     folder = Path(args.out) / f"{data.dataset_slug(train_set.name)}-{args.model}"
+    env = env.computing(config["precision"])
     args.kind = "pretrain-validation" if args.validation else "pretrain"
-    record = read_result(folder / "result.json", args.kind, config)
+    record = finished_run(folder, config, args.kind)
     if record:
         console.say(env, f"{folder}: finished already; remove that folder to train anew")
-        if env.main:
-            print_result(record)
-        return
-    record = pretrain(train_set, test_set, config, folder, args, env)
-    if env.main:
+    else:
+        console.refuse_unwritable("--out", folder / "log.jsonl", folder / "model.pt")
+        with console.locked(folder, env.main):
+            record = pretrain(train_set, test_set, config, folder, args, env)
+        if record:
+            console.say(env, f"wrote {folder}/model.pt")
+    if env.main and record:
         print_result(record)
-        print(f"wrote {folder}/model.pt")
 
 
 def pretrain(train_set, test_set, config, folder, args, env):
     """Trains to the end, from the checkpoint in `folder` if there is one, and writes there.
 
-    Returns the content of result.json.
+    Returns the content of result.json; with --dry-run it says what it would do, and returns None.
     """
     torch.manual_seed(config["seed"])
     model = models.create_model(
         args.model, len(train_set.classes), args.checkpoint_activations, env.device
     )
-    optimizer = SGD_AGC(
-        model.parameter_groups(),
-        config["lr"],
-        momentum=0.9,
-        nesterov=True,
-        weight_decay=config["weight_decay"],
-        clipping=config["clipping"],
-    )
-    accumulate = args.accumulate
+    decay, clipping = config["weight_decay"], config["clipping"]
+    settings = {"momentum": 0.9, "nesterov": True, "weight_decay": decay, "clipping": clipping}
+    optimizer = SGD_AGC(model.parameter_groups(), config["lr"], **settings)
+    size, batch_size, accumulate = config["image_size"], config["batch_size"], args.accumulate
     if args.batch_size == "auto":
-        accumulate = memory.parts_that_fit(model, config["image_size"], config["batch_size"], env)
-    run = Run(folder / "checkpoint.pt", model, optimizer, config, env, args.save_minutes)
+        accumulate = memory.parts_that_fit(model, size, batch_size, env)
+    last = math.ceil(config["epochs"] * len(train_set) / batch_size)
+    flops = models.forward_flops(args.model, len(train_set.classes), size)
+    if args.dry_run:
+        recipe = {key: config[key] for key in ("images", *Recipe._fields)}
+        return memory.print_estimate(model, recipe, last, accumulate, flops, env)
+    path = folder / "checkpoint.pt"
+    run = Run(path, model, optimizer, config, env, args.save_minutes, last)
     least, best_path = math.inf, folder / "model-best.pt"
     if run.step:
         console.say(env, f"{folder}: continues after step {run.step}")
@@ -259,7 +265,6 @@ def pretrain(train_set, test_set, config, folder, args, env):
         best_path.unlink(missing_ok=True)  # of another run
 
     # Small sets are decoded once, into memory.
-    size, batch_size = config["image_size"], config["batch_size"]
     if env.device.type == "cuda" and batch_size < 16 * env.ranks:
         more = f"--batch-size {batch_size} on {env.ranks} GPUs; {32 * env.ranks} would be faster"
         console.say(env, f"fewer than 16 images a GPU leave it waiting: {more}")
@@ -272,7 +277,6 @@ def pretrain(train_set, test_set, config, folder, args, env):
     # every ranks-th image of it.
     sampling = "balanced" if config["balanced"] else "shuffle"
     batches = data.Batches(decoded, pipeline, batch_size, args.seed, sampling, env.rank, env.ranks)
-    last = math.ceil(config["epochs"] * len(train_set) / batch_size)
     stream = loader(batches, run.step, last, args.workers, env.device)
     normalization = transforms.NORMALIZATION[train_set.domain]
     if args.compile:
@@ -284,9 +288,8 @@ def pretrain(train_set, test_set, config, folder, args, env):
         while True:
             if ends_epoch(run.step, last, config):  # also when the run goes on just there
                 run.save(wait=False)
-                metrics = evaluate(
-                    model, tested, test_set.labels, test_set.classes, env, normalization
-                )
+                known = test_set.labels, test_set.classes, env, normalization, test_set.groups
+                metrics = evaluate(model, tested, *known)
                 log.evaluation(run.step, metrics)
                 if config["keep_best"] and metrics["loss"] < least:
                     least = metrics["loss"]
@@ -316,7 +319,6 @@ def pretrain(train_set, test_set, config, folder, args, env):
             run.save_or_stop(signals, log)
         run.finish_saving()
 
-    flops = models.forward_flops(args.model, len(train_set.classes), size)
     record = {
         "schema": 1,
         "kind": args.kind,
@@ -331,20 +333,18 @@ def pretrain(train_set, test_set, config, folder, args, env):
         "layout": {key: getattr(args, key) for key in LAYOUT} | {"accumulate": accumulate},
         "environment": environment(env),
     }
-    mean, std = normalization
-    facts = {"name": args.model, "classes": train_set.classes, "task": train_set.task}
-    facts |= {"source": train_set.name, "domain": train_set.domain, "mean": mean, "std": std}
-    facts |= {"images": len(train_set), "image_size": size}
     kept = {folder / "model.pt": {"model": model.state_dict()}}
     if config["keep_best"]:
         kept[best_path] = read_tensors(best_path)
-    for path, state in kept.items():
-        model.load_state_dict(state["model"])
-        sample = sample_features(model, train_set, size, normalization, args.workers, env)
+    for path, more in kept.items():
+        model.load_state_dict(more["model"])
+        more["sample"] = sample_features(model, train_set, size, normalization, args.workers, env)
         if env.main:
-            save_tensors(path, {**state, **facts, "sample": sample})
+            about = more.pop("model"), args.model, train_set, normalization, size
+            save_network(path, *about, **more)
     if env.main:
         console.write_json(folder / "result.json", record)
+        print(f"wrote {folder}/model.pt")
     return record
 
 

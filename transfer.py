@@ -28,9 +28,12 @@ from engine.grid import Cell, Grid, Network, open_networks, unfinished, write_re
 from engine.log import Log
 from engine.metrics import loss_sum
 from engine.optimizer import SGD_AGC, set_learning_rate
+from engine.outputs import network_facts, save_network, save_predictions
 from engine.processes import StopSignal, parallel, parts, run_script, setup
 from readers import transforms
 from readers.cache import decode_once
+from readers.digest import data_digest
+from readers.labels import shared_classes
 from readers.workers import in_order, loader
 
 # ------------------------------------------------------------------------------------------------
@@ -116,24 +119,15 @@ def choose_rule(target, num_examples, args, steps=None):
 
 
 def choose_pipeline(target, rule, train):
-    """The transforms of a Target: the X-ray pipeline, or the HyperRule's: random crop and flip; to
-    test, the whole image as a square. Raises ValueError when the crop does not fit.
-    """
+    """The transforms of a Target: the X-ray pipeline, or the HyperRule's. Raises ValueError."""
     if target.xray_pipeline:
         return transforms.xray_pipeline(rule.crop, train)
-    if rule.crop > rule.resize:
-        raise ValueError(f"a crop of {rule.crop} pixels is larger than the images, {rule.resize}")
-    if not train:
-        prepare = functools.partial(transforms.resize_square, size=rule.crop)
-        return transforms.Pipeline(prepare, transforms.keep, rule.crop)
     square = RECIPES[target.recipe].square
-    resize = transforms.resize_square if square else transforms.resize_shorter
-    augment = functools.partial(transforms.random_crop_flip, size=rule.crop)
-    return transforms.Pipeline(functools.partial(resize, size=rule.resize), augment, rule.resize)
+    return transforms.cropped_pipeline(rule.resize, rule.crop, train, square)
 
 
-FLAGS = """--checkpoint --target --seeds --steps --scratch-steps --dry-run --accumulate
-    --checkpoint-activations"""
+FLAGS = """--checkpoint --target --seeds --steps --scratch-steps --save --dry-run
+    --accumulate --checkpoint-activations"""
 DEFAULTS = {
     "target": dict(default=["synthetic-natural-target", "synthetic-xray-target"]),
     "out": dict(default="results"),
@@ -141,7 +135,7 @@ DEFAULTS = {
     | dict(help="network of scratch, or of a weight file that pretrain.py did not write"),
     "source": dict(help="what such a weight file was trained on"),
     "recipe": options.words(*RECIPES),
-    "seeds": dict(default=1),
+    "save": options.words("predictions", "model"),
 }
 
 
@@ -158,28 +152,25 @@ def open_network(path, args):
     file = path / "model.pt" if path.is_dir() else path
     if path.is_dir() and not file.exists():
         raise FileNotFoundError(f"{path}: holds no model.pt; pretrain.py has not finished there")
-    content, sample = read_weights(str(file)), None
-    if isinstance(content, dict) and "name" in content:
-        model = content["name"]
-        if args.model and args.model != model:
-            raise ValueError(f"{file} is of {model}, not of --model {args.model}")
-        normalization = tuple(content["mean"]), tuple(content["std"])
-        source, domain, images = content["source"], content["domain"], content["images"]
-        sample = content.get("sample")
-    else:
-        model, source, images = args.model, args.source, None
-        if not model or not source:
-            raise ValueError(f"{file}: not written by pretrain.py; say --model and --source of it")
-        known = [data.DATASETS.get(data.base_name(member)) for member in source.split("+")]
-        domains = {dataset.domain if dataset else "natural" for dataset in known}
+    content = read_weights(str(file))
+    about = network_facts(file, content)
+    model, source = about.get("model", args.model), about.get("source", args.source)
+    if not model or not source:
+        raise ValueError(f"{file}: not written by pretrain.py; say --model and --source of it")
+    if args.model and args.model != model:
+        raise ValueError(f"{file} is of {model}, not of --model {args.model}")
+    if not about:
+        members = [data.DATASETS.get(data.base_name(member)) for member in source.split("+")]
+        domains = {dataset.domain if dataset else "natural" for dataset in members}
         domain = "medical" if domains == {"medical"} else "natural"
         # BiT's own networks, in .npz or as timm has them, take pixels in [-1,1].
         bit = file.suffix == ".npz" or any("stem.conv.weight" in str(key) for key in content)
         normalization = transforms.NORMALIZATION["medical" if bit else domain]
+        about = {"domain": domain, "images": None, "normalization": normalization}
     with torch.device("meta"):
         models.matching_state(models.create_model(model, 1), file, content)
-    name, digest = f"{data.dataset_slug(source)}-{model}", file_digest(file)
-    return Network(name, source, model, domain, images, str(file), digest, normalization, sample)
+    about |= {"source": source, "model": model, "path": str(file), "digest": file_digest(file)}
+    return Network(f"{data.dataset_slug(source)}-{model}", **about)
 
 
 class Target:
@@ -190,9 +181,9 @@ class Target:
 
     def __init__(self, name, train_set, test_set, recipe):
         self.name, self.train_set, self.test_set, self.recipe = name, train_set, test_set, recipe
+        self.data = data_digest(train=train_set, test=test_set)
         self.image_size = tuple(train_set.read(0).shape[-2:])  # of the first image, as of all
-        # Multi-label X-ray sets take the X-ray pipeline, also when each image was left one label.
-        # so do one's own, and not those that the study took as photographs.
+        # X-ray sets of several labels, or left with one, and one's own take the X-ray pipeline.
         own = train_set.task == "multilabel" or {"single_label", "domain"} & {*train_set.options}
         self.xray_pipeline = train_set.domain == "medical" and bool(own) and not train_set.size
         self.distances, self.features = {}, {}  # by network, as they are measured
@@ -210,7 +201,8 @@ class Target:
         if len(self.indices) < len(train_set):
             train_set = train_set.subset(self.indices)
         console.say(env, f"{self.name}: reading {len(train_set):,} + {len(self.test_set):,} images")
-        self.train = decode_once(train_set, training, env, args.cache_dir)
+        if len(train_set):
+            self.train = decode_once(train_set, training, env, args.cache_dir)
         self.test = decode_once(self.test_set, testing, env, args.cache_dir)
 
     def rows(self, cell):
@@ -224,7 +216,7 @@ def open_targets(args, env):
     targets = []
     for name in dict.fromkeys(args.target):
         sets = data.open_splits(name, args, env)
-        default = data.base_name(name) in SINGLE_LABEL
+        default = data.base_name(name) in SINGLE_LABEL and args.method != "eval"
         single_label = default if args.single_label is None else args.single_label
         if single_label and sets[0].task == "multilabel":
             sets = map(data.keep_single_label, sets)
@@ -243,7 +235,7 @@ def make_cell(network, target, shots, seed, indices, args, env):
     ValueError for a batch that is too small.
     """
     dataset = data.base_name(target.name)
-    if dataset in XRAY_NORMALIZED:
+    if dataset in XRAY_NORMALIZED and network.source != "statistics":
         network = network._replace(normalization=transforms.NORMALIZATION["medical"])
     recipe = RECIPES[target.recipe]
     rule = choose_rule(target, len(indices), args, network.steps)
@@ -256,14 +248,18 @@ def make_cell(network, target, shots, seed, indices, args, env):
         sampling = "replacement" if len(indices) < (micro_batch or batch_size) else "shuffle"
         if args.balanced or (args.balanced is None and dataset in BALANCED and shots is None):
             sampling = "balanced"
+        settings["precision"] = env.training_precision(args, rule.crop)
         if args.precision == "auto" and not recipe.autocast:
             settings["precision"] = "tf32" if env.device.type == "cuda" else "fp32"
         settings |= {"recipe": target.recipe, "batch_size": batch_size, "lr": args.lr or recipe.lr}
         settings |= {"clipping": recipe.clipping, "sampling": sampling, "compile": args.compile}
         settings |= rule._asdict()
+    if args.method == "eval":
+        known = network.name, network.classes, network.task
+        settings["labels"] = shared_classes(*known, target.test_set)
     flops = models.forward_flops(network.model, 1, rule.crop)
     about = network, target, shots, seed, args.method, indices, settings, flops
-    return Cell(*about, args.out, data.dataset_slug(target.name))
+    return Cell(*about, args.out, data.dataset_slug(target.name), tuple(args.save or ()))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -275,10 +271,10 @@ def main():
     args = options.parse(__doc__, FLAGS, **DEFAULTS)
     args.method = "finetune"
     env = setup(args.precision)
-    targets, networks, cells = open_targets(args, env), open_networks(args, open_network), []
+    targets, networks, cells = open_targets(args, env), open_networks(args, open_network, env), []
     for target in targets:
         everything = np.arange(len(target.train_set))
-        for seed in range(args.seed, args.seed + args.seeds):
+        for seed in args.seeds or [args.seed]:
             for network in networks:
                 cells.append(make_cell(network, target, None, seed, everything, args, env))
     todo, results = unfinished(cells, args.out, env)
@@ -331,7 +327,7 @@ def train(cell, signals, args, env, title, accumulate):
     normalization = network.normalization or transforms.NORMALIZATION[train_set.domain]
     groups = model.parameter_groups()
     optimizer = SGD_AGC(groups, config["lr"], nesterov=recipe.nesterov, clipping=recipe.clipping)
-    run = Run(cell.checkpoint, model, optimizer, config, env, args.save_minutes)
+    run = Run(cell.checkpoint, model, optimizer, config, env, args.save_minutes, rule.steps)
     order = config["batch_size"], cell.seed, config["sampling"], env.rank, env.ranks
     batches = data.Batches(train_set, pipeline, *order, pairs=rule.mixup > 0)
     stream = loader(batches, run.step, rule.steps, args.workers, env.device)
@@ -372,18 +368,25 @@ def train(cell, signals, args, env, title, accumulate):
         run.save()
         at_once = max(config["batch_size"], memory.images_at_once(rule.crop))
         tested = in_order(*target.test, at_once, env.rank, env.ranks, args.workers, env.device)
-        test_set = target.test_set
-        metrics = evaluate(model, tested, test_set.labels, test_set.classes, env, normalization)
+        known, keep = target.test_set, functools.partial(save_predictions, cell)
+        about = known.labels, known.classes, env, normalization, known.groups
+        metrics = evaluate(model, tested, *about, keep)
         log.evaluation(run.step, metrics)
+    if "model" in cell.save and env.main:
+        source = f"{data.dataset_slug(network.source)}-to-{cell.folder}-{cell.path.stem}"
+        about = network.model, train_set, normalization, rule.crop
+        save_network(cell.files["model"], model.state_dict(), *about, source=source)
     flops = models.forward_flops(network.model, classes, rule.crop)
     return metrics, run.summary(len(train_set), config["batch_size"], flops)
 
 
-def extract(model, cell, part, args, env):
-    """The network's features of part = (dataset, pipeline): (N,D) float32, on the device."""
+def extract(model, cell, part, args, env, logits=False):
+    """Features (N,D), or logits (N,C), of part = (dataset, pipeline): float32, on the device."""
     at_once = memory.images_at_once(cell.config["crop"])
     stream = in_order(*part, at_once, env.rank, env.ranks, args.workers, env.device)
     width, forward = model.head.conv.in_channels, model.eval().features
+    if logits:
+        width, forward = model.head.conv.out_channels, model
     return predict(forward, width, stream, len(part[0]), env, cell.network.normalization)
 
 

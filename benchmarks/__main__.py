@@ -23,11 +23,11 @@ from benchmarks.loading import load
 from benchmarks.memory import memory
 from benchmarks.processes import grid, scaling
 from benchmarks.train import train
-from engine.console import Parser, one_of, positive, print_table, write_json
+from engine.console import Parser, number, one_of, print_table, write_json
 from engine.processes import environment, run_script, setup
 from models import MODELS
 
-NUMBER = positive(int)
+NUMBER = number(int, 1)
 # {flag: settings of add_argument}
 OPTIONS = {
     "--model": dict(help=f"network: {', '.join(MODELS)}"),
@@ -43,7 +43,7 @@ OPTIONS = {
     "--seeds": dict(type=NUMBER, help="of six cells each"),
     "--shots": dict(type=NUMBER, help="training images of each of 10 classes, up to 140"),
     "--rows": dict(type=NUMBER, help="images of made mimic tables"),
-    "--minutes": dict(type=positive(float), help="for all of it"),
+    "--minutes": dict(type=number(float, 1e-12), help="for all of it"),
     "--out": dict(metavar="DIR", help="holds gpu.jsonl, a line an arm"),
     "--json": dict(metavar="PATH", help="also write the result there (default: no)"),
 }

@@ -22,7 +22,7 @@ import torch
 
 import data
 import models
-from benchmarks.loading import make_photos
+from benchmarks.loading import make_images
 from benchmarks.measure import Report, Required, repeat, seconds, synchronize
 from benchmarks.train import our_network, training, training_loop
 from engine import memory
@@ -288,7 +288,8 @@ def loading(env, small):
     """
     side, size, count = (32, 8, 16) if small else (224, 256, 2048)
     with tempfile.TemporaryDirectory() as made:
-        dataset = data.load_dataset(f"folder:{make_photos(Path(made), 256, 10, count // 10)}")
+        folder = make_images(Path(made), 256, classes=10, count=count // 10)
+        dataset = data.load_dataset(f"folder:{folder}")
         pipeline = choose_pipeline(dataset, side, train=True)
         for workers in sorted({0, min(2 if small else 4, available_cores()), available_cores()}):
             last = 2 if small else 8 + 8 * workers

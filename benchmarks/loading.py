@@ -3,6 +3,7 @@
 import itertools
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import pretrain
 from benchmarks.measure import best_speeds, repeat, speed_report
 from engine.evaluate import to_input
 from readers import packs, synthetic, xrays
-from readers.transforms import NORMALIZATION
+from readers.transforms import NORMALIZATION, xray_pipeline
 
 BATCH, SIZE = 32, 224
 MIMIC, IDS = "mimic-cxr-2.0.0-{}.csv.gz", ["dicom_id", "subject_id", "study_id"]
@@ -45,9 +46,9 @@ def load(args, env):
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         tables = table_arms(folder, args.rows)
-        arms = xray_arms(make_xrays(folder), folder)
+        arms = xray_arms(folder)
         for side, size in ((32, 32), (256, SIZE)):
-            arms |= photo_arms(make_photos(folder, side), f"{side} px JPEG", size, env)
+            arms |= photo_arms(make_images(folder, side), f"{side} px JPEG", size, env)
         for arm in arms.values():
             next(arm)
         speeds = best_speeds(arms, args.rounds, 4, BATCH, env, time.process_time)
@@ -55,17 +56,21 @@ def load(args, env):
     return speed_report(speeds, "study", REQUIRED)
 
 
-def xray_arms(root, folder):
-    """{arm: iterator of batches} of nih below `root`, whose pack is made in `folder`."""
-    sets = dict(zip(data.SPLITS, data.load_splits("nih", root)))
-    packs.pack("nih", sets, SIZE, folder / f"nih@{SIZE}")
-    dataset, packed = sets["train"], data.load_dataset(f"nih@{SIZE}", folder)
-    training, testing = (pretrain.choose_pipeline(dataset, SIZE, train) for train in (True, False))
+def xray_arms(folder):
+    """{arm: iterator of batches} of made X-rays, and of their pack, in `folder`."""
+    made = f"folder:{make_images(folder, 1024, 'synthetic-xray', 'png')}"
+    sets = {}
+    for split in data.SPLITS:
+        dataset = data.load_dataset(made, split=split)
+        grey = dataset.reader._replace(mode="L")
+        sets[split] = replace(dataset, domain="medical", reader=grey)
+    packs.pack("xrays", sets, SIZE, folder / f"xrays@{SIZE}")
+    dataset, packed = sets["train"], packs.open_pack(f"xrays@{SIZE}", folder, "train")
     return {
         "study": one_by_one(study, [dataset.where(i) for i in range(len(dataset))]),
-        "ours, decoding": batches(dataset, testing),
-        "ours, pack, training": batches(packed, training),
-        "ours, pack, test": batches(packed, testing),
+        "ours, decoding": batches(dataset, xray_pipeline(SIZE, train=False)),
+        "ours, pack, training": batches(packed, xray_pipeline(SIZE, train=True)),
+        "ours, pack, test": batches(packed, xray_pipeline(SIZE, train=False)),
     }
 
 
@@ -155,29 +160,13 @@ def make_mimic(folder, rows):
         pandas.DataFrame(table).to_csv(folder / MIMIC.format(part), index=False)
 
 
-def make_xrays(root):
-    """A data directory with nih: made X-rays in the official layout."""
-    folder = root / data.DATASETS["nih"].folder
-    (folder / "images").mkdir(parents=True)
-    names = [f"{i:08d}_000.png" for i in range(BATCH + 1)]
-    rows = ["Image Index,Finding Labels,Patient ID"]
-    for i, name in enumerate(names):
-        pixels = synthetic.render("synthetic-xray", "train", i, 1024)[0]
-        Image.fromarray(pixels).save(folder / "images" / name)
-        rows.append(f"{name},No Finding,{i}")
-    (folder / "Data_Entry_2017_v2020.csv").write_text("\n".join(rows))
-    (folder / "train_val_list.txt").write_text("\n".join(names[:BATCH]))
-    (folder / "test_list.txt").write_text(names[BATCH])
-    return root
-
-
-def make_photos(root, side, classes=4, count=16):
-    """A folder of made JPEGs: train/CLASS/* and test/CLASS/*."""
-    folder = root / f"photos-{side}"
+def make_images(root, side, world="synthetic-natural", suffix="jpg", classes=4, count=16):
+    """A folder of images of a made world: train/CLASS/* and test/CLASS/*."""
+    folder = root / f"images-{side}"
     for split, cls in itertools.product(data.SPLITS, range(classes)):
         (folder / split / str(cls)).mkdir(parents=True)
         for i in range(count if split == "train" else 1):
-            pixels = synthetic.render("synthetic-natural", split, cls * count + i, side)
-            photo = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-            photo.save(folder / split / str(cls) / f"{i}.jpg", quality=90)
+            pixels = synthetic.render(world, split, cls * count + i, side).transpose(1, 2, 0)
+            image = Image.fromarray(np.ascontiguousarray(pixels.squeeze()))
+            image.save(folder / split / str(cls) / f"{i}.{suffix}", quality=90)
     return folder

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import data
 import models
 import pretrain
-from benchmarks.loading import make_photos
+from benchmarks.loading import make_images
 from benchmarks.measure import best_speeds, speed_report
 from engine.console import say
 from engine.evaluate import to_input
@@ -49,7 +49,7 @@ def train(args, env):
     arms, required = {}, PEERS_REQUIRED if args.peers else REQUIRED
     with tempfile.TemporaryDirectory() as made:
         side = 32 if args.peers else args.image_size
-        folder = args.folder or make_photos(Path(made), side, 10, 64)
+        folder = args.folder or make_images(Path(made), side, classes=10, count=64)
         dataset = data.load_dataset(f"folder:{folder}")
         for name in map(str.strip, ARMS.split("|")):
             if not ("compiled" in name and args.no_compile):

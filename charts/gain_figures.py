@@ -1,15 +1,14 @@
-"""Two figures of gains from scale: paired differences by group, gain against domain distance."""
+"""The figure of gains from scale: paired differences by group."""
 
 import itertools
 import math
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from charts import gains as numbers
 from charts import results, style
-from charts.style import LOOKS, MARKERS
+from charts.style import LOOKS
 
 SIGNS = {  # verdict -> marker, the same as text
     "above": ("^", "▲"),
@@ -23,14 +22,6 @@ Row: target and shots. ▲ 95 % interval above zero, ○ not off zero, ▼ below
 the right: cells above zero by number of shots. Larger minus smaller network (source), run by run \
 of the same source (network) and seed, averaged over these for each seed; Student t over seeds. A \
 seed that one arm lacks counts in neither"""
-DISTANCE_NOTE = """\
-A point is a source (or pair of sources), target and number of shots; gain in the metric of the \
-target, from 0 to 1. Line: least squares, with 95 % band and slope (Student t over points, which \
-share sources, targets and seeds: true uncertainty is larger)."""
-AXES = {  # distance -> name at the axis
-    "frechet_relative": "Fréchet distance of source and target\n(1: of halves of the source)",
-    "energy": "energy coefficient of source and target",
-}
 
 
 def draw_bands(ax, rows, gains):
@@ -125,62 +116,4 @@ def draw_gains(gains, styles, title="", notes=()):
     fig.suptitle(f"{title}\n{key}".strip(), fontsize=8)
     lacking = sum(gain.lacking for gain in gains)
     style.draw_note(fig, 0, [f"{GAIN_NOTE} ({lacking} cells).", *notes])
-    return fig
-
-
-def draw_distance_panel(ax, points, kind, distance, colours, markers):
-    """The points of one kind of gain over one distance; the fitted line, its confidence band, and
-    its slope in words."""
-    log = distance == "frechet_relative"
-    for point in points:
-        if point.gain.line.kind == kind:
-            hue = colours[point.larger]
-            face = LOOKS[point.gain.line.source_domain].filling or hue
-            look = {"color": hue, "markerfacecolor": face, "markersize": 4}
-            marker = markers[point.gain.target.name]
-            ax.plot(point.distances[distance], point.value, marker=marker, **look)
-    line = numbers.fit(*numbers.axis_points(points, kind, distance))
-    text = "too few points for a line"
-    if line:
-        x, low, high = line.grid, line.line - line.band, line.line + line.band
-        x = 10**x if log else x
-        ax.plot(x, line.line, color="black", linewidth=1, zorder=2)
-        ax.fill_between(x, low, high, color="#cccccc", alpha=0.6, linewidth=0, zorder=1)
-        unit = "for ten times the distance" if log else "from 0 to 1"
-        text = f"slope {line.slope:+.3f} ± {line.ci95:.3f}\n{unit}"
-    ax.text(0.98, 0.97, text, transform=ax.transAxes, ha="right", va="top", fontsize=7)
-    ax.set_title(f"larger {kind}", fontsize=8)
-    ax.axhline(0, color="black", linewidth=0.7, linestyle=":", zorder=1)
-    if log:
-        ax.set_xscale("log")
-        style.log_ticks(ax.xaxis, *ax.dataLim.intervalx)
-    ax.set_xlabel(AXES[distance])
-    ax.grid(axis="x")
-    ax.label_outer()
-
-
-def draw_distance(points, styles, title="", notes=()):
-    """Points of `gains.distance_points` -> Figure: a row a kind of gain, a column a distance;
-    sources (of a pair, the larger) by colour, targets by marker."""
-    kinds = [kind for kind in numbers.KINDS if any(p.gain.line.kind == kind for p in points)]
-    colours = {line.source: look["color"] for line, look in styles.items()}
-    targets = list(dict.fromkeys(point.gain.target.name for point in points))
-    markers = {target: MARKERS[place % len(MARKERS)] for place, target in enumerate(targets)}
-    fig = Figure(figsize=(5.4, 2.1 * len(kinds) + 0.3), layout="constrained")
-    axes = fig.subplots(len(kinds), 2, squeeze=False, sharey="row", sharex="col")
-    for row, kind in zip(axes, kinds):
-        row[0].set_ylabel("gain (fraction)")
-        for ax, distance in zip(row, AXES):
-            draw_distance_panel(ax, points, kind, distance, colours, markers)
-    fig.suptitle(title)
-    domains = {point.larger: point.gain.line.source_domain for point in points}
-    look = {"linestyle": "none", "markersize": 4}
-    columns = [[(style.BLANK, "source (of a pair, the larger):")], [(style.BLANK, "target:")]]
-    for source in [source for source in colours if source in domains]:
-        face = LOOKS[domains[source]].filling or colours[source]
-        handle = Line2D([], [], marker="o", color=colours[source], markerfacecolor=face, **look)
-        columns[0].append((handle, source))
-    for target, marker in markers.items():
-        columns[1].append((Line2D([], [], marker=marker, color="#555555", **look), target))
-    style.draw_foot(fig, columns, [DISTANCE_NOTE, *notes])
     return fig

@@ -1,5 +1,4 @@
-"""Gains from scale by paired differences, alone and against the distance of domains; agreement of
-own with published numbers."""
+"""Gains from scale by paired differences; agreement of own with published numbers."""
 
 import itertools
 import math
@@ -10,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from charts import results
-from charts.results import DISTANCES, Cell, group
+from charts.results import Cell, group
 from engine.console import MAIN_METRIC
 
 KINDS = {  # kind of gain -> what differs, and what is shared beside target, shots and seed
@@ -24,8 +23,6 @@ VERDICTS = {  # where an interval lies -> heading in a table
     "no interval": "no interval",
 }
 REGIMES = ("up to 10 shots", "11 to 99 shots", "100 and more", "full")
-Point = namedtuple("Point", "gain source larger value distances")
-Fit = namedtuple("Fit", "n slope ci95 grid line band")
 Shared = namedtuple("Shared", "own published agree")
 
 
@@ -193,57 +190,6 @@ def counts(gains, interval="ci95"):
     """How many gains have their interval above zero, not off it, below it, or none: a dict."""
     found = [gain.verdict_by(interval) for gain in gains]
     return {name: found.count(name) for name in VERDICTS}
-
-
-def distance_points(runs, gains):
-    """Gains -> list of Point(gain, source, larger, value, distances): for the network gain one of
-    each source; for the source gain one of both, named "small to large". `value` is the gain of
-    these; distances {name: mean over the runs that it pairs, nan where none has one}."""
-    found = group(runs, "target", "line.source", "line.model")
-    points = []
-    for gain in gains:
-        arms = [gain.small, gain.large]
-        parts = [(" to ".join(arms), arms, gain.by_partner, gain.mean)]
-        if gain.line.kind == "network":
-            parts = [(name, [name], arms, value) for name, value in gain.by_partner.items()]
-        for name, sources, models, value in parts:
-            pairs = itertools.product(sources, models)
-            members = [run for source, model in pairs for run in found[gain.target, source, model]]
-            distances = {}
-            for key in DISTANCES:
-                known = [run.distances[key] for run in members if run.distances[key] is not None]
-                distances[key] = float(np.mean(known)) if known else math.nan
-            if not all(map(math.isnan, distances.values())):
-                points.append(Point(gain, name, sources[-1], value, distances))
-    return points
-
-
-def axis_points(points, kind, distance):
-    """Points of a kind -> (x, y): the distance (Fréchet as its log10) and the gain, where known."""
-    log = distance == "frechet_relative"
-    points = [point for point in points if point.gain.line.kind == kind]
-    points = [p for p in points if p.distances[distance] > (0 if log else -math.inf)]  # nor nan
-    x = [p.distances[distance] for p in points]
-    return [math.log10(value) for value in x] if log else x, [point.value for point in points]
-
-
-def fit(x, y):
-    """Ordinary least squares of y on x, (N,) each -> Fit(n, slope, ci95, grid, line, band): half-
-    width of the slope's interval (Student t, N - 2); grid (100,) of x, the line there and half-
-    width of its 95 % confidence band. None where fewer than three points or one x leave nothing to
-    estimate."""
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    n = len(x)
-    if n < 3 or np.ptp(x) == 0:
-        return None
-    spread_x = float(np.sum((x - x.mean()) ** 2))
-    slope = float(np.sum((x - x.mean()) * (y - y.mean())) / spread_x)
-    residual = y - y.mean() - slope * (x - x.mean())
-    t, sigma = results.t_quantile(n - 2), math.sqrt(np.sum(residual**2) / (n - 2))
-    grid = np.linspace(x.min(), x.max(), 100)
-    line = y.mean() + slope * (grid - x.mean())
-    band = t * sigma * np.sqrt(1 / n + (grid - x.mean()) ** 2 / spread_x)
-    return Fit(n, slope, t * sigma / math.sqrt(spread_x), grid, line, band)
 
 
 def shared_cells(cells):

@@ -6,8 +6,9 @@ import math
 from operator import attrgetter
 
 from charts import results
-from charts.gains import KINDS, REGIMES, VERDICTS, axis_points, counts, fit, regime
-from charts.results import DISTANCES, METRICS, group, mark, shots_words
+from charts.gains import REGIMES, VERDICTS, counts, regime
+from charts.law import FIT_NOTE, NOTE, RELATION_NOTE, relations
+from charts.results import METRICS, group, mark, shots_words
 
 RULE = """\
 Cells: mean ± standard deviation over seeds (number of seeds). Bold: the best mean of a column and \
@@ -19,9 +20,6 @@ and same source (larger network) or network (larger source, of one domain); the 
 smallest of those that share the most. Differences are averaged over these for each seed; the 95 % \
 interval is Student's t over seeds. ▲ interval above zero, ▼ below zero, neither: not off zero, or \
 one seed and no interval. A seed that one arm lacks counts in neither."""
-DISTANCE_RULE = """\
-Gain in fractions (0 to 1). Line and slope: least squares, 95 % confidence by Student's t over \
-points; these share targets, sources and seeds, so the true uncertainty is larger."""
 SHARED_RULE = """\
 Cells with the same target, source, network and shots, fine-tuned (nih@256 as nih). They agree \
 where the means lie no further apart than √(a² + b²) of the half-widths of their 95 % intervals."""
@@ -156,22 +154,33 @@ def gains(cells):
     return "\n".join([*parts, GAIN_RULE, "", RULE, ""])
 
 
-def distance(points):
-    """Points of gain against distance -> Markdown: the slopes, then a row a point."""
-    rows = [["gain", "distance", "points", "slope", "95 % interval"]]
-    for kind in KINDS:
-        for name, words in DISTANCES.items():
-            line = fit(*axis_points(points, kind, name))
-            if line:
-                slope = f"{line.slope:+.3f}", f"± {line.ci95:.3f}"
-                rows.append([f"larger {kind}", words, line.n, *slope])
-    parts = ["### gain against domain distance: fitted slopes\n", *table(rows), ""]
-    rows = [["gain of", "target", "source", "shots", "metric", "gain", *DISTANCES]]
-    for gain, source, _, value, distances in points:
-        row = [f"larger {gain.line.kind}", gain.target.name, source, shots_words(gain.shots)]
-        row += [gain.metric, f"{value:+.3f}", *(f"{value:.3g}" for value in distances.values())]
-        rows.append(row)
-    return "\n".join([*parts, "### points\n", *table(rows), "", DISTANCE_RULE, ""])
+def laws(found):
+    """Laws -> Markdown: of each the exponents by relation, the coefficients and their test."""
+    parts = []
+    for law in found:
+        kind, *about, origin = law.about
+        words = ", ".join([f"larger {kind}", *filter(None, about)])
+        rows = [["pre-trained on → target", "shots", "exponent", "tasks"]]
+        for (family, name), cell in relations(law.rows).items():
+            half = "–" if cell["n"] == 1 else f"{cell['ci95']:.3f}"
+            rows.append([" → ".join(family), name, f"{cell['mean']:+.3f} ± {half}", cell["n"]])
+        parts += [f"### {words}{mark(origin)}: exponents\n", *table(rows), ""]
+        if not law.terms:
+            parts += ["No law: fewer than four tasks of known distance.", ""]
+            continue
+        rows = [["coefficient", "pre-trained on → target", "estimate", "95 % interval"]]
+        for (letter, family), value, half in zip(law.terms, law.coefficients, law.ci95):
+            rows.append([letter, " → ".join(family or ["all"]), f"{value:+.3f}", f"± {half:.3f}"])
+        parts += ["### its coefficients\n", *table(rows), ""]
+        rows = [["tasks", "cells", "RMSE B0", "B1", "law", "law/B0", "law/B1", "p"]]
+        rows[0] += ["in their interval", "variance by pre-training seeds"]
+        b0, b1, own = law.rmse.values()
+        row = [*(f"{value:.3f}" for value in (b0, b1, own, own / b0, own / b1, law.p))]
+        shares = law.coverage, law.seed_share
+        row += [None if math.isnan(share) else f"{100 * share:.0f} %" for share in shares]
+        rows.append([len(law.tasks), len(law.rows), *row])
+        parts += ["### tasks left out\n", *table(rows), ""]
+    return "\n".join([*parts, NOTE, RELATION_NOTE, FIT_NOTE, ""])
 
 
 def shared(pairs):
@@ -218,13 +227,19 @@ def gain_csv(gains):
     return csv_text(rows, columns)
 
 
-def distance_csv(points):
-    rows = [
-        {**cell_row(point.gain), "source": point.source, "gain": point.value, **point.distances}
-        for point in points
-    ]
-    columns = "kind target target_domain origin source source_domain method recipe shots metric"
-    return csv_text(rows, " ".join([columns, "gain", *DISTANCES]))
+def law_csv(found):
+    rows = []
+    for law in found:
+        about = dict(zip(("kind", "method", "recipe", "origin"), law.about))
+        for place, row in enumerate(law.rows):
+            more = {"target": row.target.name, "task": row.task, "source_domain": row.family[0]}
+            more |= {"target_domain": row.family[1], "shots": row.shots or "full"}
+            more |= {"log10_distance": row.d, "exponent": row.exponent, "seeds": len(row.by_seed)}
+            if law.terms:
+                more |= {"predicted": law.predicted[place], "reach": law.reach[place]}
+            rows.append({**about, **more})
+    columns = "kind method recipe origin target task source_domain target_domain shots seeds"
+    return csv_text(rows, f"{columns} log10_distance exponent predicted reach")
 
 
 def shared_csv(pairs):

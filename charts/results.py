@@ -25,12 +25,9 @@ METRICS = {
     "mean_auc": Metric("mean AUC", 1, 3, "mean AUC"),
     "mean_ap": Metric("mean average precision", 1, 3, "mean average precision"),
 }
-DISTANCES = {  # of "distance" in a result file, where it has one -> its name in tables
-    "frechet_relative": "log10 of relative Fréchet distance",
-    "energy": "energy",
-}
 DOMAINS = ("natural", "medical", None)  # of sources; None without pre-training
-# What published.json leaves out. Source -> domain, images; target -> domain, classes (0: several).
+# What published.json leaves out. Source -> domain, images; target -> domain, classes (0: several),
+# test images.
 SOURCES = {
     "imagenet1k": ("natural", 1_281_167),
     "imagenet21k": ("natural", 14_197_122),
@@ -40,13 +37,13 @@ SOURCES = {
     "padchest": ("medical", 160_861),
 }
 TARGETS = {
-    "cifar10": ("natural", 10),
-    "cifar100": ("natural", 100),
-    "pets": ("natural", 37),
-    "flowers102": ("natural", 102),
-    "padchest": ("medical", 0),
-    "covidx": ("medical", 2),
-    "tuberculosis": ("medical", 2),
+    "cifar10": ("natural", 10, 10_000),
+    "cifar100": ("natural", 100, 10_000),
+    "pets": ("natural", 37, 3669),
+    "flowers102": ("natural", 102, 2040),
+    "padchest": ("medical", 0, 4153),
+    "covidx": ("medical", 2, 400),
+    "tuberculosis": ("medical", 2, 121),
 }
 
 
@@ -78,9 +75,12 @@ class Result:
     seed: int
     source_images: int | None
     metrics: dict  # name of METRICS -> fraction; None where undefined, or unknown to an older file
-    distances: dict  # name of DISTANCES -> value, None where the file has none
+    distance: float | None  # of source and target: frechet_relative
     classes: int  # of the target, 0 when unknown
     path: Path
+    train_images: int | None = None  # of the target; None where unknown
+    test_images: int | None = None
+    source_seed: int | None = None  # of pre-training
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ class Cell:
 
 
 KINDS = ("fewshot", "transfer", "fewshot-validation", "transfer-validation")
-# What a result file must hold, and of what type.
+# What a result file must hold, and of what type; bounds of its numbers.
+BOUNDS = {"seed": (0, 2**64), "source_images": (0, 10**12), "shots": (1, 10**9)}
 FIELDS = Line.__annotations__ | {"target": str, "target_domain": str, "metrics": dict}
 FIELDS |= {"seed": int, "source_images": int | None, "shots": int | None}
 
@@ -120,22 +121,26 @@ def checked_result(data, path, origin="own", classes=0):
     for key, kind in {**FIELDS, "distance": dict | None}.items():
         if key not in data:
             raise ValueError(f"no {key}")
-        if not isinstance(data[key], kind) or isinstance(data[key], bool):
+        wrong = not isinstance(data[key], kind) or isinstance(data[key], bool)
+        if wrong or not str(data[key]).isprintable():
             raise ValueError(f"{key} is {data[key]!r:.40}")
+    for key, bounds in BOUNDS.items():
+        number(data, key, *bounds)
     metrics = {key: number(data["metrics"], key, 0, 1) for key in METRICS}
     if not data["metrics"].keys() & METRICS.keys():
         raise ValueError(f"metrics hold none of {', '.join(METRICS)}")
     if data["source_domain"] not in DOMAINS or data["target_domain"] not in MAIN_METRIC:
         raise ValueError(f"a domain is none of {', '.join(MAIN_METRIC)}")
-    if data["shots"] is not None and data["shots"] < 1:
-        raise ValueError(f"shots is {data['shots']}")
     target = Target(data["target"], data["target_domain"], origin)
     line = Line(*(data[key] for key in Line._fields))
-    # The energy coefficient is without bias: a little below 0 where nothing differs.
-    distances = {key: number(data["distance"] or {}, key, -1e300, 1e300) for key in DISTANCES}
+    distance = number(data["distance"] or {}, "frechet_relative", -1e300, 1e300)
     rest = data["shots"], data["seed"], data["source_images"]
-    classes = classes or len(data["metrics"].get("per_class") or ())
-    return Result(target, line, *rest, metrics, distances, classes, path)
+    per_class = data["metrics"].get("per_class")
+    classes = classes or (len(per_class) if isinstance(per_class, dict) else 0)
+    config = data.get("config") or {}
+    sizes = (number(config, key, 1, 2**63) for key in ("train_images", "test_images"))
+    seed = number(data, "source_seed", 0, 2**63)
+    return Result(target, line, *rest, metrics, distance, classes, path, *sizes, seed)
 
 
 def read_result(path):
@@ -164,8 +169,9 @@ def read_published(path):
         for entry in json.loads(path.read_text(encoding="utf-8"))["records"]:
             sources = [SOURCES[name] for name in entry["source"].split("+")]
             (domain,) = {domain for domain, _ in sources}
-            target_domain, classes = TARGETS[entry["target"]]
+            target_domain, classes, test_images = TARGETS[entry["target"]]
             data = {**entry, "source_domain": domain, "target_domain": target_domain}
+            data["config"] = {"test_images": test_images}
             data |= {"source_images": sum(images for _, images in sources)}
             data |= {"method": "finetune", "recipe": "paper"}
             data["shots"] = None if entry["shots"] == "full" else entry["shots"]
@@ -192,7 +198,9 @@ def load(paths):
         if path.is_file():
             files[path.resolve()] = path
         elif path.is_dir():
-            files |= {file.resolve(): file for file in path.rglob("*.json")}
+            found = path.rglob("*.json")
+            shown = [file for file in found if "/." not in f"/{file.relative_to(path)}"]
+            files |= {file.resolve(): file for file in shown}
         else:
             mend = "give published.json, or a folder that `python fewshot.py --out FOLDER` fills"
             raise ValueError(f"no file or folder {path}: {mend}")
@@ -211,7 +219,7 @@ def load(paths):
         raise ValueError(f"{mixed}: name their folders one at a time")
     kept, doubled = {}, []
     for result in sorted(results, key=lambda result: result.path.stat().st_mtime):
-        run = result.target, result.line, result.shots, result.seed
+        run = result.target, result.line, result.source_seed, result.shots, result.seed
         older = kept.get(run, result)
         if older.metrics != result.metrics:
             doubled.append(f"same run twice: kept {result.path}, newer than {older.path}")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import pickle
 import time
 import zipfile
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from engine.console import write_atomically
+from engine.console import one_line, write_atomically
 from engine.memory import peak_flops
 from engine.processes import Stopped
 
@@ -41,7 +42,23 @@ NUMPY_NUMBERS = [
 
 
 def load_plain(path):
-    """torch.load on the CPU, of tensors, numbers (also NumPy's) and strings alone."""
+    """torch.load on the CPU, of tensors, numbers (also NumPy's) and strings alone.
+
+    Raises zipfile.BadZipFile where a checksum is wrong: torch.load does not look at them.
+    """
+    with open(path, "rb") as file:
+        zipped = file.read(2) == b"PK"
+    if zipped:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            # torch.load reads whatever its memory holds for a record marked as a directory.
+            marked = (r.filename for r in records if r.external_attr & 0x10 and r.file_size)
+            damaged = next(marked, None)
+            # torch.serialization.set_crc32_options(False) makes files without checksums.
+            if not damaged and any(record.CRC for record in records):
+                damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"the checksum of its record {damaged} is wrong")
     with torch.serialization.safe_globals(NUMPY_NUMBERS):
         return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -54,6 +71,11 @@ def read_tensors(path, load=load_plain):
     if not Path(path).is_file():
         raise FileNotFoundError(f"no weights at {path}")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(member.file_size for member in archive.infolist())
+            if unpacked > 20 * Path(path).stat().st_size + 2**20:  # weights hardly shrink
+                raise ValueError(f"it would unpack to {unpacked:,} bytes")
         return load(path)
     except pickle.UnpicklingError as error:
         if "omegaconf" in str(error):  # as the study's code for fine-tuning saves them
@@ -67,17 +89,26 @@ def read_tensors(path, load=load_plain):
             f"{path}: refused, it is not plain weights: it holds code or is no checkpoint "
             "(only tensors, numbers and strings are read, torch.load(weights_only=True))"
         ) from error
-    except (zipfile.BadZipFile, EOFError, RuntimeError, TypeError, ValueError, OSError) as error:
+    except Exception as error:  # of damaged files they raise many kinds
         raise ValueError(f"{path}: damaged or not a weight file ({str(error)[:100]})") from error
 
 
-def file_digest(path):
-    """16 hexadecimal digits of the SHA-256 of a file."""
+def refuse_nonsense(path, state):
+    """Raises ValueError naming the first tensor of a state dict that is none of finite numbers."""
+    for key, tensor in state.items():
+        if not (tensor.is_floating_point() and tensor.layout is torch.strided):
+            raise ValueError(f"{path}: {key} is of {tensor.dtype} or sparse, so it is no weight")
+        if not (tensor.is_meta or tensor.isfinite().all()):
+            raise ValueError(f"{path}: {key} is not finite: the training that wrote it diverged")
+
+
+def file_digest(path, digits=16):
+    """So many hexadecimal digits of the SHA-256 of a file, of 64."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
             digest.update(block)
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:digits]
 
 
 def read_result(path, kind, config=None):
@@ -90,12 +121,39 @@ def read_result(path, kind, config=None):
     try:
         record = json.loads(Path(path).read_text())
         found = record["kind"], record["schema"]
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a result file; remove it, or give another --out") from error
+        if found == (kind, 1):
+            if not isinstance(record["config"], dict):
+                raise ValueError("config is none")
+            for name in ("accuracy", "top5", "mean_auc", "mean_ap", "loss"):
+                value = record["metrics"].get(name)
+                if value is not None and not 0 <= value <= (1 if name != "loss" else 1e300):
+                    raise ValueError(f"{name} is {value}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: not a result file ({error!r:.60}); remove it, or give another --out"
+        ) from error
     if found != (kind, 1):
         raise ValueError(f"{path}: a result of kind and schema {found}, not {(kind, 1)}")
     if config is not None:
         check_same_config(path, record["config"], config)
+    return record
+
+
+def finished_run(folder, config, kind):
+    """The result of a finished pre-training in this folder, or None if there is none yet.
+
+    Raises ValueError as read_result, or when its model.pt is gone or damaged.
+    """
+    path = Path(folder, "result.json")
+    record = read_result(path, kind, config)
+    if record:
+        try:
+            read_tensors(Path(folder, "model.pt"))
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(
+                f"{error}, though {path} says that it is finished; remove {path}, and the same "
+                "command goes on from checkpoint.pt"
+            ) from error
     return record
 
 
@@ -107,21 +165,29 @@ def load_checkpoint(path, config):
     if path is None or not Path(path).exists():
         return None
     state = read_tensors(path)
+    if not (isinstance(state, dict) and isinstance(state.get("config"), dict)):
+        raise ValueError(f"{path}: not a checkpoint; remove it")
     check_same_config(path, state["config"], config)
     return state
 
 
 def check_same_config(path, theirs, ours):
     """Raises ValueError naming the first setting of `ours` that was another there. One that an
-    older file does not name was off, None or False.
+    older file does not name was off, None or False; of its data nothing is known.
     """
     theirs, ours = json.loads(json.dumps([theirs, ours]))  # tuples become lists, as in the file
+    then, now = theirs.pop("data", None) or {}, ours.pop("data", None) or {}
     for key in sorted(ours):
         if theirs.get(key) != ours[key] and (key in theirs or ours[key]):
             raise ValueError(
                 f"{path} was made with {key} = {theirs.get(key)}, not {ours[key]}; "
                 "use the same options, give another --out, or remove it"
             )
+    if changed := [part for part in now if then.get(part, now[part]) != now[part]]:
+        raise ValueError(
+            f"{path} was made of other data: {', '.join(changed)} changed since; use the same "
+            "data, give another --out, or remove it"
+        )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -132,20 +198,29 @@ def check_same_config(path, theirs, ours):
 class Run:
     """A training under way: restored from its checkpoint if there is one, and saved to it.
 
-    path: of the checkpoint, None to keep none. config: what must be the same to continue. step:
-    steps done. seconds: spent in training. Raises ValueError when the checkpoint was made with
-    another config, or when the ranks would continue after different steps.
+    path: of the checkpoint, None to keep none. config: what must be the same to continue. last:
+    steps in all. step: steps done. seconds: spent in training. Raises ValueError when the
+    checkpoint was made with another config, is damaged or beyond the last step, or when the ranks
+    would continue after different steps.
     """
 
-    def __init__(self, path, model, optimizer, config, env, save_minutes=10.0):
+    def __init__(self, path, model, optimizer, config, env, save_minutes=10.0, last=math.inf):
         self.path, self.model, self.optimizer, self.config = path, model, optimizer, config
         self.env, self.save_minutes = env, save_minutes
         self.step, self.seconds, self.saved = 0, 0.0, time.monotonic()
         self._writer, self._writing = ThreadPoolExecutor(1, "checkpoint"), None
         if state := load_checkpoint(path, config):
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            self.step, self.seconds = state["step"], state["seconds"]
+            try:
+                model.load_state_dict(state["model"])
+                optimizer.load_state_dict(state["optimizer"])
+                self.step, self.seconds = state["step"], state["seconds"]
+                steps, seconds = type(self.step) is int, 0 <= self.seconds < math.inf
+                if not (steps and seconds and 0 <= self.step <= last):
+                    raise ValueError(f"{self.seconds} s, step {self.step} of {last}")
+            except Exception as error:
+                reason = one_line(error)[:100]
+                raise ValueError(f"{path}: of another training ({reason}); remove it") from error
+            refuse_nonsense(path, state["model"])
         if env.ranks > 1:
             steps = [None] * env.ranks
             dist.all_gather_object(steps, self.step)

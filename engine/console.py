@@ -4,10 +4,16 @@ import argparse
 import contextlib
 import difflib
 import errno
+import functools
+import glob
 import json
-import math
 import os
+import re
+import secrets
+import signal
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 from tqdm import tqdm
@@ -63,19 +69,24 @@ def one_of(*choices):
     return check
 
 
-def positive(kind, or_zero=False):
-    """An argparse type: a finite number above zero, int or float; or_zero admits 0."""
+def number(kind, low, high=10**9):
+    """An argparse type: an int or a float from low to high."""
 
     def check(text):
-        number = kind(text)
-        if not (0 < number < math.inf or (or_zero and number == 0)):
-            raise argparse.ArgumentTypeError(
-                f"{text} is {'below' if or_zero else 'not above'} zero"
-            )
-        return number
+        value = kind(text)
+        if not low <= value <= high:  # nor NaN
+            raise argparse.ArgumentTypeError(f"{text:.40} is not from {low} to {high}")
+        return value
 
     check.__name__ = kind.__name__
     return check
+
+
+def not_empty(text):
+    """An argparse type: a text, which an unset variable of the shell is not."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty")
+    return text
 
 
 # ------------------------------------------------------------------------------------------------
@@ -87,6 +98,9 @@ def say(env, text):
     """Prints a line above any progress bar, on the main rank only."""
     if env.main:
         tqdm.write(text)
+
+
+say_once = functools.lru_cache(say)
 
 
 def progress_bar(env, total, start=0, title="", unit="step"):
@@ -102,13 +116,65 @@ def progress_bar(env, total, start=0, title="", unit="step"):
     )
 
 
+class Stopped(Exception):
+    """The run was asked to stop; its state is saved. status: of the process."""
+
+    def __init__(self, message, status=EXIT_STOPPED):
+        super().__init__(message, status)
+        self.message, self.status = message, status
+
+    def __str__(self):
+        return self.message
+
+
+def exit_status(main):
+    """That of main(): 0 for None. Any error becomes one line and status 2 (TRACEBACK=1 shows
+    where); a signal, until something else listens to it, one line and 75.
+    """
+
+    def stop(received, frame):
+        raise KeyboardInterrupt(signal.Signals(received).name)
+
+    for received in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(received, stop)
+    if hasattr(sys.stdout, "reconfigure"):  # not of a notebook
+        # A log file shows each line when it is said; what a terminal cannot show becomes "?".
+        sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    try:
+        return main() or 0
+    except Stopped as asked:
+        text, status = f"{asked}; the same command continues", asked.status
+    except KeyboardInterrupt as asked:
+        text, status = f"stopped by {asked or 'SIGINT'}; run the same command again", EXIT_STOPPED
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and nobody_reads():
+            return 128 + signal.SIGPIPE
+        return complain(error)
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
+    return status
+
+
+def nobody_reads():
+    """Whether what read this script's output has ended, as head does; the rest is dropped then."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
 def complain(error):
     """Says in one line what is wrong and returns the exit status; TRACEBACK=1 shows where."""
     if os.environ.get("TRACEBACK"):
         raise error
-    rank = os.environ.get("RANK", "0")
-    where = "error" + (f" (rank {rank})" if rank != "0" else "")
-    print(where, one_line(error), sep=": ", file=sys.stderr)
+    rank, text = os.environ.get("RANK", "0"), one_line(error)
+    if not isinstance(error, (ValueError, OSError)):  # those are raised where the mend is known
+        text = f"{type(error).__name__}: {text}; TRACEBACK=1 shows where"
+        if re.search("memory|allocate|DataLoader worker", text, re.IGNORECASE):
+            text += "; less is needed with fewer --workers, a smaller --batch-size or --image-size"
+    print("error" + (f" (rank {rank})" if rank != "0" else ""), text, sep=": ", file=sys.stderr)
     return EXIT_BAD_INPUT
 
 
@@ -126,11 +192,16 @@ def one_line(error):
 
 def table(rows, header):
     """A Markdown table with aligned columns, as text."""
-    rows = [list(map(str, row)) for row in (header, *rows)]
+    rows = [[str(word).replace("|", r"\|") for word in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
     lines = (" | ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows)
     return "\n".join(f"| {line} |" for line in lines)
+
+
+def counted(number, word):
+    """1 cell, 2 cells."""
+    return f"{number:,} {word}" + ("s" if number != 1 else "")
 
 
 def print_table(rows, header):
@@ -154,26 +225,125 @@ def writing(path):
         ) from error
 
 
-def write_atomically(path, write):
+def refuse_unwritable(option, *paths):
+    """Raises OSError, before the work whose outcome shall go to these files, for one that cannot be
+    written, also where its folder is still to be made. option: that names another place."""
+    for path in map(Path, filter(None, paths)):
+        there = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+        try:
+            if path.is_dir():
+                raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+            with tempfile.TemporaryFile(dir=there):
+                longest = os.pathconf(there, "PC_NAME_MAX")
+            if max(len(os.fsencode(part)) for part in path.parts) > longest:
+                raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        except OSError as error:
+            raise OSError(f"{option}: {path} cannot be written ({error.strerror})") from error
+
+
+def write_atomically(path, write, replace=True):
     """Calls write(temporary path) and renames it to `path`: whole or not at all.
 
-    Raises OSError naming the file; what was there before stays.
+    No two writers share a temporary file. replace=False: a file that is there stays, also one that
+    another process put there meanwhile, and the answer is False; else True. Raises OSError naming
+    the file; what was there before stays.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")  # one that a killed run left is overwritten
-    try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by killed writers
+            with contextlib.suppress(OSError):  # another process removes it too
+                if time.time() - left.lstat().st_mtime > 3600:
+                    left.unlink()
+        temporary.touch(exist_ok=False)  # O_EXCL: through no symbolic link either
+        try:
             write(temporary)
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
+            if not replace:
+                return _link(temporary, path)
             os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):  # its folder may be a file
-            temporary.unlink()
+        finally:
+            temporary.unlink(missing_ok=True)
+    return True
 
 
-def write_json(path, record):
-    """One JSON file: strict (no NaN), whole or not at all."""
+def _link(temporary, path):
+    """Whether the file got this name too, which it does unless there is such a file."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        if path.exists():
+            return False
+        os.replace(temporary, path)
+    return True
+
+
+def write_json(path, record, replace=True):
+    """One JSON file: strict (no NaN), whole or not at all; replace: as of write_atomically."""
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    return write_atomically(path, lambda temporary: temporary.write_text(text), replace)
+
+
+# ------------------------------------------------------------------------------------------------
+# Locks
+# ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(folder, main=True):
+    """A block in which no other process writes to this folder; main: whether this one does.
+
+    Raises ValueError naming the folder while another process is in such a block. The lock ends with
+    its process, however that ends, and holds across NFS. A file system that has no locks is told of
+    and trusted.
+    """
+    if not main:
+        yield
+        return
+    folder = Path(folder)
+    path, made = folder / "lock", [p for p in (folder, *folder.parents) if not p.exists()]
+    # torchrun may start again before an NFS server frees the lock of a lost node, after 90 s.
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    deadline = time.monotonic() + 120 * restarts
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        while (file := _lock(path)) is None and time.monotonic() < deadline:
+            time.sleep(1)
+    if file is None:
+        raise ValueError(
+            f"{folder}: another process is writing there; wait for its end, or give another --out"
+        )
+    try:
+        for left in folder.glob(".*.tmp"):
+            left.unlink()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(file)
+        for place in made:
+            with contextlib.suppress(OSError):  # it holds something
+                place.rmdir()
+
+
+def _lock(path):
+    """The descriptor of a file that this process has locked, None while another one has."""
+    import fcntl  # not for plot.py, which needs no lock
+
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            os.close(file)
+            return None
+        except OSError as error:
+            place, reason = path.parent, error.strerror
+            print(f"{place}: cannot be locked ({reason}); start no second process", file=sys.stderr)
+            return file
+        if os.fstat(file).st_nlink:  # else its holder has just removed it
+            return file
+        os.close(file)

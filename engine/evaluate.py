@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from engine.console import say
+from engine.console import say_once
 from engine.metrics import answers, compute_metrics, loss_sum, refuse_nonfinite
 
 
@@ -47,29 +47,31 @@ def predict(forward, width, stream, num_images, env, normalization):
 MAX_CLASSES, MAX_SCORES = 2000, 2**26
 
 
-def evaluate(model, stream, labels, classes, env, normalization):
+def can_hold(num_images, num_classes):
+    """Whether all scores of a test set may be held together."""
+    return num_classes <= MAX_CLASSES and num_images * num_classes <= MAX_SCORES
+
+
+def evaluate(model, stream, labels, classes, env, normalization, groups=None, keep=None):
     """compute_metrics of a test set; stream: as of `predict`. The model is in eval mode for it.
 
-    Beyond MAX_CLASSES or MAX_SCORES accuracy, top5 and loss are summed by batches on the device;
-    mean_auc, mean_ap and per_class are None then, and a line says so.
+    keep: called with the logits (N,C) float32 on the main rank, where they may be held. Beyond
+    MAX_CLASSES or MAX_SCORES accuracy, top5 and loss are summed by batches on the device; mean_auc,
+    mean_ap, intervals and per_class are None then, and a line says so.
     """
     model.eval()
-    if len(classes) <= MAX_CLASSES and len(labels) * len(classes) <= MAX_SCORES:
+    if can_hold(len(labels), len(classes)):
         logits = predict(model, len(classes), stream, len(labels), env, normalization)
-        metrics = compute_metrics(logits, labels, classes, env)
+        if keep and env.main:
+            keep(logits)
+        metrics = compute_metrics(logits, labels, classes, env, groups)
     else:
-        _say_left_out(len(labels), len(classes), env)
+        text = f"{len(labels):,} images x {len(classes):,} classes, above {MAX_SCORES:,} scores"
+        text = f"AUC and average precision are left out: {text} or {MAX_CLASSES:,} classes"
+        say_once(env, text)
         metrics = _sum_by_batches(model, stream, labels, len(classes), env, normalization)
     model.train()
     return metrics
-
-
-@functools.lru_cache  # once
-def _say_left_out(num_images, num_classes, env):
-    text = (
-        f"AUC and average precision are left out: {num_images:,} images x {num_classes:,} classes"
-    )
-    say(env, f"{text}, above {MAX_SCORES:,} scores or {MAX_CLASSES:,} classes")
 
 
 @torch.inference_mode()
@@ -98,5 +100,6 @@ def _sum_by_batches(model, stream, labels, num_classes, env, normalization):
         "mean_auc": None,
         "mean_ap": None,
         "loss": loss / count,
+        "intervals": None,
         "per_class": None,
     }

@@ -1,5 +1,6 @@
 """Many cells in one command: what a cell is, which process runs which, what failed."""
 
+import argparse
 import collections
 import contextlib
 import datetime
@@ -18,9 +19,12 @@ from tqdm import tqdm
 
 from engine import console
 from engine.checkpoint import load_checkpoint, read_result
+from engine.evaluate import can_hold
 from engine.memory import flops_per_second
 from engine.metrics import Diverged
+from engine.outputs import ENDINGS
 from engine.processes import Stopped, environment
+from engine.weights import PUBLISHED, find_published
 
 # A process whose share of the cells is done may wait long for the last ones of the others.
 PATIENCE = datetime.timedelta(days=30)
@@ -29,7 +33,8 @@ PATIENCE = datetime.timedelta(days=30)
 class Network(NamedTuple):
     """A network to transfer. name: SOURCE-MODEL. path: of its weights, None for scratch; digest: of
     that file. domain, images: of its source; None where unknown. steps: of fine-tuning, in place of
-    the recipe's. sample: projected features of the source (distance.project), or None.
+    the recipe's. sample: projected features of the source (distance.project), or None. classes,
+    task, image_size: of its training, None where the file does not say.
     """
 
     name: str
@@ -42,10 +47,14 @@ class Network(NamedTuple):
     normalization: tuple | None = None
     sample: torch.Tensor | None = None
     steps: int | None = None
+    classes: tuple | None = None
+    task: str | None = None
+    image_size: int | None = None
 
 
-def open_networks(args, open_network):
-    """The networks that --checkpoint names: run folders, weight files, "scratch".
+def open_networks(args, open_network, env=None):
+    """The networks that --checkpoint names: run folders, weight files, those of weights.PUBLISHED,
+    "scratch", "statistics".
 
     None named: every finished run below runs/, and scratch (which has no features to classify).
     open_network: (path, args) -> Network; every file is opened, so that a wrong one is refused
@@ -53,7 +62,7 @@ def open_networks(args, open_network):
     """
     frozen, checkpoints = args.method != "finetune", args.checkpoint
     if not checkpoints:
-        checkpoints = sorted(str(path.parent) for path in Path("runs").glob("*/model.pt"))
+        checkpoints = sorted(str(path.parent) for path in Path("runs").glob("[!.]*/model.pt"))
         if not checkpoints:
             raise FileNotFoundError(
                 "no pre-trained network in runs/; run pretrain.py first, or give --checkpoint"
@@ -63,7 +72,20 @@ def open_networks(args, open_network):
         raise ValueError(f"--method {args.method}: scratch has no features; leave it out")
     if args.scratch_steps and "scratch" not in checkpoints:
         raise ValueError("--scratch-steps: name scratch among --checkpoint too")
-    networks = [open_network(path, args) for path in checkpoints if path != "scratch"]
+    if not frozen and "statistics" in checkpoints:
+        raise ValueError("--checkpoint statistics: nothing to fine-tune; add --method linear")
+    files = [path for path in checkpoints if path not in ("scratch", "statistics")]
+    networks = []
+    for path in files:
+        if str(path).startswith(("bit:", "study:")):
+            file, known = find_published(path, args, env), PUBLISHED[path]
+            about = {"source": known.source, "model": known.model}
+            networks.append(open_network(file, argparse.Namespace(**vars(args) | about)))
+        else:
+            networks.append(open_network(path, args))
+    if "statistics" in checkpoints:  # of pixels from 0 to 1
+        unchanged = (0.0,) * 3, (1.0,) * 3
+        networks.append(Network(*["statistics"] * 3, normalization=unchanged))
     if "scratch" in checkpoints:
         found = sorted({network.model for network in networks}) or ["R14x0.5"]
         for model in [args.model] if args.model else found:
@@ -77,9 +99,10 @@ def open_networks(args, open_network):
 class Cell(NamedTuple):
     """One run: which network, to which target, on how many shots (None: all images).
 
-    target: has name, train_set, test_set and distances. indices: its training images among the
-    target's, sorted (M,) int64. settings: of the method. flops: of an image's forward pass. out:
-    folder of all results; folder: of the target's below it.
+    target: has name, train_set, test_set, data (digests) and distances. indices: its training
+    images among the target's, sorted (M,) int64. settings: of the method. flops: of an image's
+    forward pass. out: folder of all results; folder: of the target's below it. save: keys of
+    outputs.ENDINGS.
     """
 
     network: Network
@@ -92,6 +115,7 @@ class Cell(NamedTuple):
     flops: int
     out: str
     folder: str
+    save: tuple = ()
 
     @property
     def path(self):
@@ -99,6 +123,11 @@ class Cell(NamedTuple):
         shots = f"{self.shots}shot" if self.shots else "full"
         ending = ".json" if self.method == "finetune" else f"-{self.method}.json"
         return Path(self.out, self.folder, self.network.name, f"{shots}-seed{self.seed}{ending}")
+
+    @property
+    def files(self):
+        """{key of outputs.ENDINGS: path of that file beside the result}"""
+        return {what: self.path.with_suffix(ENDINGS[what]) for what in self.save}
 
     @property
     def config(self):
@@ -109,6 +138,7 @@ class Cell(NamedTuple):
             "model": self.network.model,
             "target": self.target.name,
             "target_options": self.target.train_set.options,
+            "data": self.target.data,
             "shots": self.shots,
             "seed": self.seed,
             "images": len(self.indices),
@@ -124,6 +154,8 @@ class Cell(NamedTuple):
 
     @property
     def kind(self):
+        if self.method == "features":
+            return "features"
         kind = "fewshot" if self.shots else "transfer"
         return f"{kind}-validation" if self.target.train_set.options.get("validation") else kind
 
@@ -134,15 +166,16 @@ class Cell(NamedTuple):
         return self.path.with_suffix(".checkpoint.pt") if kept else None
 
     def __str__(self):
-        shots = f"{self.shots} shots" if self.shots else "all images"
+        shots = console.counted(self.shots, "shot") if self.shots else "all images"
         return f"{self.target.name} from {self.network.name}, {shots}, seed {self.seed}"
 
 
 def unfinished(cells, out, env):
     """(the cells without a result, {path: main metric} of the others), alike on all processes.
 
-    Raises OSError where results cannot be written, ValueError for two cells of one path, a file
-    made with other settings, and processes that find different results.
+    A cell that lacks a file of --save is run again. Raises OSError where results cannot be written,
+    ValueError for two cells of one path, a file made with other settings, predictions that are too
+    many to be held, and processes that find different results.
     """
     for path, times in collections.Counter(cell.path for cell in cells).items():
         if times > 1:
@@ -150,17 +183,22 @@ def unfinished(cells, out, env):
                 f"two checkpoints or targets would write {path}; run them apart, one with another "
                 "--out"
             )
-    there = next(path for path in (Path(out), *Path(out).parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise OSError(f"--out {out}: {there} is no directory that can be written; give another")
     todo, results = [], {}
     for cell in cells:
+        test_set = cell.target.test_set
+        held = "predictions" in cell.save or cell.method == "eval"
+        if held and not can_hold(len(test_set), len(test_set.classes)):
+            raise ValueError(f"{cell.target.name}: too many scores for --save or --eval-only")
         record = read_result(cell.path, cell.kind, cell.config)
-        if record:
+        missing = [path for path in cell.files.values() if not path.exists()]
+        if record and missing:
+            console.say(env, f"{cell.path}: run again, as there is no {missing[0].name}")
+        elif record:
             results[str(cell.path)] = record["metrics"].get(cell.metric)
-        else:
+        if not record or missing:
             load_checkpoint(cell.checkpoint, cell.config)
             todo.append(cell)
+    console.refuse_unwritable("--out", *(cell.path for cell in todo))
     if env.ranks > 1:
         lists = [None] * env.ranks
         dist.all_gather_object(lists, [str(cell.path) for cell in todo])
@@ -169,12 +207,17 @@ def unfinished(cells, out, env):
                 f"--out {out}: the processes find different results there; name a folder that all "
                 "nodes share"
             )
-    console.say(env, f"{len(cells)} cells, {len(cells) - len(todo)} finished already")
+    console.say(
+        env, f"{console.counted(len(cells), 'cell')}, {len(cells) - len(todo)} finished already"
+    )
     return todo, results
 
 
 def write_result(cell, metrics, train, workers, env):
-    """Writes the result of a cell, on the main rank; train: what it says of the training."""
+    """Writes the result of a cell, on the main rank; train: what it says of the training.
+
+    Raises ValueError where another process has meanwhile put one there that was made otherwise.
+    """
     network, target = cell.network, cell.target
     record = {
         "schema": 1,
@@ -197,7 +240,8 @@ def write_result(cell, metrics, train, workers, env):
         "environment": environment(env),
     }
     if env.main:
-        console.write_json(cell.path, record)
+        if not console.write_json(cell.path, record, replace=False):
+            read_result(cell.path, cell.kind, cell.config)
         if cell.checkpoint:
             cell.checkpoint.unlink(missing_ok=True)
 
@@ -276,7 +320,7 @@ class Grid:
 
     def done(self, cell, metrics):
         """A cell has its result; where cells are shared out, a line says so and what is left."""
-        value = self.results[str(cell.path)] = metrics[cell.metric]
+        value = self.results[str(cell.path)] = metrics.get(cell.metric)
         if self.together:
             return
         seconds, self.ended = time.monotonic() - self.ended, time.monotonic()
@@ -306,7 +350,8 @@ class Grid:
             return 0
         report(cells, self.results)
         if self.failures:
-            print(f"{len(self.failures)} cells failed; the same command tries them again:")
+            failed = console.counted(len(self.failures), "cell")
+            print(f"{failed} failed; the same command tries again:")
             for path, reason in self.failures.items():
                 print(f"{path}: {reason}")
         return int(bool(self.failures))
@@ -376,7 +421,7 @@ def report(cells, results):
     columns, values = [], {}
     for cell in cells:
         if str(cell.path) in results:
-            column = f"{cell.shots} shots" if cell.shots else "full"
+            column = console.counted(cell.shots, "shot") if cell.shots else "full"
             columns += [] if column in columns else [column]
             metric = cell.metric + " (validation)" * cell.kind.endswith("-validation")
             row = cell.target.name, cell.network.name, metric

@@ -79,9 +79,10 @@ class Log:
             dist.all_reduce(self.bad, dist.ReduceOp.MIN)
         step = float(self.bad)
         if math.isfinite(step):
+            fp32 = ", or give --precision fp32," if self.env.precision == "bf16" else ""
             raise Diverged(
                 f"loss or gradient is not finite at step {step - 1:.0f}, learning rate "
-                f"{self.rates[int(step)]:g}; lower --lr and give another --out (the last "
+                f"{self.rates[int(step)]:g}; lower --lr{fp32} and give another --out (the last "
                 "checkpoint is from before)"
             )
 
@@ -120,7 +121,7 @@ class Log:
 
     def evaluation(self, step, metrics):
         """A line of test metrics; the clock of the readings starts anew."""
-        shown = {k: v for k, v in metrics.items() if k != "per_class" and v is not None}
+        shown = {k: v for k, v in metrics.items() if isinstance(v, float)}
         self._append({"step": step, "test": shown})
         if self.title:
             values = "  ".join(f"{key} {value:.4f}" for key, value in shown.items())
@@ -142,14 +143,14 @@ def trim_log(env, path, step):
     if not (env.main and path.exists()):
         return
     kept = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), 1):
         if not line.endswith("\n"):
             continue  # cut by a kill
         try:
             record = json.loads(line)
             if record["step"] < step + ("loss" in record):  # the evaluation is made again
                 kept.append(line)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: damaged; remove that line") from error
     write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
 

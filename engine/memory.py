@@ -10,7 +10,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from engine.console import say
+from engine.console import print_table, say
 
 # Makers' figures for dense bf16 products; the first name that the device's own name holds counts.
 # TF32 is half of them (on none of these is it otherwise).
@@ -236,3 +236,23 @@ def flops_per_second(model, batch, image_size, flops, env):
         float(next(model.parameters()).detach().flatten()[0])  # waits for the device
         best = min(best, time.perf_counter() - began)
     return 3 * batch * flops / best
+
+
+def print_estimate(model, config, steps, parts, flops, env):
+    """Prints the numbers of a training, and by steps that are tried its memory and time, without
+    reading images and evaluations.
+
+    config: of them batch_size and image_size. parts: in which a rank computes its share of a batch.
+    flops: of one image's forward pass.
+    """
+    share = math.ceil(config["batch_size"] / env.ranks / parts)
+    reset_peak_memory(env.device)
+    speed = flops_per_second(model.train(), share, config["image_size"], flops, env)
+    momentum = sum(4 * p.numel() for p in model.parameters())
+    images = env.ranks * speed / (3 * flops)
+    rows = [*config.items(), ("steps", steps)]
+    rows.append(("GB of memory a process", f"{(peak_memory(env.device) + momentum) / 1e9:.1f}"))
+    rows.append(("images/s", f"{images:.0f}"))
+    rows.append(("hours", f"{steps * config['batch_size'] / images / 3600:.2f}"))
+    if env.main:
+        print_table([(key, "" if value is None else value) for key, value in rows], ["", "value"])

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from engine.intervals import auc_influence, auc_interval, unit_numbers, wilson
+
 CHUNK = 4096  # images whose scores are computed in 64 bits at a time
 
 
@@ -57,14 +59,16 @@ def average_precision(scores, targets):
     return float((precision * gained).sum())
 
 
-def compute_metrics(logits, labels, classes, env=None):
+def compute_metrics(logits, labels, classes, env=None, groups=None):
     """Metrics of a whole test set as fractions; what is undefined is None.
 
     logits: (N,C). labels: (N,) int64 for multi-class, (N,C) in {0,1,nan} for multi-label. env: of
-    processes.Env; its ranks, which all have the same logits, share out the classes.
+    processes.Env; its ranks, which all have the same logits, share out the classes. groups: (N,)
+    patients of the images, or None.
     accuracy: share of right answers (multi-label: of right yes/no answers over all valid labels,
     at probability 0.5). mean_auc, mean_ap: means over the classes for which they are defined, one
-    against the rest. loss: mean over valid labels. Raises Diverged for non-finite logits.
+    against the rest. loss: mean over valid labels. intervals, auc_interval: of 95 % over images, or
+    over patients. Raises Diverged for non-finite logits.
     """
     logits = torch.as_tensor(logits).cpu()
     labels = torch.as_tensor(np.array(labels))  # a copy: those of a pack cannot be written
@@ -80,25 +84,40 @@ def compute_metrics(logits, labels, classes, env=None):
         chunk = chunk.softmax(1) if task == "multiclass" else chunk
         scores[:, start : start + CHUNK] = chunk[:, mine.start :: ranks].T
     predicted = logits.argmax(1) if task == "multiclass" else None
-    found = {}
+    found, units, influences = {}, unit_numbers(groups, len(logits)), np.zeros(len(logits))
     for c, row in zip(mine, scores):
         if task == "multiclass":
-            found[c] = _class_metrics(row, (predicted == c).numpy(), (labels == c).numpy())
+            valid, truth, answer = slice(None), (labels == c).numpy(), (predicted == c).numpy()
         else:
             valid = ~labels[:, c].isnan().numpy()
             truth, answer = labels[:, c].numpy()[valid] == 1, logits[:, c].numpy()[valid] > 0
-            found[c] = _class_metrics(row[valid], answer, truth)
+        found[c] = _class_metrics(row[valid], answer, truth)
+        influence = auc_influence(row[valid], truth, units[valid])
+        influences[valid] += influence
+        found[c]["auc_interval"] = auc_interval(found[c]["auc"], influence, units[valid])
     if ranks > 1:
         parts = [None] * ranks
-        dist.all_gather_object(parts, found)
-        found = {c: values for part in parts for c, values in part.items()}
+        dist.all_gather_object(parts, (found, influences))
+        found = {c: values for part, _ in parts for c, values in part.items()}
+        influences = sum(part for _, part in parts)
+    if task == "multiclass":
+        correct, counted = (predicted == labels).numpy(), np.ones(len(labels))
+    else:
+        counted = (~labels.isnan()).sum(1).numpy()
+        correct = (((logits > 0) == (labels == 1)) & ~labels.isnan()).sum(1).numpy()
     per_class = {name: found[c] for c, name in enumerate(classes)}
+    aucs = [m["auc"] for m in per_class.values() if m["auc"] is not None]
+    influences /= max(len(aucs), 1)
     return {
         "accuracy": int(right) / count if count else math.nan,
         "top5": int(in_top5) / count if in_top5 is not None else None,
-        "mean_auc": _mean([m["auc"] for m in per_class.values()]),
+        "mean_auc": _mean(aucs),
         "mean_ap": _mean([m["ap"] for m in per_class.values()]),
         "loss": float(loss_sum(logits, labels, task)) / count,
+        "intervals": {
+            "accuracy": wilson(correct, counted, units),
+            "mean_auc": auc_interval(_mean(aucs), influences, units),
+        },
         "per_class": per_class,
     }
 
@@ -106,7 +125,9 @@ def compute_metrics(logits, labels, classes, env=None):
 def refuse_nonfinite(finite):
     """Raises Diverged unless all outputs of the network are finite."""
     if not finite:
-        raise Diverged("the network's outputs are not finite; a smaller --lr may mend it")
+        raise Diverged(
+            "the network's outputs are not finite; a smaller --lr or --precision fp32 may mend it"
+        )
 
 
 def answers(logits, labels):

@@ -42,6 +42,8 @@ class SGD_AGC(torch.optim.SGD):
         # The fused kernel reads memory in order: the momentum takes its parameter's memory format.
         for p, state in self.state.items():
             if state.get("momentum_buffer") is not None:
+                if state["momentum_buffer"].shape != p.shape:
+                    raise ValueError(f"momentum {tuple(state['momentum_buffer'].shape)}")
                 state["momentum_buffer"] = torch.empty_like(p).copy_(state["momentum_buffer"])
 
     @torch.no_grad()

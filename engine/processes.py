@@ -18,22 +18,29 @@ import torch
 import torch.distributed as dist
 import torchvision
 
-from engine.console import EXIT_BAD_INPUT, EXIT_STOPPED, complain
+from engine.console import EXIT_BAD_INPUT, EXIT_STOPPED, Stopped, exit_status, say_once
 
 BEGAN = time.monotonic()
 
 
 def run_script(main):
-    """Calls main() and exits with its status; bad input becomes one line and status 2."""
-    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line when it is said
-    try:
-        status = main()
-    except (ValueError, OSError) as error:
-        status = complain(error)
-    except Stopped as stop:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{stop}; the same command continues", file=sys.stderr)
-        status = stop.status
+    """Calls main() and exits with its status, as console.exit_status says; of several processes the
+    one that met an error says it, and not those that it leaves waiting.
+    """
+
+    def said_once():
+        try:
+            return main()
+        except (Exception, KeyboardInterrupt) as error:
+            lost = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+            if lost or isinstance(error, (Stopped, KeyboardInterrupt)):
+                if _said(False):
+                    return EXIT_BAD_INPUT
+            else:
+                _said(True)
+            raise
+
+    status = exit_status(said_once)
     if dist.is_initialized():
         if status == EXIT_BAD_INPUT and torch.cuda.is_available():
             # What one rank met leaves the others waiting: destroying the group would wait for them
@@ -42,6 +49,16 @@ def run_script(main):
             os._exit(status)
         dist.destroy_process_group()
     sys.exit(status)
+
+
+def _said(now):
+    """Whether a process has said its error: from now on, or before."""
+    with contextlib.suppress(Exception):  # the store may have ended with its process
+        store = dist.distributed_c10d._get_default_store()
+        if now:
+            store.set("said", "")
+        return store.check(["said"])
+    return False
 
 
 # ------------------------------------------------------------------------------------------------
@@ -70,6 +87,22 @@ class Env(NamedTuple):
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
+    def training_precision(self, args, size):
+        """That of a training on images of size x size pixels with these options.
+
+        Raises ValueError for --compile and bf16 where PyTorch 2.14 computes it wrongly on CPUs: the
+        weight gradient of a 3x3 convolution of stride 2 from 1x1 pixels, to which four halvings
+        bring 16, reads memory that was never written (engine/convolution.py does not).
+        """
+        cpu = self.device.type == "cpu" and self.precision == "bf16"
+        if not (cpu and args.compile and size <= 16):
+            return self.precision
+        wrong = f"--compile: PyTorch's bf16 gradients on CPUs are wrong for images of {size} pixels"
+        if args.precision == "bf16":
+            raise ValueError(f"{wrong}; give --precision fp32, or leave it out")
+        say_once(self, f"{wrong}: in fp32")
+        return "fp32"
+
     def computing(self, precision):
         """The same process, which computes in that precision from now on."""
         # PyTorch's own default for convolutions is TF32.
@@ -79,11 +112,24 @@ class Env(NamedTuple):
         return self._replace(precision=precision)
 
 
+# What tells a process that others were started beside it: srun alone sets the first, where
+# SLURM_NTASKS is of the whole allocation (srun(1), output environment variables).
+TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
 def setup(precision="auto", timeout=None):
     """Joins the other processes of torchrun, if any, and chooses device and precision.
 
-    timeout: timedelta that one process waits for another (default: PyTorch's).
+    timeout: timedelta that one process waits for another (default: PyTorch's). Raises ValueError
+    where processes could not join each other.
     """
+    for name in TASKS:
+        count = os.environ.get(name, "")
+        if count not in ("", "0", "1") and "WORLD_SIZE" not in os.environ:
+            raise ValueError(
+                f"{name}={count}: {count} processes were started that do not know each other; "
+                "start one a node, of torchrun, or set WORLD_SIZE=1 for runs of their own"
+            )
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -138,17 +184,6 @@ def environment(env):
         "world_size": env.ranks,
         "commit": commit or None,
     }
-
-
-class Stopped(Exception):
-    """The run was asked to stop; its state is saved. status: of the process."""
-
-    def __init__(self, message, status=EXIT_STOPPED):
-        super().__init__(message, status)
-        self.message, self.status = message, status
-
-    def __str__(self):
-        return self.message
 
 
 class StopSignal:

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import io
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,9 @@ from PIL import Image, UnidentifiedImageError
 
 MODES = {"natural": "RGB", "medical": "L"}  # of read_image, by domain
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+
+# Of damaged EXIF, which says nothing of the pixels, Pillow warns without the file's name.
+warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")
 
 
 def read_image(file, mode, size=None, name=None):
@@ -73,6 +77,10 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def __post_init__(self):
         self.classes = tuple(self.classes)
+        least, most = (f.reduce(self.labels, None, initial=0) for f in (np.fmin, np.fmax))
+        bound = 1 if self.task == "multilabel" else len(self.classes) - 1
+        if least < 0 or most > bound:
+            raise ValueError(f"{self.name}: a label is {least if least < 0 else most}")
 
     def __len__(self):
         return len(self.labels)
@@ -144,7 +152,8 @@ def own_domain(domain):
     return MODES[domain], {"domain": domain} if domain == "medical" else {}
 
 
-# Readers: (i, size) -> uint8 (C,H,W), and .where(i) -> str. They hold arrays, no object an image.
+# Readers: (i, size) -> uint8 (C,H,W), .where(i) -> str, and of files .content(i) -> their bytes.
+# They hold arrays, no object an image.
 
 
 class Files(NamedTuple):
@@ -156,6 +165,9 @@ class Files(NamedTuple):
 
     def __call__(self, i, size=None):
         return read_image(self.where(i), self.mode, size)
+
+    def content(self, i):
+        return Path(self.where(i)).read_bytes()
 
     def where(self, i):
         return os.path.join(self.folder, os.fsdecode(self.names[i]))
@@ -190,9 +202,14 @@ class Members(NamedTuple):
     def __call__(self, i, size=None):
         if self.starts[i] < 0:
             return self.files(i, size)
+        return read_image(self.content(i), self.files.mode, size, self.where(i))
+
+    def content(self, i):
+        if self.starts[i] < 0:
+            return self.files.content(i)
         with open(self._archive(i), "rb") as file:
             file.seek(self.starts[i])
-            return read_image(file.read(self.sizes[i]), self.files.mode, size, self.where(i))
+            return file.read(self.sizes[i])
 
     def _archive(self, i):
         return os.path.join(self.files.folder, f"{self.classes[self.labels[i]]}.tar")
@@ -209,16 +226,16 @@ class Joined(NamedTuple):
     readers: list
     ends: np.ndarray
 
-    def _find(self, i):
+    def find(self, i):
         r = int(np.searchsorted(self.ends, i, side="right"))
         return self.readers[r], i - (self.ends[r - 1] if r else 0)
 
     def __call__(self, i, size=None):
-        reader, i = self._find(i)
+        reader, i = self.find(i)
         return reader(i, size)
 
     def where(self, i):
-        reader, i = self._find(i)
+        reader, i = self.find(i)
         return reader.where(i)
 
 

@@ -3,13 +3,12 @@
 import collections
 import contextlib
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from engine.console import print_table, write_json
+from engine.console import print_table, refuse_unwritable, write_json
 from readers.labels import images_by_class
 from readers.transforms import resize_square
 from readers.workers import each_image
@@ -20,9 +19,9 @@ def info(name, sets, sheet=None):
 
     sheet: a PNG file, for a contact sheet of the training images.
     """
-    _refuse_unwritable("--sheet", sheet)
     if sheet and Path(sheet).suffix.lower() != ".png":
         raise ValueError(f"--sheet {sheet}: must end in .png")
+    refuse_unwritable("--sheet", sheet)
     train = sets["train"]
     multilabel = train.task == "multilabel"
     print(f"{name}: {train.domain}, {train.task}, {len(train.classes)} classes")
@@ -51,6 +50,7 @@ def info(name, sets, sheet=None):
         shown = ", ".join(f"{w} x {h} x {c} ({n})" for (c, h, w), n in sizes.most_common(8))
         print(f"{split} images, of {len(sample)}: width x height x channels {shown}")
     if sheet:
+        Path(sheet).parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(train).save(sheet)
         print(f"wrote {sheet}")
 
@@ -77,11 +77,13 @@ def check(name, sets, report=None, workers=None):
     sets: {split: ImageDataset}. report: a JSON file for all that was found, of which 20 lines of a
     kind are printed. workers: processes (default: one a core).
     """
-    _refuse_unwritable("--report", report)
+    refuse_unwritable("--report", report)
     found = {"missing": [], "broken": [], "duplicated": [], "in train and test": []}
     prints, firsts = {}, {}  # by split: each fingerprint once, and the first image that has it
+    dark = []
     for split, dataset in sets.items():
         every, good = np.zeros(len(dataset), np.uint64), np.ones(len(dataset), bool)
+        brightest = np.zeros(len(dataset), np.uint8)
         results = each_image(dataset, _fingerprint, split, workers)
         with contextlib.closing(results):  # the bar ends above any message
             for i, result in enumerate(results):
@@ -90,8 +92,10 @@ def check(name, sets, report=None, workers=None):
                     kind = "missing" if isinstance(result, FileNotFoundError) else "broken"
                     found[kind].append(f"{split}: {result}")
                 else:
-                    every[i] = result
+                    every[i], brightest[i] = result
         places = np.flatnonzero(good)
+        if len(places) and np.median(brightest[places]) <= 16:
+            dark.append(f"{split}: half of the images have no pixel above 16 of 255")
         prints[split], first, inverse = np.unique(
             every[places], return_index=True, return_inverse=True
         )
@@ -105,6 +109,8 @@ def check(name, sets, report=None, workers=None):
     for i, j in zip(firsts["train"][a], firsts["test"][b]):
         found["in train and test"].append(f"{train.where(i)} is the same as {test.where(j)}")
 
+    if dark:  # 4095 of 65535 is 16 of 255
+        print(*dark, sep="; ", end=": 12-bit values in 16-bit files? multiply them by 16\n")
     for kind, lines in found.items():
         for line in lines[:20]:
             print(f"{kind}: {line}")
@@ -115,20 +121,14 @@ def check(name, sets, report=None, workers=None):
     if report:
         images = {split: len(dataset) for split, dataset in sets.items()}
         write_json(report, {"name": name, "images": images, **found})
-    return int(any(found.values()))
+    return int(any(found.values()) or bool(dark))
 
 
 def _fingerprint(dataset, i):
-    """64 bits of the pixels' hash: of 14 million images, two alike by chance in 5e-6 of cases."""
+    """64 bits of the pixels' hash (of 14 million images, two alike by chance in 5e-6 of cases), and
+    the brightest pixel.
+    """
     pixels = dataset.read(i).contiguous().numpy()
     content = hashlib.blake2b(str(pixels.shape).encode(), digest_size=8)
     content.update(pixels)
-    return int.from_bytes(content.digest(), "little")
-
-
-def _refuse_unwritable(option, path):
-    """Raises ValueError before the work whose outcome shall go there; None is no path."""
-    if path:
-        folder = Path(path).parent
-        if Path(path).is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
-            raise ValueError(f"{option} {path}: not a file in a directory that can be written")
+    return int.from_bytes(content.digest(), "little"), pixels.max()

@@ -70,3 +70,24 @@ def keep_single_label(dataset):
         options=dataset.options | {"single_label": True},
         dropped=dataset.dropped | {"not exactly one positive label": int((~kept).sum())},
     )
+
+
+def shared_classes(name, classes, task, dataset):
+    """The classes that a network's head and a dataset share, by name: [str], in the latter's order.
+
+    Of a multi-label dataset those that the network knows, of a multi-class one all. Raises
+    ValueError naming the network for a head that does not fit.
+    """
+    if classes is None:
+        raise ValueError(
+            f"{name}: its file does not name its classes, so that it cannot be evaluated as it is; "
+            "only one that pretrain.py or --save model wrote can"
+        )
+    if task != dataset.task:
+        mend = "--single-label or --no-single-label changes a target"
+        raise ValueError(f"{name} is {task}, {dataset.name} {dataset.task}; {mend}")
+    shared = [label for label in dataset.classes if label in classes]
+    if not shared or (task == "multiclass" and len(shared) < len(dataset.classes)):
+        unknown = next(label for label in dataset.classes if label not in classes)
+        raise ValueError(f"{name} cannot be evaluated on {dataset.name}: it knows no {unknown!r}")
+    return shared

@@ -6,12 +6,12 @@ SPLIT.{offsets,shapes,crc32,labels,names,groups}.npy their index.
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import io
 import json
 import os
+import shlex
 import shutil
 import textwrap
 import zlib
@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from engine.console import write_json
+from engine.console import locked, write_json
+from readers.digest import data_digest
 from readers.images import MODES, ImageDataset, read_image
 from readers.names import pack_folder, pack_of, without_place
 from readers.transforms import resize_shorter, xray_square
@@ -44,17 +45,27 @@ class Packed(NamedTuple):
     made: int  # when, in ns: a pack made anew in its place is another
 
     def __call__(self, i, size=None):
-        pack = _mapped_pack(self.folder, self.split, self.made)
-        content = pack["images"][pack["offsets"][i] : pack["offsets"][i + 1]]
+        content, pack = self.content(i), self._arrays
         if zlib.crc32(content) != pack["crc32"][i]:
             raise ValueError(f"{self.where(i)}: damaged; remove {self.folder} and pack it again")
         if self.codec == "jpeg":
             return read_image(content.tobytes(), self.mode, size, self.where(i))
         return torch.from_numpy(content.copy()).view(*pack["shapes"][i].tolist())
 
+    @property
+    def _arrays(self):
+        return _mapped_pack(self.folder, self.split, self.made)
+
+    @property
+    def names(self):
+        return self._arrays["names"]
+
+    def content(self, i):
+        pack = self._arrays
+        return pack["images"][pack["offsets"][i] : pack["offsets"][i + 1]]
+
     def where(self, i):
-        name = _mapped_pack(self.folder, self.split, self.made)["names"][i]
-        return f"{self.name} {self.split} image {i} ({os.fsdecode(name)})"
+        return f"{self.name} {self.split} image {i} ({os.fsdecode(self.names[i])})"
 
 
 @functools.lru_cache(maxsize=64)
@@ -104,8 +115,8 @@ def _read_facts(folder, original, size):
     path, again = folder / "pack.json", f"remove {folder} and pack it again"
     if not path.exists():
         raise FileNotFoundError(
-            f"{folder}: no whole pack; `python data.py pack {original} --size {size}` makes or "
-            "finishes it"
+            f"{folder}: no whole pack; `python data.py pack {shlex.quote(original)} --size {size}` "
+            "makes or finishes it"
         )
     try:
         facts = json.loads(path.read_text())
@@ -150,12 +161,7 @@ def pack(name, sets, size, target, codec="raw", quality=90, workers=None):
             raise ValueError(f"{target}: holds no pack.json, so it is no pack; remove it")
         return _refuse_other_facts(target, _read_facts(target, name, size), facts)
     part = target.with_name(target.name + ".part")
-    part.mkdir(parents=True, exist_ok=True)
-    with open(part / "lock", "w") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise ValueError(f"{part}: another process is packing it") from error
+    with locked(part):
         try:
             _fill(part, sets, facts, workers)
         except OSError as error:
@@ -164,7 +170,7 @@ def pack(name, sets, size, target, codec="raw", quality=90, workers=None):
             raise OSError(
                 f"{part}: cannot be written ({error}); free space and run the same command again"
             ) from error
-        part.rename(target)
+    part.rename(target)
 
 
 def _facts(name, sets, size, codec, quality):
@@ -187,6 +193,7 @@ def _facts(name, sets, size, codec, quality):
         "options": train.options,
         "dropped": {split: dataset.dropped for split, dataset in sets.items()},
         "images": {split: len(dataset) for split, dataset in sets.items()},
+        **data_digest(**sets),
         "index": digest.hexdigest(),
     }
     return json.loads(json.dumps(facts))  # as they are read back
@@ -199,8 +206,9 @@ def _names(dataset):
 
 
 def _refuse_other_facts(place, theirs, ours):
+    """Raises ValueError for a fact that was another; an older pack may lack those of the data."""
     for key, value in ours.items():
-        if theirs.get(key) != value:
+        if theirs.get(key, value) != value:
             was, now = (textwrap.shorten(str(fact), 100) for fact in (theirs.get(key), value))
             raise ValueError(
                 f"{place} was packed from another {key} ({was}, now {now}); remove it, or give "
@@ -230,7 +238,7 @@ def _fill(part, sets, facts, workers):
             files |= _write_index(part, split, dataset)
         facts = facts | {"files": files}
         write_json(whole, facts | {"crc32": _crc32_of(facts)})
-    for name in ("train.journal", "test.journal", "begun.json", "lock"):
+    for name in ("train.journal", "test.journal", "begun.json"):
         (part / name).unlink(missing_ok=True)
 
 
@@ -252,7 +260,7 @@ def _encode(facts, dataset, i):
 
 def _refuse_small_disk(part, sets, encode):
     """Raises OSError when the disk cannot hold the pack, judged by a sample of its images."""
-    needed = -sum(file.stat().st_size for file in part.iterdir())  # what is written already
+    needed = -sum(file.stat().st_size for file in part.glob("*.images"))  # what is there already
     for dataset in sets.values():
         sample = np.unique(np.linspace(0, len(dataset) - 1, 32).astype(int))
         sizes = [len(encode(dataset, i)[0]) for i in sample]

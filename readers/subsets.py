@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from engine.console import counted
 from readers.labels import images_by_class
 
 
@@ -36,7 +37,9 @@ def few_shot_indices(labels, shots, seed, classes=None):
     for cls, count in enumerate(counts):
         if 0 < count < shots:
             label = classes[cls] if classes else cls
-            raise ValueError(f"--shots {shots}: class {label} has only {count} training images")
+            raise ValueError(
+                f"--shots {shots}: class {label} has only {counted(count, 'training image')}"
+            )
     order = generator(seed, Stream.SHOTS).permutation(len(labels))
     if labels.ndim == 1:
         places, starts, _ = by_class(labels[order])

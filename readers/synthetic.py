@@ -2,7 +2,7 @@
 
 The natural-like world shows a coloured, textured object over clutter; its class is the pair texture
 x shape. The X-ray-like world shows a grey chest phantom with findings. Each world has a source, for
-pre-training, and a target, for transfer, whose classes the source never shows.
+pre-training, and four targets, for transfer, whose classes neither the source nor another shows.
 
 The knob `gap` moves a dataset from its own world (0) to the look of the other (1), pixels in a
 straight line: an object's clutter turns into a chest phantom and its surface grey, the chest around
@@ -10,9 +10,6 @@ a finding turns into coloured clutter. What bears the label stays at full streng
 
 An image is a pure function of (name, split, seed, index, size, gap): the key and counter of Philox
 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") name it.
-
-Geometry is in unit coordinates, x to the right and y downwards, the image spanning [-1, 1] in both.
-Shapes are signed distances, negative inside, softened over a pixel: every size shows one scene.
 """
 
 import functools
@@ -24,291 +21,44 @@ import torch
 
 from readers.images import ImageDataset
 from readers.names import base_name, gap_of
+from readers.scenes import FINDINGS, SHAPES, TEXTURES, paint_background, paint_chest, paint_object
 
-
-@functools.lru_cache(maxsize=16)
-def grid(size):
-    """Coordinates of the pixel centres, x and y, each (size, size) float32 in (-1, 1)."""
-    centres = ((np.arange(size) + 0.5) * 2 / size - 1).astype(np.float32)
-    return np.tile(centres, (size, 1)), np.tile(centres[:, None], (1, size))
-
-
-@functools.lru_cache(maxsize=16)
-def upsampling(size, cells):
-    """Smooth interpolation from cells knots to size pixels, (size, cells) float32."""
-    place = np.linspace(0, cells - 1, 2 * size + 1)[1::2]
-    hat = np.clip(1 - np.abs(place[:, None] - np.arange(cells)), 0, 1)
-    return (hat * hat * (3 - 2 * hat)).astype(np.float32)
-
-
-def clouds(rng, channels, cells, size):
-    """Value noise with about cells / 2 bumps a side, (channels, size, size) float32 in [0, 1)."""
-    knots = rng.random((channels, cells, cells), dtype=np.float32)
-    weights = upsampling(size, cells)
-    return weights @ knots @ weights.T
-
-
-def turn(x, y, angle):
-    """The coordinates as seen from a frame turned by angle."""
-    cos, sin = float(np.cos(angle)), float(np.sin(angle))
-    return cos * x + sin * y, cos * y - sin * x
-
-
-def inside(distance, soft):
-    """1 inside, 0 outside, a linear ramp of width soft at the edge."""
-    return np.clip(0.5 - distance / soft, 0, 1)
-
-
-def length(x, y):
-    return np.sqrt(x * x + y * y)
-
-
-def box(x, y, half_width, half_height):
-    return np.maximum(np.abs(x) - half_width, np.abs(y) - half_height)
-
-
-def spikes(x, y, count, tilt, reach):
-    """A regular polygon of count sides, reach from its centre; tilted sides make it a star."""
-    wedge = 2 * np.pi / count
-    turns = np.arctan2(x, -y) / wedge
-    angle = np.abs(turns - np.round(turns)) * wedge  # from the axis of the nearest wedge
-    return length(x, y) * np.cos(angle - tilt) - reach
-
-
-def heart(x, y):
-    x = np.abs(x)
-    lobe = length(x - 0.42, y + 0.3) - 0.51
-    point = np.maximum((x + y) * 0.7071 - 0.60, -0.30 - y)
-    return np.minimum(lobe, np.maximum(point, (x - y) * 0.7071 - 0.88))
-
-
-# Signed distances, all of an area of about 2, so that neither brightness nor size tells a class.
-SHAPES = {
-    "disc": lambda x, y: length(x, y) - 0.8,
-    "ring": lambda x, y: np.abs(length(x, y) - 0.75) - 0.23,
-    "triangle": lambda x, y: spikes(x, -y - 0.15, 3, 0, 0.64),
-    "star": lambda x, y: spikes(x, y, 5, 0.88, 0.70),
-    "cross": lambda x, y: np.minimum(box(x, y, 1.0, 0.32), box(x, y, 0.32, 1.0)),
-    "crescent": lambda x, y: np.maximum(length(x, y) - 0.98, 0.65 - length(x - 0.5, y)),
-    "heart": heart,
-    "hourglass": lambda x, y: np.maximum(np.abs(y) - 0.9, (np.abs(x) - np.abs(y)) * 0.7 - 0.12),
-}
-
-# Waves over the object, above 0 on about half of it: both tones cover the same area.
-TEXTURES = {
-    "striped": lambda u, v: np.sin(u),
-    "checked": lambda u, v: np.sin(0.8 * u) * np.sin(0.8 * v) * 1.8,
-    "dotted": lambda u, v: np.cos(u) + np.cos(v) - 0.4,
-    "ringed": lambda u, v: np.sin(length(u, v)),
-    "zigzag": lambda u, v: np.sin(u + 1.3 * np.arcsin(np.sin(0.8 * v))),
-    "spoked": lambda u, v: np.sin(6 * np.arctan2(u, v)) * 1.5,
-    "gridded": lambda u, v: np.maximum(np.sin(u), np.sin(v)) * 1.3 - 0.7,
-}
-
-CENTRED = ("ringed", "spoked")  # on the object; the other textures get a random phase
-
-# The target pairs what the source never pairs; hourglass and gridded are new altogether. Shape and
-# texture are crossed, so that neither alone tells the class.
+# The targets pair what the source never pairs; NEW ones it never shows at all.
+# Shape and texture are crossed, so that neither alone tells the class (in the last, shape does).
 TARGET_OBJECTS = (
     *((t, s) for t in ("striped", "dotted") for s in ("disc", "triangle", "cross", "hourglass")),
     ("gridded", "disc"),
     ("gridded", "cross"),
 )
+NEW = ("gridded", "hourglass", "square", "ell")
 SOURCE_OBJECTS = tuple(
     (texture, shape)
     for texture in TEXTURES
     for shape in SHAPES
-    if texture != "gridded" and shape != "hourglass" and (texture, shape) not in TARGET_OBJECTS
+    if texture not in NEW and shape not in NEW and (texture, shape) not in TARGET_OBJECTS
 )
-
-
-def paint_clutter(x, y, size, soft, rng):
-    """A background of soft colours, bars and faint waves, (3, size, size)."""
-    image = 0.3 + 0.4 * clouds(rng, 3, 4, size)
-    colours = rng.random((3, 3), dtype=np.float32)
-    for colour, u in zip(colours, rng.random((3, 6)).tolist()):
-        px, py = turn(x - 2.4 * u[0] + 1.2, y - 2.4 * u[1] + 1.2, np.pi * u[2])
-        width = 0.06 + 0.16 * u[3]
-        mask = inside(box(px, py, width, width + 0.7 * u[4] ** 2), soft)
-        image += mask * (colour[:, None, None] - image)
-    u = rng.random(4).tolist()
-    image += 0.1 * u[3] * np.sin(turn(x, y, np.pi * u[0])[0] * (4 + 12 * u[1]) + 7 * u[2])
-    return image
-
-
-def shine(image, u, rng):
-    """Light that falls off to one side, and the noise of a camera, in place. u: 3 draws."""
-    image *= turn(*grid(image.shape[-1]), 2 * np.pi * u[0])[0] * (0.35 * u[1]) + (0.75 + 0.5 * u[2])
-    image += 0.03 * rng.standard_normal(image.shape[-2:], dtype=np.float32)
-
-
-def paint_object(texture, shape, size, rng, share=0, phantom=0):
-    """A textured shape over clutter, (3, size, size) float32 in about [0, 1].
-
-    share: how far, 0 to 1, clutter gives way to the phantom (1, size, size) and colour to grey.
-    """
-    x, y = grid(size)
-    soft = 2.5 / size
-    image = paint_clutter(x, y, size, soft, rng)
-    u = rng.random(12).tolist()
-    scale = 0.55 + 0.25 * u[0]
-    px = (x - (1 - scale) * (2 * u[1] - 1)) / scale
-    py = (y - (1 - scale) * (2 * u[2] - 1)) / scale
-    mask = inside(SHAPES[shape](*turn(px, py, 0.7 * (2 * u[3] - 1))), soft / scale)
-    frequency = 7 + 2.5 * u[4]
-    tx, ty = turn(px * frequency, py * frequency, np.pi * u[5])
-    if texture not in CENTRED:
-        tx, ty = tx + 7 * u[6], ty + 7 * u[7]
-    tone = inside(-TEXTURES[texture](tx, ty), soft * frequency / scale)
-    # One tone is dark and one light in all three channels; which is which is chance.
-    dark, light = rng.random((2, 3, 1, 1), dtype=np.float32) * 0.4
-    first, second = (dark, light + 0.6) if u[8] < 0.5 else (light + 0.6, dark)
-    surface = first + tone * (second - first)
-    image += mask * (surface - image)
-    shine(image, u[9:], rng)
-    if share:
-        other = phantom + mask * (image.mean(0) - phantom)
-        image += np.float32(share) * (other - image)
-    return image
-
-
-def paint_background(size, rng):
-    """The natural-like world without an object, (3, size, size) float32 in about [0, 1]."""
-    image = paint_clutter(*grid(size), size, 2.5 / size, rng)
-    shine(image, rng.random(3).tolist(), rng)
-    return image
-
-
-class Chest(NamedTuple):
-    """What a finding sees of the phantom: (size, size) float32 maps in the patient's own frame."""
-
-    x: np.ndarray  # the heart lies mostly at x > 0, as on a frontal radiograph
-    y: np.ndarray
-    cloud: np.ndarray  # smooth noise in [0, 1)
-    soft: float  # width of a sharp edge
-
-
-def either_side(u):
-    return 1 if u < 0.5 else -1
-
-
-def heart_shadow(x, y, width):
-    x = (x - 0.3 * width) / width
-    y = (y - 0.2 - 0.08 * x) / (0.22 + 0.25 * width)
-    return inside(length(x, y) - 1, 0.15)
-
-
-def atelectasis(chest, u):
-    """Plate-like bands across a lower zone."""
-    x = chest.x * either_side(u[0]) - 0.42
-    y = chest.y - 0.02 - 0.2 * u[1] - 0.8 * (u[2] - 0.5) * x
-    return 0.8 * inside(np.abs(y) - 0.045 - 0.02 * u[3], chest.soft) * (x > -0.42)
-
-
-def cardiomegaly(chest, u):
-    """A heart wider than half of the thorax."""
-    return heart_shadow(chest.x, chest.y, 0.46 + 0.1 * u[0])
-
-
-def consolidation(chest, u):
-    """A dense patch with a ragged border in a lobe."""
-    x = chest.x * either_side(u[0]) - 0.36 - 0.14 * u[1]
-    y = chest.y + 0.3 - 0.5 * u[2]
-    edge = length(x, y) - 0.2 - 0.06 * u[3] + 0.3 * (chest.cloud - 0.5)
-    return 0.65 * inside(edge, 0.12)
-
-
-def edema(chest, u):
-    """Perihilar haze in both lungs, the bat wing."""
-    reach = length((np.abs(chest.x) - 0.25) * 1.2, chest.y + 0.05) / (0.4 + 0.1 * u[0])
-    return (0.5 + 0.15 * u[1]) * np.maximum(1 - reach * reach, 0) * (0.5 + chest.cloud)
-
-
-def effusion(chest, u):
-    """Fluid that blunts a base and climbs along the lateral wall, the meniscus."""
-    x = chest.x * either_side(u[0])
-    level = 0.36 - 0.28 * u[1] - 0.9 * np.maximum(x - 0.4, 0)
-    return 0.9 * inside(level - chest.y, 0.08) * (x > 0)
-
-
-def nodule(chest, u):
-    """A round, well-defined spot."""
-    x = chest.x * either_side(u[0]) - 0.33 - 0.2 * u[1]
-    y = chest.y + 0.45 - 0.7 * u[2]
-    return 0.9 * inside(length(x, y) - 0.11 - 0.04 * u[3], chest.soft)
-
-
-def pneumothorax(chest, u):
-    """Air without markings between the thin line of the pleura and the apex and lateral wall."""
-    x = chest.x * either_side(u[0])
-    gap = length((x - 0.32) / 0.75, (chest.y - 0.12) * 0.8) - 0.34 - 0.08 * u[1]
-    line = 0.6 * inside(np.abs(gap) - 0.015, chest.soft)
-    air = 0.4 * inside(-gap, chest.soft)
-    return (line - air) * (x > 0) * inside(chest.y - 0.25, 0.2)
-
-
-def tuberculosis(chest, u):
-    """A thick-walled cavity among patchy infiltrates in an upper zone; the source has none."""
-    x, y = chest.x * either_side(u[0]) - 0.36, chest.y + 0.36
-    rim = length(x - 0.1 * (u[1] - 0.5), y - 0.2 * (u[2] - 0.5)) - 0.12 - 0.05 * u[3]
-    cavity = 0.7 * inside(np.abs(rim) - 0.045, chest.soft)
-    infiltrate = np.maximum(1 - 5 * (x * x + y * y), 0) * chest.cloud
-    hollow = 0.3 * inside(rim + 0.045, chest.soft)
-    return np.minimum(np.maximum(cavity, 1.1 * infiltrate), 1) - hollow
-
-
-# Each returns the share of the air that gives way to tissue, up to 1; negative where there is more.
-FINDINGS = {
-    "Atelectasis": atelectasis,
-    "Cardiomegaly": cardiomegaly,
-    "Consolidation": consolidation,
-    "Edema": edema,
-    "Effusion": effusion,
-    "Nodule": nodule,
-    "Pneumothorax": pneumothorax,
-    "Tuberculosis": tuberculosis,
+OBJECTS = {
+    "synthetic-natural": SOURCE_OBJECTS,
+    "synthetic-natural-target": TARGET_OBJECTS,
+    "synthetic-natural-target2": tuple(
+        (t, s) for t in ("checked", "ringed", "zigzag", "spoked") for s in ("hourglass", "square")
+    ),
+    "synthetic-natural-target3": tuple(
+        (t, s) for t in ("striped", "dotted", "gridded") for s in ("square", "ell")
+    ),
+    "synthetic-natural-target4": tuple(
+        ("gridded", s) for s in ("ring", "triangle", "star", "crescent", "heart", "hourglass")
+    ),
 }
-DISTRACTORS = ("Cardiomegaly", "Effusion")  # shown by both classes of the target, equally often
-# How often each finding occurs, independently of the others. Tuberculosis is the target's class.
-PREVALENCE = {
-    "synthetic-xray": {name: 0.25 for name in FINDINGS if name != "Tuberculosis"},
-    "synthetic-xray-target": {**{name: 0.25 for name in DISTRACTORS}, "Tuberculosis": 0.5},
+# Of each X-ray-like target the finding that is its class; it occurs in half of the images.
+TARGET_FINDING = {
+    "synthetic-xray-target": "Tuberculosis",
+    "synthetic-xray-target2": "Mass",
+    "synthetic-xray-target3": "Abscess",
+    "synthetic-xray-target4": "Fibrosis",
 }
-
-
-def paint_chest(findings, size, rng):
-    """A frontal chest radiograph with the findings named, (1, size, size) float32."""
-    u = rng.random(16).tolist()
-    soft = 3 / size
-    zoom = 0.9 + 0.2 * u[0]
-    x, y = (zoom * axis - 0.2 * (v - 0.5) for axis, v in zip(grid(size), u[1:3]))
-    x, y = turn(x, y, 0.2 * (u[3] - 0.5))
-    x = x * (0.9 + 0.2 * u[4])
-    side = np.abs(x)
-    # Lungs: two upright ovals, narrower at the apex, cut by the domes of the diaphragm.
-    oval = length((side - 0.43) / (0.33 + 0.12 * y), (y + 0.02) / 0.75) - 1
-    dome = y - 0.42 - 0.08 * u[5] + 0.06 * (x < 0) - 0.9 * (side - 0.36) ** 2
-    heart = heart_shadow(x, y, 0.28 + 0.08 * u[7])
-    lung = inside(np.maximum(oval * 0.33, dome), 0.05) * (1 - heart)
-    chest = Chest(x, y, clouds(rng, 1, 9, size)[0], soft)
-    # Draws for every finding, present or not: one finding more leaves the rest of the image as is.
-    draws = dict(zip(FINDINGS, rng.random((len(FINDINGS), 4)).tolist()))
-    for finding in findings:
-        lung *= 1 - FINDINGS[finding](chest, draws[finding])
-    body = inside(side - np.minimum(0.92, 0.42 + 2.2 * (y + 1.12)), 0.08)
-    density = body * (0.66 - 0.06 * y) - (0.42 + 0.1 * u[6]) * lung + 0.06 * heart
-    # Spine, ribs, clavicles, and the vessels that fan out from the hila.
-    density += 0.16 * inside(side - 0.1, 0.06) * (1 + 0.2 * np.sin(22 * y))
-    ribs = np.sin((y - 0.5 * side + 0.9 * side * side) * (19 + 3 * u[8]) + 6 * u[9])
-    density += (0.05 + 0.05 * u[10]) * body * np.maximum(ribs, 0) * (side > 0.1)
-    collar = np.abs(y + 0.72 - 0.25 * side + 0.1 * u[11]) - 0.03
-    density += 0.1 * inside(collar, soft) * (side > 0.08) * body
-    hila = np.maximum(1 - length((side - 0.16) * 2.2, y + 0.02) * 2, 0)
-    density += lung * (0.18 * hila + 0.16 * (chest.cloud - 0.5))
-    exposure, contrast = 0.2 * (u[12] - 0.5), 0.75 + 0.5 * u[13]
-    image = 0.5 + exposure + contrast * (density - 0.5)
-    image += (0.015 + 0.025 * u[14]) * rng.standard_normal((size, size), dtype=np.float32)
-    return image[None]
+XRAY_CLASSES = tuple(FINDINGS)[:7]
+DISTRACTORS = ("Cardiomegaly", "Effusion")  # shown by both classes of a target, equally often
 
 
 class World(NamedTuple):
@@ -322,20 +72,31 @@ class World(NamedTuple):
     size: int  # side in pixels
 
 
-OBJECTS = {"synthetic-natural": SOURCE_OBJECTS, "synthetic-natural-target": TARGET_OBJECTS}
-SOURCE_CLASSES, TARGET_CLASSES = (tuple(map(" ".join, objects)) for objects in OBJECTS.values())
-XRAY_CLASSES, TB_CLASSES = tuple(PREVALENCE["synthetic-xray"]), ("Normal", "Tuberculosis")
+def natural(name, train, test):
+    """The World of OBJECTS[name]."""
+    classes = tuple(map(" ".join, OBJECTS[name]))
+    return World("natural", "multiclass", classes, train, test, 32)
+
+
+def xray_target(name):
+    """The World of a target of one finding."""
+    return World("medical", "multiclass", ("Normal", TARGET_FINDING[name]), 1000, 500, 32)
+
+
+# A row's place names its random numbers: new rows come last.
 WORLDS = {
-    "synthetic-natural": World("natural", "multiclass", SOURCE_CLASSES, 8000, 1000, 32),
+    "synthetic-natural": natural("synthetic-natural", 8000, 1000),
     "synthetic-xray": World("medical", "multilabel", XRAY_CLASSES, 8000, 1000, 32),
-    "synthetic-natural-target": World("natural", "multiclass", TARGET_CLASSES, 2000, 500, 32),
-    "synthetic-xray-target": World("medical", "multiclass", TB_CLASSES, 1000, 500, 32),
+    "synthetic-natural-target": natural("synthetic-natural-target", 2000, 500),
+    "synthetic-xray-target": xray_target("synthetic-xray-target"),
 }
+WORLDS |= {name: natural(name, 2000, 500) for name in list(OBJECTS)[2:]}
+WORLDS |= {name: xray_target(name) for name in list(TARGET_FINDING)[1:]}
 # The other world's share is the gap to this power: distances grow with the square of a small shift
 # and fade with a large one, and so equal steps of the gap make steps of distance that tell apart.
 EVEN_STEPS = {"natural": 0.65, "medical": 0.5}
 SPLITS = ("train", "test")
-DRAWS = 8  # label draws per image: one for each finding, the last for the class
+DRAWS = 8  # label draws per image: one for each finding of the source, the last for the class
 
 
 def generator(name, split, seed, counter):
@@ -352,8 +113,11 @@ def label_draws(name, split, seed, first, count):
 
 
 def present(name, draws):
-    """Which findings the images of an X-ray-like world show, (N, findings) bool."""
-    return draws < [PREVALENCE[name].get(finding, 0) for finding in FINDINGS]
+    """Which findings the images of an X-ray-like world show, (N, DRAWS) bool: those of XRAY_CLASSES
+    and, of a target, its own; independent of each other."""
+    if name in TARGET_FINDING:
+        return draws < [0.25 * (finding in DISTRACTORS) for finding in XRAY_CLASSES] + [0.5]
+    return draws < [0.25] * len(XRAY_CLASSES) + [0]
 
 
 def labels_from(name, draws):
@@ -388,7 +152,8 @@ def render(name, split, index, size, seed=0, gap=0.0):
         moved = (share, paint_chest((), size, other())) if gap else ()
         image = paint_object(texture, shape, size, scene(), *moved)
     else:
-        findings = [f for f, shown in zip(FINDINGS, present(name, draws)[0]) if shown]
+        names = *XRAY_CLASSES, TARGET_FINDING.get(name)
+        findings = [finding for finding, shown in zip(names, present(name, draws)[0]) if shown]
         image = paint_chest(findings, size, scene())
         if gap:
             # The chest alone gives way: what the findings add to it stays.
@@ -405,6 +170,9 @@ class Painted(NamedTuple):
 
     def __call__(self, i, size=None):
         return torch.from_numpy(self.paint(int(i)))
+
+    def content(self, i):
+        return b""  # nothing is stored
 
     def where(self, i):
         return f"{self.name} image {i}"

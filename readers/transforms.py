@@ -199,3 +199,15 @@ def xray_pipeline(size, train):
     """The study's way with X-rays, in pre-training and for multi-label targets: `size` pixels."""
     prepare = functools.partial(xray_square, size=size)
     return Pipeline(prepare, random_affine_flip if train else keep, size)
+
+
+def cropped_pipeline(resize, crop, train, square=False):
+    """BiT's way of fine-tuning: a random crop of the image, resized by its shorter side or to a
+    square, and flip; to test, the whole image as a square. Raises ValueError for too large a crop.
+    """
+    if crop > resize:
+        raise ValueError(f"a crop of {crop} pixels is larger than the images, {resize}")
+    if not train:
+        return Pipeline(functools.partial(resize_square, size=crop), keep, crop)
+    prepare = functools.partial(resize_square if square else resize_shorter, size=resize)
+    return Pipeline(prepare, functools.partial(random_crop_flip, size=crop), resize)

@@ -181,6 +181,12 @@ def chexpert_test(name, root, split):
     return _xray(name, reader, labels, CHEXPERT_CLASSES, _chexpert_patients(reader.names))
 
 
+def packed_or_not(path):
+    """A gzipped table, or the unpacked one where that is there alone."""
+    unpacked = path.with_suffix("")
+    return unpacked if unpacked.exists() and not path.exists() else path
+
+
 def mimic(name, root, split, views=("PA", "AP"), uncertain="ignore", blank="ignore"):
     """MIMIC-CXR-JPG 2.0.0 (Johnson et al. 2019, arXiv:1901.07042); test is its validate split.
 
@@ -201,9 +207,9 @@ def mimic(name, root, split, views=("PA", "AP"), uncertain="ignore", blank="igno
 
 def mimic_rows(name, folder, split, views, uncertain="ignore", blank="ignore"):
     """The rows of a split: (dicom ids, subject ids, study ids, labels (N,13), dropped)."""
-    metadata = folder / "mimic-cxr-2.0.0-metadata.csv.gz"
-    split_table = folder / "mimic-cxr-2.0.0-split.csv.gz"
-    findings_table = folder / "mimic-cxr-2.0.0-chexpert.csv.gz"
+    metadata = packed_or_not(folder / "mimic-cxr-2.0.0-metadata.csv.gz")
+    split_table = packed_or_not(folder / "mimic-cxr-2.0.0-split.csv.gz")
+    findings_table = packed_or_not(folder / "mimic-cxr-2.0.0-chexpert.csv.gz")
     need(name, metadata, split_table, findings_table)
 
     of_split = one_of({"train": split == "train", "validate": split == "test", "test": False}, bool)
@@ -291,7 +297,7 @@ def padchest(name, root, split, views=VIEWS["padchest"], split_by="patient"):
     be broken are left out, as in the study.
     """
     folder = root / "PadChest"
-    table = folder / "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv.gz"
+    table = packed_or_not(folder / "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv.gz")
     need(name, table)
     if split_by not in ("patient", "image"):
         raise ValueError(f"--split-by {split_by}: must be patient or image")

@@ -1,17 +1,30 @@
 """Each mistake is answered by one line that names it, exit 2, before training, and no file."""
 
+import json
+import math
+import os
+import signal
+import time
+import zipfile
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import refuses, run
 from grids import call
 from trees import noise, save
 
+import data
 import fewshot
 import models
 import plot
 import pretrain
 import transfer
-from engine.processes import run_script
+from engine import checkpoint, console
+from engine.optimizer import SGD_AGC
+from engine.processes import Env, run_script
+from readers.images import Array, ImageDataset
 
 SCRIPTS = {"pretrain": pretrain, "transfer": transfer, "fewshot": fewshot}
 
@@ -69,9 +82,18 @@ SCRATCH = "fewshot --checkpoint scratch"
         ("fewshot --checkpoint scratch runs/none", "no weights at runs/none"),
         (f"{SCRATCH} --shots 7 9999", "--shots 9999: class"),
         (f"{SCRATCH} --batch-size 1", "--batch-size 1"),
+        (f"{SCRATCH} --seeds 1000000000", "--seeds 1000000000: more than 10000 runs"),
         (f"{SCRATCH} --method lineal", "did you mean linear?"),
         (f"{SCRATCH} --method linear", "--method linear: scratch has no features; leave it out"),
         (f"{SCRATCH} --target synthetic-natural-target --single-label", "--single-label means not"),
+        ("transfer --checkpoint statistics", "nothing to fine-tune; add --method linear"),
+        ("fewshot --seeds 1 1", "--seeds 1 1: a seed is named twice"),
+        ("fewshot --seeds 0", "--seeds 0: one number is how many; for seed 0 alone give --seeds 1"),
+        ("transfer --seeds 10001", "--seeds 10001: one number is how many, at most 10000"),
+        ("transfer --seed 3 --seeds 0 1", "--seed means nothing beside --seeds 0 1; leave it out"),
+        ("fewshot --method linear --save model", "--save model means nothing for --method linear"),
+        ("fewshot --eval-only --shots 1", "--shots means nothing for --method eval"),
+        ("fewshot --method features --seeds 2", "--seeds means nothing for --method features"),
         ("fewshot --checkpoint runs/none --scratch-steps 3", "--scratch-steps: name scratch"),
         *(
             (f"fewshot --method linear {option}", f"{option.split()[0]} means nothing for --method")
@@ -93,6 +115,50 @@ def test_weights(refuse, tmp_path):
     )
     cut.write_bytes(whole.read_bytes()[:5000])
     assert f"{cut}: damaged" in refuse("fewshot", "--checkpoint", cut)
+
+
+BOUNDS = {  # values that are out of them
+    "--image-size": (8, 4096, "1 7 0 -1 4097 100000"),
+    "--batch-size": (1, 2**20, "0 1048577 10000000"),
+    "--workers": (0, 256, "-1 257 1000"),
+    "--seed": (0, 2**63 - 1, "-1 9223372036854775808 18446744073709551616"),
+    "--accumulate": (1, 65536, "0 1000000000"),
+    "--lr": ("1e-12", 10**9, "0 nan inf 1e300"),
+    "--log-every": (1, 10**9, "0 100000000000"),
+    "--save-minutes": ("1e-12", 10**9, "0 1e300"),
+}
+OF_TRANSFER = {
+    "--seeds": (0, 2**63 - 1, "-1 9223372036854775808"),
+    "--steps": (1, 10**9, "0 1000000000000"),
+    "--scratch-steps": (1, 10**9, "1000000000000"),
+}
+OF_PRETRAIN = {
+    "--epochs": ("1e-12", 10**9, "1e30 1e-30 nan"),
+    "--warmup": (0, 10**9, "-1 nan"),
+    "--clipping": (0, 10**9, "1e300"),
+    "--weight-decay": (0, 10**9, "1e300"),
+}
+
+
+@pytest.mark.parametrize(
+    "script, bounds",
+    [
+        *(("pretrain", row) for row in (BOUNDS | OF_PRETRAIN).items()),
+        *((script, row) for script in ("transfer", "fewshot") for row in OF_TRANSFER.items()),
+        ("fewshot", ("--shots", (1, 10**9, "0 99999999999"))),
+    ],
+    ids=str,
+)
+def test_bounds(refuse, script, bounds):
+    flag, (low, high, values) = bounds
+    for value in values.split():
+        line = refuse(script, f"{flag}={value}")
+        assert line == f"error: argument {flag}: {value} is not from {low} to {high}\n"
+
+
+@pytest.mark.parametrize("flag", ("--out", "--source", "--data-dir", "--recipe"))
+def test_an_empty_text(refuse, flag):
+    assert f"argument {flag}: " in refuse("pretrain", flag, "")
 
 
 @pytest.fixture
@@ -128,6 +194,258 @@ def test_broken_and_foreign_result(refuse, tiny, tmp_path):
     for text in ('{"schema": 1', '{"schema": 2, "kind": "fewshot"}', "[]", "{}"):
         path.write_text(text)
         assert path.name in refuse(*SCRATCH.split(), "--target", f"folder:{tiny}", "--shots", 1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Nonsense in files
+# ------------------------------------------------------------------------------------------------
+
+
+def weights(**change):
+    """What pretrain.py leaves in model.pt, and of it what is changed; None leaves it out."""
+    facts = {"name": "R14x0.5", "source": "nih", "domain": "medical", "images": 9}
+    facts |= {"mean": (0.5,) * 3, "std": (0.5,) * 3, "sample": torch.ones(8, 128)}
+    facts |= {"model": models.create_model("R14x0.5", 2).state_dict()} | change
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def spoilt(make):
+    """The same with root.conv.weight as make() leaves it."""
+    content = weights()
+    content["model"]["root.conv.weight"] = make(content["model"]["root.conv.weight"])
+    return content
+
+
+FOREIGN = "not written by pretrain.py; say --model and --source of it"
+NO_STATE, DIVERGED = "holds no state dict under 'model'", "the training that wrote it diverged"
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        *((lambda key=key: weights(**{key: None}), FOREIGN) for key in ("mean", "std", "source")),
+        *((lambda key=key: weights(**{key: None}), FOREIGN) for key in ("domain", "images")),
+        (lambda: {"name": "mae", "model": weights()["model"]}, FOREIGN),
+        *((lambda it=it: it, FOREIGN) for it in ({}, [1], 3.5, torch.ones(2), {"epoch": 1})),
+        (lambda: weights(model=None), NO_STATE),
+        (lambda: weights(model="text"), NO_STATE),
+        (lambda: spoilt(lambda weight: "text"), NO_STATE),
+        (lambda: weights(name=5), "its name is 5; pre-train anew"),
+        (lambda: weights(name=["R14x0.5"]), "its name is ['R14x0.5']; pre-train anew"),
+        (lambda: weights(source=5), "its source is 5;"),
+        (lambda: weights(source=""), "its source is '';"),
+        (lambda: weights(source="a\nb"), "its source is 'a\\nb';"),
+        (lambda: weights(domain="satellite"), "its domain is 'satellite';"),
+        (lambda: weights(images=-3), "its images is -3;"),
+        (lambda: weights(images="many"), "its images is 'many';"),
+        (lambda: weights(mean="abc"), "its mean is 'abc';"),
+        (lambda: weights(mean=(0.5, 0.5)), "its mean is (0.5, 0.5);"),
+        (lambda: weights(mean=(math.nan,) * 3), "its mean is (nan, nan, nan);"),
+        (lambda: weights(std=(0.5, 0.5, 0.0)), "its std is (0.5, 0.5, 0.0);"),
+        (lambda: weights(std=7), "its std is 7;"),
+        (lambda: weights(sample="text"), "its sample is 'text';"),
+        (lambda: weights(sample=torch.ones(5, 7)), "its sample is"),
+        (lambda: weights(sample=torch.ones(3)), "its sample is"),
+        (lambda: weights(sample=torch.full((8, 128), math.inf)), "its sample is"),
+        (lambda: spoilt(torch.Tensor.long), "root.conv.weight is of torch.int64"),
+        (lambda: spoilt(torch.Tensor.char), "root.conv.weight is of torch.int8"),
+        (lambda: spoilt(torch.Tensor.bool), "root.conv.weight is of torch.bool"),
+        (lambda: spoilt(torch.Tensor.cfloat), "root.conv.weight is of torch.complex64"),
+        (lambda: spoilt(torch.Tensor.to_sparse), "or sparse, so it is no weight"),
+        (lambda: spoilt(lambda weight: weight * math.nan), f"is not finite: {DIVERGED}"),
+        (lambda: spoilt(lambda weight: weight / 0), f"is not finite: {DIVERGED}"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+def test_weights_of_others_and_spoilt_ones(tmp_path, content, words):
+    path, nothing = tmp_path / "model.pt", SimpleNamespace(model=None, source=None)
+    torch.save(content(), path)
+    refuses(ValueError, lambda: transfer.open_network(path, nothing), path, words)
+
+
+KERNEL = "resnet/root_block/standardized_conv2d/kernel"
+
+
+@pytest.mark.parametrize("kind", ("text", "empty", "object", "bomb", "header", "strings", "scalar"))
+def test_npz_files(tmp_path, kind):
+    """Nothing is unpacked that is out of proportion: a bomb of 300 kB would take 300 MB."""
+    path = tmp_path / "w.npz"
+    arrays = {"object": np.array([{}]), "strings": np.array(["a"]), "scalar": np.ones(3)}
+    if kind in arrays:
+        np.savez(path, **{KERNEL: arrays[kind]})
+    elif kind in ("text", "empty"):
+        path.write_text("no archive"[: 99 * (kind == "text")])
+    else:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            with archive.open(f"{KERNEL}.npy", "w") as file:
+                shape = (10**13,) if kind == "header" else (3 * 10**8,)
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for _ in range(300 if kind == "bomb" else 0):
+                    file.write(bytes(10**6))
+    said = "it would unpack to 300,000,1" if kind == "bomb" else ""
+    refuses(ValueError, lambda: models.read_weights(path), f"{path}: damaged", said)
+
+
+WHOLE = {"schema": 1, "kind": "pretrain", "config": {}, "metrics": {"accuracy": 0.5, "loss": 1.0}}
+RESULTS = [
+    *('{"schema": 1', "null", "[]", "3", '"text"', "[" * 100_000, "", "\ud800"),
+    *(json.dumps(WHOLE | {"config": config}) for config in (None, [1], "text")),
+    *(json.dumps(WHOLE | {"metrics": metrics}) for metrics in (None, [1], "text", 3)),
+    *(
+        json.dumps(WHOLE | {"metrics": {name: value}})
+        for name in ("accuracy", "top5", "mean_auc", "mean_ap")
+        for value in (7.5, -1, math.nan, math.inf, "0.5", [0.5])
+    ),
+    *(json.dumps(WHOLE | {"metrics": {"loss": value}}) for value in (math.nan, math.inf, -1)),
+]
+
+
+@pytest.mark.parametrize("text", RESULTS, ids=lambda text: text[-40:])
+def test_results_that_are_none(tmp_path, text):
+    path = tmp_path / "result.json"
+    path.write_bytes(text.encode(errors="surrogatepass"))
+    words = path, "not a result file", "remove it, or give another --out"
+    refuses(ValueError, lambda: checkpoint.read_result(path, "pretrain", {}), *words)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"config": None},
+        *({key: None} for key in ("model", "optimizer", "step", "seconds")),
+        *({"step": step} for step in (11, -1, 1.5, True, "x")),
+        *({"seconds": seconds} for seconds in (math.nan, math.inf, -1.0, "x")),
+        *({"model": {}}, {"model": {"weight": torch.ones(1, 3)}}),
+        {"model": {"weight": torch.ones(2, 3).long()}},
+        {"model": {"weight": torch.full((2, 3), math.nan)}},
+        *({"optimizer": {}}, {"optimizer": {"state": {0: 3}}}, {"optimizer": {"param_groups": []}}),
+        {"optimizer": {"state": {0: {"momentum_buffer": torch.ones(1)}}}},
+    ],
+    ids=str,
+)
+def test_checkpoints_that_cannot_be_continued(tmp_path, change):
+    env = Env(0, 1, torch.device("cpu"), "fp32")
+    model = torch.nn.Linear(3, 2, bias=False)
+    optimizer, path = SGD_AGC(model.parameters(), 0.1), tmp_path / "checkpoint.pt"
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state |= {"step": 10, "seconds": 1.0, "config": {"lr": 0.1}}
+    torch.save(state, path)
+    assert checkpoint.Run(path, model, optimizer, {"lr": 0.1}, env, last=10).step == 10
+    if change.get("optimizer"):
+        change = {"optimizer": state["optimizer"] | change["optimizer"]}
+    torch.save(state | change, path)
+    about = path, model, optimizer, {"lr": 0.1}, env
+    refuses(ValueError, lambda: checkpoint.Run(*about, last=10), path)
+
+
+@pytest.mark.parametrize("labels", ([0, 2], [-1, 0], [[0, 2]], [[-1, 0]], [[math.nan, 1.5]]))
+def test_labels_that_no_class_has(labels):
+    labels = np.array(labels, np.int64 if np.ndim(labels) == 1 else np.float32)
+    task = "multiclass" if labels.ndim == 1 else "multilabel"
+    about = Array("x", np.zeros((len(labels), 4, 4, 3), np.uint8)), labels, "ab", task, "natural"
+    refuses(ValueError, lambda: ImageDataset("x", *about), "x: a label is ")
+
+
+# ------------------------------------------------------------------------------------------------
+# Where a result would go
+# ------------------------------------------------------------------------------------------------
+
+LONG = "n" * 300
+
+
+@pytest.mark.parametrize("out", ("/proc/x", "/dev/null", "file", "file/x", LONG, f"new/{LONG}"))
+def test_places_that_cannot_be_written(refuse, tiny, tmp_path, out):
+    (tmp_path / "file").touch()
+    words = ("--image-size", 32, "--out", out)
+    for script, *more in (
+        ("pretrain", "--source", f"folder:{tiny}"),
+        ("transfer", "--checkpoint", "scratch", "--target", f"folder:{tiny}"),
+        ("fewshot", "--checkpoint", "scratch", "--target", f"folder:{tiny}", "--shots", 1),
+    ):
+        assert out[:4] in refuse(script, *more, *words)
+
+
+@pytest.mark.parametrize("name", ("model.pt", "checkpoint.pt", "log.jsonl", "result.json"))
+def test_a_directory_where_a_file_belongs(refuse, tiny, tmp_path, name):
+    (tmp_path / "runs" / "folder-set-R14x0.5" / name).mkdir(parents=True)
+    words = ("--source", f"folder:{tiny}", "--image-size", 32)
+    assert f"folder-set-R14x0.5/{name}" in refuse("pretrain", *words)
+
+
+@pytest.mark.parametrize("main", (plot.main, data.main), ids=("plot", "data"))
+@pytest.mark.parametrize("out", ("/proc/x", "/dev/null", "file/x", f"new/{LONG}"))
+def test_places_of_figures_and_packs(tiny, tmp_path, monkeypatch, capsys, main, out):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    words = [] if main is plot.main else ["pack", f"folder:{tiny}", "--size", "8"]
+    before = sorted(tmp_path.rglob("*"))
+    assert main([*words, "--out", out]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --out: {out}/") and " cannot be written (" in error
+    assert error.count("\n") == 1 and sorted(tmp_path.rglob("*")) == before
+
+
+# ------------------------------------------------------------------------------------------------
+# Whatever goes wrong
+# ------------------------------------------------------------------------------------------------
+
+
+MEMORY = "; less is needed with fewer --workers, a smaller --batch-size or --image-size"
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (KeyError("mean"), "KeyError: 'mean'"),
+        (RuntimeError("two\nlines"), "RuntimeError: two lines"),
+        (AttributeError("no get"), "AttributeError: no get"),
+        (TypeError("a list"), "TypeError: a list"),
+        (IndexError("out"), "IndexError: out"),
+        (RecursionError("deep"), "RecursionError: deep"),
+        (ZeroDivisionError("zero"), "ZeroDivisionError: zero"),
+        (MemoryError(), "MemoryError: MemoryError()"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "OutOfMemoryError: CUDA out of memory"),
+        (RuntimeError("DataLoader worker exited"), "RuntimeError: DataLoader worker exited"),
+        (ValueError("--lr"), None),
+        (OSError(28, "No space left"), None),
+    ],
+    ids=repr,
+)
+def test_any_error_is_one_line(monkeypatch, capsys, error, said):
+    monkeypatch.delenv("TRACEBACK", raising=False)
+
+    def main():
+        raise error
+
+    assert console.exit_status(main) == 2
+    memory = MEMORY if said and ("emory" in said or "worker" in said) else ""
+    said = f"{said}; TRACEBACK=1 shows where{memory}" if said else str(error)
+    assert capsys.readouterr() == ("", f"error: {said}\n")
+
+
+@pytest.mark.parametrize("name", ("SIGTERM", "SIGINT", "SIGUSR1"))
+def test_a_signal_before_the_first_step(monkeypatch, tmp_path, capfd, name):
+    def ask(*_, **__):
+        os.kill(os.getpid(), signal.Signals[name])
+        time.sleep(9)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "open_splits", ask)
+    with pytest.raises(SystemExit) as left:
+        run_script(lambda: call(pretrain))
+    said = f"stopped by {name}; run the same command again\n"
+    assert (left.value.code, capfd.readouterr().err) == (75, said)
+
+
+def test_a_reader_that_leaves(monkeypatch, capsys):
+    """As head does: quietly, with the status of SIGPIPE."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", pipe)
+        assert console.exit_status(lambda: print("much")) == 128 + 13
+    assert capsys.readouterr().err == ""
 
 
 def test_one_line_also_from_the_shell(tmp_path):

@@ -100,6 +100,6 @@ def test_memory_and_processes_measure_every_arm(tmp_path):
     ]
     assert all(0 < row["GiB"] < 20 for row in record["rows"]) and "checkpointed" in printed
     args = ("--batch-size", 4, "--steps", 4, "--rounds", 1)
-    assert len(check_speeds(*bench("scaling", *network, *args, folder=tmp_path))) == 3
+    assert len(check_speeds(*bench("scaling", *network, *args, folder=tmp_path))) == 2
     found = bench("grid", "--seeds", 1, "--rounds", 1, folder=tmp_path)
     assert len(check_speeds(*found, "cells/s")) == 2

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 import os
 import re
 import shutil
@@ -76,7 +77,7 @@ def test_a_failing_cell_stops_no_other(folder, checkpoint, monkeypatch, capsys, 
     assert run_grid(folder, checkpoint, method=method) == 1
     assert len(found()) == 3 and not any("2shot-seed1" in name for name in found())
     output = capsys.readouterr().out
-    assert "1 cells failed" in output
+    assert "1 cell failed" in output
     (line,) = (line for line in output.splitlines() if "no memory" in line)
     assert "2shot-seed1" in line and "no memory is left" in line
     assert re.search(r"\| 0\.\d{3} \(1\) +\|$", output, re.MULTILINE)  # two shots: one seed is left
@@ -92,6 +93,30 @@ def test_a_failing_distance_fails_each_cell_with_its_reason(
     monkeypatch.setattr(distance, "compare", lambda *_: 1 // 0)
     assert run_grid(folder, checkpoint, method=method) == 1 and not found()
     assert capsys.readouterr().out.count("json: integer division or modulo by zero") == 4
+
+
+# ------------------------------------------------------------------------------------------------
+# Data and weights that change
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_cells_of_other_data_are_refused_and_older_ones_know_nothing_of_it(
+    folder, checkpoint, tmp_path, capsys, split
+):
+    images = shutil.copytree(folder, tmp_path / "images")
+    assert run_grid(images, checkpoint, method="nearest-mean", shots=(1,)) == 0
+    assert all(len(record["config"]["data"]) == 8 for record in found().values())
+    shutil.copy(images / split / "red/00.png", images / split / "blue/01.png")
+    said = f"1shot-seed0-nearest-mean.json was made of other data: {split} content changed since"
+    with pytest.raises(ValueError, match=said):
+        run_grid(images, checkpoint, method="nearest-mean", shots=(1,), seeds=3)
+    for name, record in found().items():
+        del record["config"]["data"]
+        Path("results", name).write_text(json.dumps(record))
+    capsys.readouterr()
+    assert run_grid(images, checkpoint, method="nearest-mean", shots=(1,), seeds=3) == 0
+    assert "3 cells, 2 finished already" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------

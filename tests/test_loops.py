@@ -97,7 +97,7 @@ def test_a_batch_without_labels_has_gradient_zero(step, monkeypatch):
     images = dataset(4, "multilabel")
     images.labels[:] = np.nan
     monkeypatch.setattr(pretrain, "evaluate", lambda *args: {"loss": None})
-    monkeypatch.setattr(pretrain, "report", lambda record: None)
+    monkeypatch.setattr(pretrain, "print_result", lambda record: None)
     loss, gradient = step(pretrain, images, "--accumulate", 2, "--epochs", 1)
     assert loss == 0 and gradient.count_nonzero() == 0
 

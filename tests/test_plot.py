@@ -47,15 +47,14 @@ def test_same_input_gives_the_same_bytes_and_the_title_is_shown(call, tmp_path):
     assert names == [f"{name}.{end}" for name in ("fewshot", "fullshot", "gain") for end in endings]
 
 
-def test_results_without_distance_say_so_in_one_line(call, tmp_path):
-    write_worlds(tmp_path / "results", distances=False)
+def test_what_cannot_be_drawn_is_said_in_one_line(call, tmp_path):
+    write_worlds(tmp_path / "results")
     status, out, err = call("--target", "t-natural")
     assert (status, err) == (0, "") and {row["target"] for row in read_csv()} == {"t-natural"}
-    assert out.count("no figure distance: no distance") == 1
     assert "no figure published: give results and published.json" in out
     assert (tmp_path / "figures/gain.png").exists() and "| larger network |" in out
-    error = "error: no figure distance: no distance\n"
-    assert call("--figure", "distance", "--out", "x")[0::2] == (2, error)
+    error = "error: no figure published: give results and published.json\n"
+    assert call("--figure", "published", "--out", "x")[0::2] == (2, error)
     assert not (tmp_path / "x").exists()
 
 

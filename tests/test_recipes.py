@@ -153,7 +153,7 @@ def test_order_and_precision_of_finetuning(name, recipe, images, shots, balanced
     train_set = SimpleNamespace(size=None)
     target = SimpleNamespace(name=name, recipe=recipe, image_size=(200, 200), xray_pipeline=False)
     target.train_set = train_set
-    given = dict.fromkeys(("batch_size", "lr", "image_size", "steps", "compile"))
+    given = dict.fromkeys(("batch_size", "lr", "image_size", "steps", "compile", "save"))
     args = SimpleNamespace(**given, balanced=balanced, method="finetune", out="")
     network = SimpleNamespace(model="R14x0.5", steps=None)
     for args.precision, found in (("auto", expected), ("bf16", expected.split()[0] + " bf16")):

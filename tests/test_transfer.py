@@ -51,7 +51,8 @@ def test_networks_that_are_found(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     for source, model in (("nih", "R26x0.5"), ("pets", "R14x0.5")):
-        facts = {"name": model, "source": source, "domain": "?", "images": 7, "mean": (), "std": ()}
+        facts = {"name": model, "source": source, "domain": "natural", "images": 7}
+        facts |= {"mean": (0.5,) * 3, "std": (0.5,) * 3}
         (tmp_path / "runs" / source).mkdir(parents=True)
         facts["model"] = models.create_model(model, 3).state_dict()
         torch.save(facts, tmp_path / "runs" / source / "model.pt")

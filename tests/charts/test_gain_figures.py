@@ -1,7 +1,5 @@
 """charts.gain_figures: the gains and points as drawn, and what is said of them."""
 
-import math
-import re
 from collections import Counter
 
 import pytest
@@ -61,26 +59,3 @@ def test_published_gains_are_drawn_beside_own_ones(call, tmp_path):
     assert "A seed that one arm lacks counts in neither (9 cells)." in " ".join(words)
     rows = [row for row in read_csv("figures/gain.csv") if row["origin"] == "published"]
     assert Counter(row["n"] for row in rows) == {"5": 95, "4": 9}
-
-
-def test_distance_points_and_line_are_those_of_scipy(call, tmp_path):
-    write_worlds(tmp_path / "results")
-    status, out, err = call("--figure", "distance")
-    assert (status, err) == (0, "")
-    rows = read_csv("figures/distance.csv")
-    assert Counter(row["kind"] for row in rows) == {"network": 16, "source": 8}
-    pair = [row for row in rows if row["source"] == "nat-0.1 to nat"][0]
-    assert float(pair["energy"]) == pytest.approx(-0.01 + (900 + 90) / 2e4)
-    for kind in ("network", "source"):
-        known = [row for row in rows if row["kind"] == kind]
-        y = [float(row["gain"]) for row in known]
-        for key, x in (
-            ("log10", [math.log10(float(row["frechet_relative"])) for row in known]),
-            ("energy", [float(row["energy"]) for row in known]),
-        ):
-            line = stats.linregress(x, y)
-            half = stats.t.ppf(0.975, len(x) - 2) * line.stderr
-            slope = f"{line.slope:+.3f}"
-            cells = rf"larger {kind} +\| {key}.*\| {len(x)} +\| {re.escape(slope)} \| ± {half:.3f}"
-            assert re.search(cells, out)
-            assert f"slope {slope} ± {half:.3f}" in texts("figures/distance.svg")

@@ -1,4 +1,4 @@
-"""charts.gains: paired differences, points of distance and agreement, by hand and by scipy."""
+"""charts.gains: paired differences, by hand and by scipy."""
 
 import json
 
@@ -143,17 +143,3 @@ def test_regimes():
     names = [gains.regime(shots) for shots in (1, 10, 11, 99, 100, 500, None)]
     few, some, many, full = gains.REGIMES
     assert names == [few, few, some, some, many, many, full]
-
-
-def test_band_is_the_standard_error_of_the_line():
-    rng = np.random.default_rng(1)
-    x = rng.uniform(0, 2, 9)
-    y = 1 - 3 * x + rng.normal(size=9)
-    line = gains.fit(x, y)
-    (slope, offset), covariance = np.polyfit(x, y, 1, cov=True)
-    design = np.stack([line.grid, np.ones(100)], 1)
-    error = np.sqrt(np.einsum("ni,ij,nj->n", design, covariance, design))
-    assert line.line == pytest.approx(design @ [slope, offset])
-    assert line.band == pytest.approx(stats.t.ppf(0.975, 7) * error)
-    assert gains.fit([1, 2], [1, 2]) is None and gains.fit([1, 1, 1], [1, 2, 3]) is None
-    assert gains.fit([], []) is None

@@ -31,7 +31,7 @@ def test_t_quantile_is_that_of_scipy(degrees):
         ({}, {"seed": True}),
         ({}, {"target_domain": "satellite"}),
         ({}, {"source": None}),
-        ({}, {"distance": {"energy": 1e301}}),
+        ({}, {"distance": {"frechet_relative": 1e301}}),
         ({}, {"distance": {"frechet_relative": "3"}}),
         ({}, {"distance": [1]}),
     ],
@@ -45,11 +45,11 @@ def test_each_fault_is_found(tmp_path, metrics, values):
 def test_results_older_than_a_metric_or_without_distance_stay_readable(tmp_path, monkeypatch):
     monkeypatch.setitem(results.METRICS, "f1", results.Metric("F1", 1, 2, "F1"))
     write_seeds(tmp_path, [0.25, 0.75])
-    write(tmp_path, metrics={"f1": 0.5}, seed=2, distance={"energy": 0.25})
+    write(tmp_path, metrics={"f1": 0.5}, seed=2, distance={"frechet_relative": 2.5})
     runs, skipped, doubled = results.load([tmp_path])
     assert (len(runs), skipped, doubled) == (3, [], [])
     assert {run.seed: run.metrics["f1"] for run in runs} == {0: None, 1: None, 2: 0.5}
-    assert {run.distances["energy"] for run in runs} == {None, 0.25}
+    assert {run.distance for run in runs} == {None, 2.5}
     (cell,) = results.summarise(runs, "f1")
     assert (cell.mean, cell.n) == (0.5, 1)
     (cell,) = results.summarise(runs, "auto")

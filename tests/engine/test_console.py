@@ -1,10 +1,17 @@
 """What a script says, reads and writes: options, one-line errors, whole files, the same config."""
 
+import errno
+import fcntl
 import json
 import math
+import os
+import signal
 import sys
+import time
+from unittest.mock import Mock
 
 import pytest
+from interruption import HANG
 
 from engine import checkpoint, console, options
 from engine.processes import run_script
@@ -27,6 +34,129 @@ def test_a_crash_or_nan_leaves_the_old_file(tmp_path):
     assert json.loads(path.read_text()) == {"value": 1}
 
 
+def test_two_writers_at_once_share_no_file(tmp_path):
+    """The last one to finish is read, whole; replace=False leaves what the other has finished."""
+    path = tmp_path / "result.json"
+    for replace, found in ((True, "first"), (False, "second")):
+
+        def first(temporary):
+            temporary.write_text("fir")
+            assert console.write_atomically(path, lambda other: other.write_text("second"))
+            with open(temporary, "a") as file:
+                file.write("st")
+
+        assert console.write_atomically(path, first, replace) is replace
+        assert path.read_text() == found
+        assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+@pytest.mark.parametrize("error", (None, PermissionError, OSError))
+def test_a_new_file_replaces_none(error, tmp_path, monkeypatch):
+    """Also on a file system that has no hard links."""
+    if error:
+        monkeypatch.setattr(os, "link", Mock(side_effect=error))
+    for text, written in (("1", True), ("2", False)):
+        assert console.write_json(tmp_path / "result.json", text, replace=False) is written
+        assert (tmp_path / "result.json").read_text() == '"1"\n'
+        assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_killed_writers_left_goes_and_what_others_write_stays(tmp_path):
+    names = ".a.json.1.tmp .a.json.2.tmp .b.json.1.tmp .a.json.tmp a.json.1.tmp".split()
+    for name in names:
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (0, time.time() - 3500 - 200 * (name != names[1])))
+    console.write_json(tmp_path / "a.json", 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["a.json", *names[1:]])
+
+
+@pytest.mark.parametrize("planted", (".model.pt.abcd.tmp", "lock"))
+def test_no_symbolic_link_is_followed(planted, tmp_path, monkeypatch):
+    monkeypatch.setattr(console.secrets, "token_hex", lambda count: "abcd")
+    (tmp_path / "precious").write_text("all that I have")
+    (tmp_path / planted).symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="cannot be written"):
+        if planted == "lock":
+            console.locked(tmp_path).__enter__()
+        console.write_json(tmp_path / "model.pt", 1)
+    assert (tmp_path / "precious").read_text() == "all that I have"
+    assert (tmp_path / planted).is_symlink()
+
+
+# ------------------------------------------------------------------------------------------------
+# Locks
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """The number of a process that is in the locked block of tmp_path/run."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        with console.locked(tmp_path / "run"):
+            os.write(writing, b".")
+            time.sleep(HANG)
+        os._exit(0)
+    os.read(reading, 1)
+    yield pid
+
+
+def kill(pid):
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def test_a_killed_process_leaves_no_lock(holder, tmp_path):
+    run = tmp_path / "run"
+    try:
+        for _ in range(2):
+            with pytest.raises(ValueError, match=f"{run}: another process is writing there"):
+                with console.locked(run):
+                    pytest.fail("both are in it")
+        with console.locked(run, main=False):  # of torchrun's other processes
+            pass
+        (run / ".checkpoint.pt.1234.tmp").touch()
+    finally:
+        kill(holder)
+    assert sorted(p.name for p in run.iterdir()) == [".checkpoint.pt.1234.tmp", "lock"]
+    with console.locked(run):
+        assert [p.name for p in run.iterdir()] == ["lock"]
+    assert not list(run.iterdir())
+
+
+def test_torchrun_waits_for_the_lock_of_a_lost_node(holder, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    waited = Mock(side_effect=lambda seconds: len(waited.mock_calls) < 3 or kill(holder))
+    monkeypatch.setattr(time, "sleep", waited)
+    with console.locked(tmp_path / "run"):
+        assert len(waited.mock_calls) == 3
+
+
+def test_a_lock_that_its_holder_has_just_removed_is_none(tmp_path, monkeypatch):
+    lock, calls = fcntl.lockf, []
+
+    def slow(file, how):
+        if not calls:
+            (tmp_path / "lock").unlink()
+        calls.append(file)
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "lockf", slow)
+    with console.locked(tmp_path):
+        assert len(calls) == 2 and (tmp_path / "lock").exists()
+
+
+def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, capsys):
+    error = OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "lockf", Mock(side_effect=error))
+    with console.locked(tmp_path / "a" / "run"):
+        pass
+    said = f"{tmp_path}/a/run: cannot be locked (No locks available); start no second process\n"
+    assert capsys.readouterr().err == said
+    assert not list(tmp_path.iterdir())  # nothing was written
+
+
 CONFIG = {"lr": 0.1, "decays": (3, 6), "clipping": None}
 
 
@@ -43,7 +173,7 @@ CONFIG = {"lr": 0.1, "decays": (3, 6), "clipping": None}
 def test_a_result_of_another_config_is_refused_by_the_setting(tmp_path, ours, message):
     """What theirs holds beside ours, as older files do, decides nothing."""
     path, older = tmp_path / "result.json", CONFIG | {"out": "results", "workers": 8}
-    record = {"schema": 1, "kind": "pretrain", "config": older}
+    record = {"schema": 1, "kind": "pretrain", "config": older, "metrics": {}}
     console.write_json(path, record)
     checkpoint.save_tensors(tmp_path / "checkpoint.pt", {"config": older})
     if message is None:
@@ -61,8 +191,8 @@ def test_a_result_of_another_config_is_refused_by_the_setting(tmp_path, ours, me
     (
         ("--bach-size=4", "unknown option --bach-size; did you mean --batch-size?"),
         ("--batch 4", "unknown option --batch; did you mean --batch-size?"),
-        ("--batch-size 0", "argument --batch-size: 0 is not above zero"),
-        ("--lr nan", "argument --lr: nan is not above zero"),
+        ("--batch-size 0", "argument --batch-size: 0 is not from 1 to 1048576"),
+        ("--lr nan", "argument --lr: nan is not from 1e-12 to 1000000000"),
         ("--batch-size x", "argument --batch-size: invalid int value: 'x'"),
         (
             "--precision fp16",

@@ -31,7 +31,8 @@ class Images:
         return self.count
 
 
-TARGET = SimpleNamespace(name="pets", train_set=Images(60), test_set=Images(21), distances={})
+ABOUT = {"data": {"train names": "0123456789abcdef"}, "distances": {}}
+TARGET = SimpleNamespace(name="pets", train_set=Images(60), test_set=Images(21), **ABOUT)
 
 
 def make_cell(seed=0, steps=2, shots=1, images=3, out="results", name="nih-R14x0.5"):
@@ -82,7 +83,7 @@ def test_jobs_come_longest_first_and_stay_whole(capsys):
     assert seeds(Grid(jobs, {}, ALONE)) == [1, 0, 2, 3]
     together = Grid(jobs, {}, FIRST, together=True)
     assert seeds(together) == [2, 3, 0, 1]
-    assert together.title(frozen[1]) == "[2/4] pets from nih-R14x0.5, 1 shots, seed 3"
+    assert together.title(frozen[1]) == "[2/4] pets from nih-R14x0.5, 1 shot, seed 3"
     assert str(make_cell(shots=None)) == "pets from nih-R14x0.5, all images, seed 0"
 
 
@@ -136,13 +137,13 @@ def test_what_happened_to_another_process_is_told(store, others, capsys):
     paths = [str(cell.path) for cell in cells]
     grid = Grid([[cell] for cell in cells], {}, FIRST)
     grid.done(next(iter(grid)), {"accuracy": 0.25})
-    line = "[1/3] pets from nih-R14x0.5, 1 shots, seed 0: accuracy 0.250, "
+    line = "[1/3] pets from nih-R14x0.5, 1 shot, seed 0: accuracy 0.250, "
     assert line in capsys.readouterr().out
     others(({paths[1]: 0.5}, {paths[2]: "no memory"}, None))
     assert grid.finish(cells) == 1
     output = capsys.readouterr().out
     assert "0.375 ± 0.177 (2) |" in output
-    assert f"1 cells failed; the same command tries them again:\n{paths[2]}: no memory" in output
+    assert f"1 cell failed; the same command tries again:\n{paths[2]}: no memory" in output
     others(({}, {}, ("stopped by SIGTERM", 75)))
     with pytest.raises(Stopped, match="stopped by SIGTERM") as stopped:
         grid.finish(cells)
@@ -158,7 +159,7 @@ def test_undefined_metrics_are_said_so_and_counted_as_none(capsys):
     report(cells, grid.results)
     header, _, row = capsys.readouterr().out.splitlines()
     columns = [column.strip() for column in header.split("|")[4:7]]
-    assert columns == ["1 shots", "5 shots", "full"]
+    assert columns == ["1 shot", "5 shots", "full"]
     assert [text.strip() for text in row.split("|")[4:7]] == ["0.500 (1)", "", "0.500 ± 0.354 (2)"]
 
 
@@ -184,13 +185,22 @@ def test_finished_cells_are_left_out_and_others_refused_by_name(tmp_path, others
         unfinished([cells[1], more_steps], tmp_path, ALONE)
 
 
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+def test_no_result_is_replaced_by_one_of_another_config(tmp_path):
+    """Of two grids at once, whichever is first: the other's cell fails, or is the very same."""
+    one, other = (make_cell(out=tmp_path, steps=steps) for steps in (2, 3))
+    module.write_result(one, {"accuracy": 0.5}, {}, 0, ALONE)
+    content = one.path.read_bytes()
+    with pytest.raises(ValueError, match="made with steps = 2, not 3"):
+        module.write_result(other, {"accuracy": 0.25}, {}, 0, ALONE)
+    module.write_result(one, {"accuracy": 0.5}, {}, 0, ALONE)
+    assert one.path == other.path and one.path.read_bytes() == content
+    assert [path.name for path in one.path.parent.iterdir()] == [one.path.name]
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="--out .*file/x: .*file is no directory that can be written"):
-        unfinished([], tmp_path / "file" / "x", ALONE)
-    monkeypatch.setattr(module.os, "access", lambda path, mode: False)
-    with pytest.raises(OSError, match=f"--out .*new: {tmp_path} is no directory that can be"):
-        unfinished([], tmp_path / "new", ALONE)
+    with pytest.raises(OSError, match="--out: .*seed0.json cannot be written .Not a directory"):
+        unfinished([make_cell(0, out=tmp_path / "file" / "x")], tmp_path / "file" / "x", ALONE)
 
 
 def test_the_estimate_fills_the_processes_longest_first(capsys, monkeypatch):

@@ -113,6 +113,30 @@ def test_restarts_that_would_not_meet_are_refused(monkeypatch):
         processes.setup("fp32")
 
 
+@pytest.mark.parametrize(
+    "line, refused",
+    (
+        # srun -n 2; mpirun -n 4; srun --mpi=pmi2 or Intel MPI's mpirun
+        ("SLURM_NTASKS=2 SLURM_PROCID=1 SLURM_STEP_NUM_TASKS=2", "SLURM_STEP_NUM_TASKS=2: 2 proc"),
+        ("OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_RANK=0", "OMPI_COMM_WORLD_SIZE=4: 4 processes"),
+        ("PMI_SIZE=3 PMI_RANK=0 SLURM_STEP_NUM_TASKS=1", "PMI_SIZE=3: 3 processes"),
+        # sbatch --ntasks=8 and salloc -n 8 without srun; srun -n 1; runs of their own
+        ("SLURM_NTASKS=8 SLURM_NPROCS=8 SLURM_PROCID=0 SLURM_TASKS_PER_NODE=8", None),
+        ("SLURM_NTASKS=1 SLURM_STEP_NUM_TASKS=1 SLURM_STEP_ID=0 PMI_SIZE=1", None),
+        ("SLURM_STEP_NUM_TASKS=4 WORLD_SIZE=1", None),
+    ),
+)
+def test_processes_that_do_not_know_each_other(line, refused, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for word in line.split():
+        monkeypatch.setenv(*word.split("="))
+    if refused is None:
+        assert processes.setup("fp32").ranks == 1
+        return
+    with pytest.raises(ValueError, match=f"{refused}.* do not know each other; start one a node"):
+        processes.setup("fp32")
+
+
 # ------------------------------------------------------------------------------------------------
 # Two nodes, here of one machine: an agent of torchrun each
 # ------------------------------------------------------------------------------------------------

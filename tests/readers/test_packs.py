@@ -17,6 +17,8 @@ from trees import Trees, load_folder, noise, save, write_photos
 
 import data
 from data import load_dataset
+from engine.console import write_json
+from readers import packs
 from readers.transforms import resize_shorter, xray_square
 
 
@@ -139,12 +141,11 @@ def test_names_of_folders(photos):
 
 
 def test_packing_what_is_packed(xrays):
-    """Nothing is touched; other settings or other labels are refused."""
+    """Nothing is touched; other settings, labels or images are refused."""
     root, folder = xrays.root, xrays.root / "nih@16"
     pack("nih", 16, "--codec", "jpeg", "--quality", 70, "--views", "PA", root=root)
     assert [len(dataset) for dataset in data.load_splits("nih@16", root)] == [3, 1]
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    xrays.image("00000003_000.png").write_bytes(b"broken since")
     same = ("--codec", "jpeg", "--quality", 70, "--views", "PA")
     assert "whole" in pack("nih", 16, *same, root=root).splitlines()[-1]
     for other, word in (
@@ -153,9 +154,24 @@ def test_packing_what_is_packed(xrays):
     ):
         line = pack("nih", 16, *other, root=root, status=2)
         assert says(line, folder, word, "remove it, or give another --out")
-    table = xrays.tables["nih"]
-    table.write_text(table.read_text().replace("Hernia", "Mass"))
-    assert says(pack("nih", 16, *same, root=root, status=2), folder, "index", "remove")
+    image, table = xrays.image("00000003_000.png"), xrays.tables["nih"]
+    for path, old, new, word in (
+        (image, image.read_bytes(), b"broken since", "train content"),
+        (table, b"Hernia", b"Mass", "train labels"),
+    ):
+        whole = path.read_bytes()
+        path.write_bytes(whole.replace(old, new))
+        line = pack("nih", 16, *same, root=root, status=2)
+        assert says(line, folder, f"packed from another {word}", "remove")
+        path.write_bytes(whole)
+    older = json.loads((folder / "pack.json").read_text())  # without digests of the data
+    older = {key: value for key, value in older.items() if " " not in key and key != "crc32"}
+    write_json(folder / "pack.json", older | {"crc32": packs._crc32_of(older)})
+    before |= {folder / "pack.json": (folder / "pack.json").stat().st_mtime_ns}
+    image.write_bytes(b"broken since")
+    assert "whole" in pack("nih", 16, *same, root=root)
+    table.write_bytes(table.read_bytes().replace(b"Hernia", b"Mass"))
+    assert says(pack("nih", 16, *same, root=root, status=2), folder, "another index")
     assert before == {p: p.stat().st_mtime_ns for p in folder.iterdir()}
     assert sorted(p.name for p in root.iterdir()) == ["NIH-ChestXRay-14", "nih@16"]
 
@@ -207,5 +223,9 @@ def test_broken_images_stop_packing(photos):
     assert says(pack(f"folder:{photos}", 20, status=2), path, "unreadable", "mend or remove")
     refuses(FileNotFoundError, partial(load_dataset, f"folder:{photos}@20"), "data.py pack")
     path.write_bytes(whole)
+    part = photos.parent / "photos@20.part"
+    refused = pack(f"folder:{photos}", 20, status=2)  # what is packed already may have changed too
+    assert says(refused, part, "packed from another train content", "remove it")
+    shutil.rmtree(part)
     pack(f"folder:{photos}", 20)
     assert len(load_dataset(f"folder:{photos}@20")) == 9

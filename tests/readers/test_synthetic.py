@@ -10,8 +10,9 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from readers import synthetic
-from readers.synthetic import FINDINGS, WORLDS, labels, render
+from readers import scenes, synthetic
+from readers.scenes import FINDINGS
+from readers.synthetic import WORLDS, labels, render
 
 NAMES = tuple(WORLDS)
 MULTICLASS = tuple(name for name in NAMES if WORLDS[name].task == "multiclass")
@@ -45,6 +46,12 @@ PINNED = [
     ("synthetic-natural-target", 0.4, [123.4, 140.6, 134.7, 137.8], [46.8, 43.7, 44.2, 57.9]),
     ("synthetic-xray-target", 0, [137.3, 144.1, 160.2, 114.3], [58.4, 63.9, 47.9, 59.3]),
     ("synthetic-xray-target", 0.4, [152.8, 135.9, 156.3, 121.9], [39.9, 33.1, 30.7, 29.1]),
+    ("synthetic-natural-target2", 0.4, [148.3, 134.5, 112.7, 117.1], [43.2, 47.0, 42.7, 47.4]),
+    ("synthetic-natural-target3", 0.4, [151.8, 119.0, 141.2, 124.0], [48.7, 51.3, 35.7, 51.8]),
+    ("synthetic-natural-target4", 0.4, [108.2, 151.3, 145.8, 158.8], [42.6, 48.8, 52.1, 52.5]),
+    ("synthetic-xray-target2", 0.4, [149.5, 156.5, 123.0, 118.9], [36.6, 39.4, 25.2, 36.7]),
+    ("synthetic-xray-target3", 0.4, [113.9, 134.9, 135.1, 141.1], [30.7, 30.6, 35.6, 46.0]),
+    ("synthetic-xray-target4", 0.4, [150.4, 138.2, 111.8, 114.5], [42.3, 37.4, 37.9, 34.1]),
 ]
 
 
@@ -136,16 +143,19 @@ def test_labels_tell_what_is_painted(monkeypatch):
             elif world.task == "multilabel":
                 assert [c for c, y in zip(world.classes, row) if y] == shown[0]
             else:
-                assert ("Tuberculosis" in shown[0]) == bool(row)
+                assert (world.classes[1] in shown[0]) == bool(row)
 
 
-def test_targets_are_unseen_in_the_sources():
-    source, target = synthetic.SOURCE_OBJECTS, synthetic.TARGET_OBJECTS
-    assert len(set(source)) >= 32 and len(set(target)) == 10
-    assert not set(source) & set(target)
-    assert {t for t, _ in target} - {t for t, _ in source} == {"gridded"}
-    assert {s for _, s in target} - {s for _, s in source} == {"hourglass"}
-    assert "Tuberculosis" not in WORLDS["synthetic-xray"].classes
+def test_targets_are_unseen_in_the_source_and_in_each_other():
+    source, *targets = map(set, synthetic.OBJECTS.values())
+    assert [len(source), *map(len, targets)] == [36, 10, 8, 6, 6]
+    assert len(set.union(source, *targets)) == 66
+    assert {t for t, _ in set.union(*targets)} - {t for t, _ in source} == {"gridded"}
+    new = {s for _, s in set.union(*targets)} - {s for _, s in source}
+    assert new == {"hourglass", "square", "ell"}
+    findings = [world.classes[1] for world in WORLDS.values() if world.classes[0] == "Normal"]
+    assert findings == ["Tuberculosis", "Mass", "Abscess", "Fibrosis"]
+    assert not set(findings) & set(WORLDS["synthetic-xray"].classes)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -156,7 +166,7 @@ def test_targets_are_unseen_in_the_sources():
 def average_chest(*findings):
     """(32, 32), of 200; another finding changes nothing else."""
     rngs = map(np.random.default_rng, range(200))
-    return sum(synthetic.paint_chest(findings, 32, rng) for rng in rngs)[0] / 200
+    return sum(scenes.paint_chest(findings, 32, rng) for rng in rngs)[0] / 200
 
 
 # Where the average change is largest: bounds of |x| and y (down) in unit coordinates, and its sign.
@@ -169,6 +179,9 @@ REGIONS = {
     "Nodule": ((0.2, 0.65), (-0.6, 0.4), 1),
     "Pneumothorax": ((0.3, 0.8), (-0.7, 0.3), -1),
     "Tuberculosis": ((0.15, 0.6), (-0.7, -0.1), 1),
+    "Mass": ((0.2, 0.7), (-0.6, 0.4), 1),
+    "Abscess": ((0.2, 0.7), (-0.1, 0.5), 1),
+    "Fibrosis": ((0.1, 0.8), (-0.1, 0.5), 1),
 }
 
 
@@ -176,7 +189,7 @@ REGIONS = {
 def test_findings_change_the_region_that_they_affect(finding):
     (left, right), (top, bottom), sign = REGIONS[finding]
     change = sign * (average_chest(finding) - average_chest())
-    x, y = synthetic.grid(32)
+    x, y = scenes.grid(32)
     region = (np.abs(x) >= left) & (np.abs(x) <= right) & (y >= top) & (y <= bottom)
     assert region.mean() < 0.35
     assert region.flat[change.argmax()] and change.max() > 0.02
@@ -195,13 +208,14 @@ def test_colour_and_brightness_tell_no_class(name, gap):
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(x[:800], y[:800])
     accuracy = (model.predict(x[800:]) == y[800:]).mean()
     # Chance, and room for the spread of 400 draws and, in an X-ray, for the tissue that shows.
-    assert accuracy < 1 / len(WORLDS[name].classes) + (0.05 if "natural" in name else 0.12)
+    assert accuracy < 1 / len(WORLDS[name].classes) + (0.07 if "natural" in name else 0.12)
 
 
 @pytest.mark.parametrize("gap", (0, 0.4, 1))
 def test_pixels_do_tell_tuberculosis(gap):
     """The label is in the picture: with many images, even a linear model sees some of it."""
-    x, y = images("synthetic-xray-target", gap), labels("synthetic-xray-target", "train", 1200)
+    name = "synthetic-xray-target"
+    x, y = images(name, gap), labels(name, "train", 1200)
     x = (x - x.mean((1, 2, 3), keepdims=True)).mean(1).reshape(1200, -1) / 64.0
     model = LogisticRegression(C=0.01, max_iter=300).fit(x[:800], y[:800])
     assert roc_auc_score(y[800:], model.decision_function(x[800:])) > 0.65

@@ -1,0 +1,299 @@
+"""The law of transfer: what a decade of scale buys, against the distance of source and target, and
+how well that predicts tasks that it has not seen.
+
+Error: 1 - metric, its mean over few-shot seeds, at least half a test image. Exponent: decades of
+error that a decade of scale (parameters, or images of the source) takes off. Of a family f (domain
+of the source, of the target), with s = log10(images a class / 10) and d = log10 of the relative
+Fréchet distance, by ordinary least squares:
+
+    B0   a + b s                           neither relation nor distance
+    B1   a_f + b_f s                       no distance
+    law  a_f + b_f s + (c + e s) d
+
+Targets of one task (gaps of the same classes) are not independent: intervals leave out whole tasks.
+Arrays y may be (N,), or (N, draws) for simulations.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from charts import results
+from charts.gains import KINDS, REGIMES, regime, widest
+from charts.results import Target, group, spread, t_quantile
+from engine.console import MAIN_METRIC
+
+PARAMETERS = {  # of the networks, without a head
+    "R14x0.25": 504_464,
+    "R14x0.5": 2_007_328,
+    "R26x0.5": 3_492_768,
+    "R26x1": 13_938_496,
+    "R50x1": 23_500_352,
+    "R50x3": 211_174_080,
+    "R101x1": 42_492_480,
+    "R101x3": 381_789_888,
+    "R152x2": 232_238_208,
+    "R152x4": 928_340_224,
+}
+PERMUTATIONS = 999
+NOTE = """\
+Exponent: decades of error (1 - accuracy, 1 - mean AUC; of the mean over seeds) that ten times the \
+parameters, or images of the source, take off; 0.3 halves it. Mean over networks or sources and \
+pre-training seeds."""
+RELATION_NOTE = "By relation: mean over tasks with its 95 % interval (Student t over tasks)."
+FIT_NOTE = """\
+Law: exponent = a + b s + (c + e s) d; s = log10(images a class / 10), d = log10 of the relative \
+Fréchet distance, a and b of each relation; 95 % intervals by leaving out tasks and pre-training \
+seeds, of a task left out by leaving out two. B0: a + b s of all; B1: no distance; p: of distances \
+traded at random within tasks."""
+FEWEST = 4  # tasks of a fit: predicting one leaves out two
+
+
+class Row(NamedTuple):
+    """The exponent of one target, family and number of shots; s and d: nan where unknown."""
+
+    target: Target
+    task: str  # the target without its gap
+    family: tuple  # domain of the source, of the target
+    shots: int | None
+    by_seed: dict  # pre-training seed -> exponent, mean over partners
+    s: float
+    d: float
+
+    @property
+    def exponent(self):
+        return float(np.mean(list(self.by_seed.values())))
+
+
+class Law(NamedTuple):
+    """A fit: arrays go with rows or with terms, nan where too few tasks carry them. None of it but
+    about and rows where there are fewer than FEWEST tasks of known distance."""
+
+    about: tuple  # kind of KINDS, method, recipe, origin
+    rows: list
+    terms: list = ()  # (letter, family or None)
+    coefficients: np.ndarray = None
+    ci95: np.ndarray = None  # half-widths of the coefficients' intervals
+    changes: np.ndarray = (
+        None  # (units, terms): of the coefficients, without a task, without a seed
+    )
+    seed_share: float = math.nan  # of the variance, of pre-training seeds
+    predicted: np.ndarray = None  # rows, by a fit without their task
+    reach: np.ndarray = None  # half-widths of the intervals of predicted
+    coverage: float = math.nan  # share of rows within reach
+    rmse: dict = None  # B0, B1, law -> of left-out tasks
+    p: float = math.nan  # of the distances, by permutation
+
+    @property
+    def tasks(self):
+        return sorted({row.task for row in self.rows})
+
+
+# ------------------------------------------------------------------------------------------------
+# Exponents
+# ------------------------------------------------------------------------------------------------
+
+
+def exponents(kind, runs, metric):
+    """Results of one target, family and number of shots -> {pre-training seed: exponent}.
+
+    The arms are the furthest apart that share the most partners: whatever else pre-training was,
+    its seed included. A partner's errors are of the transfer seeds that both arms have."""
+    differing, sharing = KINDS[kind]
+    errors, by_seed = {}, {}  # arm -> partner -> seed -> error
+    for run in runs:
+        if run.metrics[metric] is not None and run.line.model in PARAMETERS:
+            partners = errors.setdefault(getattr(run.line, differing), {})
+            seeds = partners.setdefault((getattr(run.line, sharing), run.source_seed), {})
+            seeds[run.seed] = 1 - run.metrics[metric]
+    arms = widest(runs, differing, errors)
+    if arms is None:
+        return {}
+    scales = {run.line.source: run.source_images for run in runs}
+    small, large = (PARAMETERS[arm] if kind == "network" else scales[arm] for arm in arms)
+    floor = 0.5 / (runs[0].test_images or 1e9)
+    for partner in errors[arms[0]].keys() & errors[arms[1]].keys():
+        both = [errors[arm][partner] for arm in arms]
+        seeds = both[0].keys() & both[1].keys()
+        if seeds:
+            low, high = (max(np.mean([arm[seed] for seed in seeds]), floor) for arm in both)
+            exponent = math.log10(low / high) / math.log10(large / small)
+            by_seed.setdefault(partner[1], []).append(exponent)
+    return {seed: float(np.mean(values)) for seed, values in by_seed.items()}
+
+
+def laws(runs, metric):
+    """Results -> list of Law, of each kind, method, recipe and origin."""
+    distances, found = {}, {}  # (target, domain of the source) -> network -> log10
+    for run in runs:
+        value = run.distance
+        if value and value > 0:
+            networks = distances.setdefault((run.target, run.line.source_domain), {})
+            networks[run.line, run.source_seed] = math.log10(value)  # of each of its runs the same
+    alike = "target", "shots", "line.source_domain", "line.method", "line.recipe"
+    for (target, shots, domain, *about), members in group(runs, *alike).items():
+        task = re.sub(r"~[\d.]+", "", results.plain_name(target.name))
+        first, networks = members[0], distances.get((target, domain), {})
+        a_class = shots or (first.train_images or math.nan) / (first.classes or math.nan)
+        decades = math.log10(a_class / 10), float(np.mean([*networks.values()] or [math.nan]))
+        name = MAIN_METRIC[target.domain] if metric == "auto" else metric
+        for kind in KINDS if domain else ():
+            if by_seed := exponents(kind, members, name):
+                row = Row(target, task, (domain, target.domain), shots, by_seed, *decades)
+                found.setdefault((kind, *about, target.origin), []).append(row)
+    return [law(about, rows) for about, rows in sorted(found.items(), key=str)]
+
+
+def relations(rows):
+    """Rows -> {(family, regime of shots): spread over tasks of their mean exponents}."""
+    found = {}
+    for family, members in sorted(group(rows, "family").items(), reverse=True):
+        for name in REGIMES:
+            part = [row for row in members if regime(row.shots) == name]
+            tasks = group(part, "task").values()
+            if part:
+                means = [np.mean([row.exponent for row in task]) for task in tasks]
+                found[family, name] = spread(means)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------
+# Fits
+# ------------------------------------------------------------------------------------------------
+
+
+def design(rows, relation=True, distance=True):
+    """Rows -> (terms [(letter, family)], matrix (N, terms)). One number of shots tells nothing of
+    more: no b and no e then."""
+    s, d = np.array([(row.s, row.d) for row in rows]).T
+    columns = {}
+    for family in sorted({row.family for row in rows}) if relation else [None]:
+        among = np.array([family in (None, row.family) for row in rows], float)
+        columns |= {("a", family): among, ("b", family): among * s}
+    columns |= {("c", None): d, ("e", None): d * s} if distance else {}
+    terms = [term for term in columns if np.ptp(s) > 0 or term[0] in "ac"]
+    return terms, np.stack([columns[term] for term in terms], 1)
+
+
+def solve(x, y):
+    """Least squares of y (N[, draws]) on x (N, terms): (terms[, draws]). The ridge, far below what
+    counts, makes terms of absent families 0."""
+    return np.linalg.solve(x.T @ x + 1e-9 * np.eye(x.shape[1]), x.T @ y)
+
+
+def changes_without(x, y, tasks):
+    """What leaving out each of tasks (N,) changes in the coefficients: (K, terms[, draws])."""
+    parts = [tasks != task for task in np.unique(tasks)]
+    return np.stack([solve(x[part], y[part]) for part in parts]) - solve(x, y)
+
+
+def half_width(changes, contrast, terms, rows):
+    """Of the 95 % interval of a contrast (terms,) of the coefficients, from their changes (units,
+    terms[, draws]) without each task: t times the root of their sum of squares; t of tasks - 2, or,
+    of a family that fewer tasks carry, of those - 1."""
+    carriers = [len({row.task for row in rows}) - 1]
+    for (_, family), weight in zip(terms, contrast):
+        if family and weight:
+            carriers.append(len({row.task for row in rows if row.family == family}))
+    moved = np.sqrt(np.sum(np.tensordot(changes, contrast, (1, 0)) ** 2, 0))
+    return moved * (t_quantile(min(carriers) - 1) if min(carriers) > 1 else math.nan)
+
+
+def predict(x, y, training, wanted):
+    """The rows `wanted` by a fit of the rows `training` (masks): nan where the training has nothing
+    of a term of theirs, as of a new family."""
+    new = (x[wanted][:, ~x[training].any(0)] != 0).any(1)
+    predicted = x[wanted] @ solve(x[training], y[training])
+    predicted[new] = math.nan
+    return predicted
+
+
+def predict_tasks(x, y, tasks):
+    """Each task by a fit of the others: (N[, draws])."""
+    predicted = np.empty_like(y)
+    for task in np.unique(tasks):
+        predicted[tasks == task] = predict(x, y, tasks != task, tasks == task)
+    return predicted
+
+
+def prediction_reach(x, y, tasks):
+    """Half-widths of the 95 % intervals of predict_tasks: of task k t(K - 2) times the root of the
+    mean, over the others, of the squared error of each as predicted without it and without k."""
+    reach, names = np.empty_like(y), np.unique(tasks)
+    for k in names:
+        squares = []
+        for j in names[names != k]:
+            predicted = predict(x, y, (tasks != j) & (tasks != k), tasks == j)
+            if not np.isnan(predicted).all():
+                squares.append(np.nanmean((predicted - y[tasks == j]) ** 2, 0))
+        reach[tasks == k] = t_quantile(len(names) - 2) * np.sqrt(np.mean(squares, 0))
+    return reach
+
+
+def trading(rows):
+    """Which targets may trade their distances: lists of those of a task; targets that are alone in
+    theirs trade with each other. In a list all are in the same families."""
+    targets = {task: group(part, "target") for task, part in group(rows, "task").items()}
+    lists = {}
+    for task, members in targets.items():
+        for target, part in members.items():
+            families = frozenset(row.family for row in part)
+            lists.setdefault((families, task if len(members) > 1 else None), []).append(target)
+    return list(lists.values())
+
+
+def permutation_p(rows, y, draws=PERMUTATIONS):
+    """How often distances traded at random, in all families alike (or the observed ones) predict
+    left-out tasks as well as the observed ones: fractions ([draws of y,])."""
+    (terms, x), rng = design(rows), np.random.default_rng(0)
+    _, tasks = np.unique([row.task for row in rows], return_inverse=True)
+    d, s = {(row.target, row.family): row.d for row in rows}, np.array([row.s for row in rows])
+    errors, lists = [np.nansum((predict_tasks(x, y, tasks) - y) ** 2, 0)], trading(rows)
+    for _ in range(draws):
+        given = {}
+        for targets in lists:
+            given |= zip(targets, (targets[place] for place in rng.permutation(len(targets))))
+        traded = np.array([d[given[row.target], row.family] for row in rows])
+        columns = {"c": traded, "e": traded * s}
+        x = np.stack([columns.get(letter, x[:, i]) for i, (letter, _) in enumerate(terms)], 1)
+        errors.append(np.nansum((predict_tasks(x, y, tasks) - y) ** 2, 0))
+    return np.mean(np.array(errors) <= errors[0] * (1 + 1e-9), 0)
+
+
+def without_seed(row, seed):
+    """The exponent of a row by its other pre-training seeds; by all where there is no other."""
+    others = [value for other, value in row.by_seed.items() if other != seed]
+    return np.mean(others) if others else row.exponent
+
+
+def law(about, rows):
+    """Rows of one kind, method, recipe and origin -> Law.
+
+    Pre-training seeds are a second level of its intervals, beside tasks: their networks are common
+    to all tasks, so that leaving out tasks does not show them.
+    """
+    known = [row for row in rows if not math.isnan(row.s + row.d)]
+    names, tasks = np.unique([row.task for row in known], return_inverse=True)
+    if len(names) < FEWEST:
+        return Law(about, rows)
+    y, (terms, x) = np.array([row.exponent for row in known]), design(known)
+    seeds = {seed for row in known for seed in row.by_seed}
+    changes = [*changes_without(x, y, tasks)]
+    for seed in seeds if len(seeds) > 1 else ():
+        others = np.array([without_seed(row, seed) for row in known])
+        changes.append(solve(x, others) - solve(x, y))
+    changes = np.array(changes)
+    by_seed = changes[len(names) :]
+    share = np.sum(by_seed**2) / np.sum(changes**2) if len(by_seed) else math.nan
+    ci95 = np.array([half_width(changes, one, terms, known) for one in np.eye(len(terms))])
+    predicted, reach = predict_tasks(x, y, tasks), prediction_reach(x, y, tasks)
+    seen, rmse = ~np.isnan(predicted), {}
+    for name, parts in {"B0": (False, False), "B1": (True, False), "law": (True, True)}.items():
+        error = predict_tasks(design(known, *parts)[1], y, tasks) - y
+        rmse[name] = math.sqrt(np.mean(error[seen] ** 2))
+    coverage = np.mean(np.abs(predicted - y)[seen] <= reach[seen])
+    p = permutation_p(known, y)
+    fitted = solve(x, y), ci95, changes, share, predicted, reach, coverage, rmse, p
+    return Law(about, known, terms, *fitted)

@@ -1,0 +1,142 @@
+"""Weight files, also of others: formats, names of parameters, where published ones lie."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from engine.checkpoint import file_digest, load_plain, read_tensors
+from engine.console import say
+from engine.downloads import fetch
+
+# Names of others' files -> ours: regular expressions, replaced in this order.
+NAMES = (
+    (r"\b(_orig_mod|module)\.", ""),  # of torch.compile and DistributedDataParallel
+    # timm's
+    (r"^stem\.", "root."),
+    (r"^stages\.(\d+)", lambda found: f"body.block{int(found[1]) + 1}"),
+    (r"\.blocks\.(\d+)", lambda found: f".unit{int(found[1]) + 1:02d}"),
+    (r"\.norm(\d)", r".gn\1"),
+    (r"\.downsample\.conv", ".downsample"),
+    (r"^norm", "head.gn"),
+    (r"^head\.fc", "head.conv"),
+    # BiT's, of TensorFlow
+    (r"^resnet/block", "body/block"),
+    (r"^resnet/root_block/standardized_conv2d", "root/conv"),
+    (r"^resnet/group_norm", "head/gn"),
+    (r"^resnet/head/conv2d", "head/conv"),
+    (r"/a/proj/standardized_conv2d", "/downsample"),
+    (r"/([abc])/standardized_conv2d", lambda found: f"/conv{'abc'.index(found[1]) + 1}"),
+    (r"/([abc])/group_norm", lambda found: f"/gn{'abc'.index(found[1]) + 1}"),
+    (r"/(kernel|gamma)$", "/weight"),
+    (r"/beta$", "/bias"),
+    (r"/", "."),
+)
+
+
+def _read_npz(path):
+    """BiT's .npz, kernels HWIO -> OIHW and vectors flat, without the optimiser's state of some."""
+    with np.load(path, allow_pickle=False) as arrays:
+        keys = [key for key in arrays.files if key.startswith("resnet/")]
+        state = {key: torch.from_numpy(arrays[key]) for key in keys}
+    for key, array in state.items():
+        state[key] = array.permute(3, 2, 0, 1) if key.endswith("/kernel") else array.flatten()
+    return {"model": state}
+
+
+def read_weights(path):
+    """Reads a weight file without running anything in it; returns the whole dict that it holds.
+
+    Raises FileNotFoundError, or ValueError when it is damaged, holds code or is of safetensors.
+    """
+    if Path(path).suffix == ".safetensors":
+        mend = f"torch.save(timm.models.load_state_dict({str(path)!r}), 'weights.pth')"
+        raise ValueError(f"{path}: safetensors are not read; save it as a .pth: {mend}")
+    return read_tensors(path, _read_npz if Path(path).suffix == ".npz" else load_plain)
+
+
+def our_names(state):
+    """A state dict under our names of parameters."""
+    for theirs, ours in NAMES:
+        state = {re.sub(theirs, ours, str(key)): value for key, value in state.items()}
+    return state
+
+
+# ------------------------------------------------------------------------------------------------
+# Published networks
+# ------------------------------------------------------------------------------------------------
+
+
+class Published(NamedTuple):
+    """source: what it was trained on. model: its size, a key of models.MODELS."""
+
+    source: str
+    model: str
+    url: str
+
+
+BIT = "https://storage.googleapis.com/bit_models"
+BIT_MODELS = ("R50x1", "R50x3", "R101x1", "R101x3", "R152x2", "R152x4")
+# Fine-tuned on 1,000 images of these, three times; there is no R152x2 among them.
+VTAB = """caltech101 cifar100 clevr-count clevr-distance diabetic_retinopathy dmlab
+    dsprites-orientation dsprites-xpos dtd eurosat kitti-distance oxford_flowers102 oxford_iiit_pet
+    patch_camelyon resisc45 smallnorb-azimuth smallnorb-elevation sun397 svhn"""
+STUDY = "https://fz-juelich.sciebo.de/s/9kqbf6yBDyJnQfd/download"
+STUDY_SOURCES = """imagenet1k imagenet21k chexpert chexpert+mimic chexpert+mimic+nih
+    chexpert+mimic+nih+padchest"""
+
+
+def _published():
+    """{name, as --checkpoint takes it: Published}"""
+    found = {}
+    for model in BIT_MODELS:
+        names = {f"BiT-S-{model}": "imagenet1k", f"BiT-M-{model}": "imagenet21k"}
+        names[f"BiT-M-{model}-ILSVRC2012"] = "imagenet21k-to-imagenet1k"
+        for name, source in names.items():
+            found[f"bit:{name}"] = Published(source, model, f"{BIT}/{name}.npz")
+    for source in STUDY_SOURCES.split():
+        for model in ("R50x1", "R152x4"):
+            folder = f"{source.replace('+', '_')}_bit{model[1:]}"
+            url = f"{STUDY}?path=%2F{folder}&files=model.pth.tar"
+            found[f"study:{source}-{model}"] = Published(source, model, url)
+    for model in BIT_MODELS:
+        for run in range(3 if model != "R152x2" else 0):
+            for task in VTAB.split():
+                name, source = f"BiT-M-{model}-run{run}-{task}", f"imagenet21k-to-{task}-run{run}"
+                found[f"bit:{name}"] = Published(source, model, f"{BIT}/vtab/{name}.npz")
+    return found
+
+
+PUBLISHED = _published()
+
+
+def published_path(name, folder=None):
+    """Where the file of a name of PUBLISHED is kept: below --cache-dir, else torch.hub's."""
+    ending = ".npz" if PUBLISHED[name].url.endswith(".npz") else ".pth.tar"
+    return Path(folder or torch.hub.get_dir(), "networks", name.replace(":", "-") + ending)
+
+
+def find_published(name, args, env=None):
+    """The file of such a name; with --download fetched by the main rank where it is not here.
+
+    Raises ValueError for an unknown name, or what is no weight file; FileNotFoundError, OSError.
+    """
+    if name not in PUBLISHED:
+        near = difflib.get_close_matches(name, PUBLISHED, n=1, cutoff=0)[0]
+        raise ValueError(
+            f"unknown network {name!r}; did you mean {near!r}? python models.py list names all"
+        )
+    path, url = published_path(name, args.cache_dir), PUBLISHED[name].url
+    if not path.exists() and not args.download:
+        raise FileNotFoundError(f"{name}: no {path}; add --download, or fetch {url} to there")
+    if args.download and env:
+        if env.main and not path.exists():
+            fetch(url, path, read_weights, env)
+            say(env, f"{name}: {path}, SHA-256 {file_digest(path, 64)}")
+        if env.ranks > 1:
+            dist.barrier()
+    return path
