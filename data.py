@@ -173,6 +173,13 @@ def dataset_options(name):
     return tuple(takes)
 
 
+def source_domain(name):
+    """That of what a network was trained on: "medical" where all of a union is known as such."""
+    members = [DATASETS.get(base_name(member)) for member in name.split("+")]
+    domains = {dataset.domain if dataset else "natural" for dataset in members}
+    return "medical" if domains == {"medical"} else "natural"
+
+
 def dataset_slug(name):
     """The name as a part of a path: folder:/a/b becomes folder-b."""
     parts = parts_of(without_place(name))

@@ -180,7 +180,7 @@ def make_config(args, env, source):
             f"--batch-size {config['batch_size']} is less than {env.ranks} processes x "
             f"--accumulate {args.accumulate}"
         )
-    config["image_size"] = config["image_size"] or source.size
+    size = config["image_size"] or source.size
     return config | {
         "source": args.source,
         "source_options": source.options,
@@ -190,11 +190,12 @@ def make_config(args, env, source):
         "model": args.model,
         "recipe": name,
         "clipping": config["clipping"] or None,
+        "image_size": size,
         "fraction": args.fraction,
         "balanced": bool(args.balanced),
         "single_label": args.single_label,
         "seed": args.seed,
-        "precision": env.training_precision(args, config["image_size"]),
+        "precision": env.training_precision(args, size),
         "compile": args.compile,
         "keep_best": args.keep == "best",
     }
@@ -344,7 +345,6 @@ def pretrain(train_set, test_set, config, folder, args, env):
             save_network(path, *about, **more)
     if env.main:
         console.write_json(folder / "result.json", record)
-        print(f"wrote {folder}/model.pt")
     return record
 
 

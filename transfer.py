@@ -160,9 +160,7 @@ def open_network(path, args):
     if args.model and args.model != model:
         raise ValueError(f"{file} is of {model}, not of --model {args.model}")
     if not about:
-        members = [data.DATASETS.get(data.base_name(member)) for member in source.split("+")]
-        domains = {dataset.domain if dataset else "natural" for dataset in members}
-        domain = "medical" if domains == {"medical"} else "natural"
+        domain = data.source_domain(source)
         # BiT's own networks, in .npz or as timm has them, take pixels in [-1,1].
         bit = file.suffix == ".npz" or any("stem.conv.weight" in str(key) for key in content)
         normalization = transforms.NORMALIZATION["medical" if bit else domain]

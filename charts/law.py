@@ -143,7 +143,7 @@ def laws(runs, metric):
             if by_seed := exponents(kind, members, name):
                 row = Row(target, task, (domain, target.domain), shots, by_seed, *decades)
                 found.setdefault((kind, *about, target.origin), []).append(row)
-    return [law(about, rows) for about, rows in sorted(found.items(), key=str)]
+    return [law(about, found[about]) for about in sorted(found, key=str)]
 
 
 def relations(rows):

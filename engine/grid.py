@@ -329,6 +329,7 @@ class Grid:
             "" if self.env.main or not sys.stdout.isatty() else "\r\x1b[K"
         )  # the main rank's bar
         score = f"{cell.metric} {'undefined' if value is None else f'{value:.3f}'}"
+        score = score if metrics else "written"
         # In one piece: unbuffered processes would glue their lines together.
         line = f"{clear}{self.title(cell)}: {score}, {seconds:.1f} s, {left} left\n"
         tqdm.write(line, end="")
@@ -348,7 +349,8 @@ class Grid:
                     raise Stopped(*stop)
         if not self.env.main:
             return 0
-        report(cells, self.results)
+        if any(cell.kind != "features" for cell in cells):
+            report(cells, self.results)
         if self.failures:
             failed = console.counted(len(self.failures), "cell")
             print(f"{failed} failed; the same command tries again:")

@@ -53,7 +53,10 @@ def run_script(main):
 
 def _said(now):
     """Whether a process has said its error: from now on, or before."""
-    with contextlib.suppress(Exception):  # the store may have ended with its process
+    # A store of rank 0's own ends with it, and then says so in many lines.
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return False
+    with contextlib.suppress(Exception):
         store = dist.distributed_c10d._get_default_store()
         if now:
             store.set("said", "")

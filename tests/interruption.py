@@ -64,7 +64,7 @@ def start(main, argv, home, patch=None, rank=0, ranks=1, port=0):
         processes.BEGAN = time.monotonic()
         if patch:
             patch()
-        processes.run_script(main)
+        main() if main is torch.distributed.run.main else processes.run_script(main)
     except SystemExit as leaving:
         status = leaving.code or 0
     except BaseException:

@@ -145,7 +145,7 @@ def test_a_killed_process_loses_the_cell_in_flight_alone(folder, checkpoint, tmp
     about = fewshot.main, ("fewshot.py", *args), tmp_path, dies_in_its_second_cell
     port = free_port()
     pids = [start(*about, rank, 2, port) for rank in (0, 1)]
-    assert [wait(pid) for pid in pids] == [1, -signal.SIGKILL]
+    assert [wait(pid) for pid in pids] == [2, -signal.SIGKILL]
     before = {path: path.stat() for path in tmp_path.glob("results/*/*/*.json")}
     assert len(before) == 7
     (tmp_path / "cache").mkdir()

@@ -96,6 +96,23 @@ def test_newest_of_two_files_of_one_run_is_kept_and_said(call, tmp_path):
     assert "Runs with two results, of which the newer counts: 1." in words
 
 
+def test_hidden_copies_are_passed_over(call, tmp_path):
+    write(tmp_path / "results" / ".ipynb_checkpoints", "a-checkpoint.json", {"accuracy": 0.9})
+    write(tmp_path / "results", ".hidden.json", {"accuracy": 0.9})
+    write(tmp_path / "results", "a.json", {"accuracy": 0.25})
+    status, out, err = call("--figure", "fewshot")
+    assert (status, err) == (0, "") and "25.0 (1)" in out
+
+
+def test_a_notebook_and_a_terminal_of_another_encoding(tmp_path):
+    write_seeds(tmp_path / "results", [0.25, 0.75])
+    odd = {"MPLBACKEND": "module://not_there.backend_inline", "PYTHONIOENCODING": "ascii"}
+    settings = dict(cwd=tmp_path, capture_output=True, text=True, env=os.environ | odd)
+    done = subprocess.run([sys.executable, ROOT / "plot.py", "--figure", "fewshot"], **settings)
+    assert (done.returncode, done.stderr) == (0, "") and "50.0 ? 35.4 (2)" in done.stdout
+    assert "±" in (tmp_path / "figures" / "fewshot.md").read_text()
+
+
 def test_a_folder_named_twice_is_read_once(call, tmp_path):
     write_seeds(tmp_path / "results", [0.2, 0.4])
     status, out, err = call("results", "--results", "results", tmp_path / "results")

@@ -110,6 +110,14 @@ def test_the_first_step_that_is_not_finite_is_named(name, bad):
             log.add(5, 0.5, torch.tensor(1.0), 4, optimizer)
 
 
+def test_of_bf16_the_advice_names_fp32():
+    weight = torch.ones(3, requires_grad=True)
+    with Log(CPU._replace(precision="bf16"), 0, 9, 4, 1) as log:
+        weight.grad, optimizer = torch.full((3,), math.nan), OPTIMIZERS["SGD"]([weight])
+        with pytest.raises(Diverged, match="; lower --lr, or give --precision fp32, and give"):
+            log.add(1, 0.5, torch.tensor(1.0), 4, optimizer)
+
+
 def test_divergence_is_named_on_every_rank(folder, tmp_path):
     training = Training(folder, tmp_path, "--lr", 1e9, "--clipping", 0)
     errors = [err for _, err in training.go(2, ranks=2)]

@@ -5,13 +5,15 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import interruption
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.run
 from conftest import env
-from interruption import SAVE_EACH_STEP, STEPS, Training, at_step, send, undisturbed
+from interruption import SAVE_EACH_STEP, STEPS, Training, at_step, run_forked, send, undisturbed
 
 from engine import processes
 
@@ -137,6 +139,26 @@ def test_processes_that_do_not_know_each_other(line, refused, monkeypatch):
         processes.setup("fp32")
 
 
+@pytest.mark.parametrize("rank, error", ((0, "ValueError"), (1, "KeyError")))
+def test_of_two_processes_the_one_that_met_an_error_says_it(rank, error, folder, tmp_path):
+    """torchrun's own lines aside, of which none is of the other process."""
+    patch = f"""
+def fail():
+    raise {error}("broken")
+
+at_step(3, fail, rank={rank})()"""
+    driver = Training(folder, tmp_path).driver(patch)
+    argv = ("torchrun", "--standalone", "--nproc_per_node=2", *driver)
+    own_store = lambda: os.environ.pop("TORCH_DISABLE_SHARE_RDZV_TCP_STORE")  # noqa: E731
+    said = "".join(*run_forked(torch.distributed.run.main, argv, tmp_path, 1, own_store))
+    who = f"error{' (rank 1)' * rank}: "
+    text = "broken" if error == "ValueError" else "KeyError: 'broken'; TRACEBACK=1 shows where"
+    assert [line for line in said.splitlines() if "rror" in line and "broken" in line] == [
+        who + text
+    ]
+    assert "RuntimeError" not in said and said.count("Traceback") == 1  # of torchrun
+
+
 # ------------------------------------------------------------------------------------------------
 # Two nodes, here of one machine: an agent of torchrun each
 # ------------------------------------------------------------------------------------------------
@@ -188,6 +210,22 @@ def test_a_node_dies_and_another_takes_its_place(folder, tmp_path):
 # ------------------------------------------------------------------------------------------------
 
 CPU = processes.Env(0, 1, torch.device("cpu"), "fp32")
+
+
+@pytest.mark.parametrize("size, precision", ((8, "fp32"), (16, "fp32"), (17, "bf16")))
+def test_compiled_bf16_of_tiny_images_on_a_cpu(size, precision, capsys):
+    """In fp32, said once; refused where it was asked for by name. Else as asked."""
+    env, auto = CPU._replace(precision="bf16"), SimpleNamespace(precision="auto", compile=True)
+    for _ in range(2):
+        assert env.training_precision(auto, size) == precision
+    said = f"--compile: PyTorch's bf16 gradients on CPUs are wrong for images of {size} pixels"
+    assert capsys.readouterr().out == (f"{said}: in fp32\n" if size <= 16 else "")
+    asked = SimpleNamespace(precision="bf16", compile=True)
+    if size <= 16:
+        with pytest.raises(ValueError, match=f"{said}; give --precision fp32"):
+            env.training_precision(asked, size)
+    eager = SimpleNamespace(precision="bf16", compile=False)
+    assert env.training_precision(eager, size) == "bf16"
 
 
 @pytest.mark.parametrize(

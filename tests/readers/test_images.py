@@ -1,12 +1,14 @@
 """Decoding: every kind of pixel file, and what is none; subsets of a dataset."""
 
+import subprocess
+import sys
 import warnings
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import refuses
+from conftest import ROOT, refuses
 from PIL import Image
 from trees import load_folder, luma, noise, pixels_of, save
 
@@ -108,3 +110,12 @@ def test_subset(chests, pets_at_home):
     ):
         with pytest.raises(IndexError):
             call()
+
+
+def test_damaged_exif_is_no_damage_of_the_pixels(tmp_path):
+    """Pillow's warning would name no file; warnings of others stay."""
+    path, damaged = tmp_path / "a.jpg", b"Exif\0\0MM\0*\0\0\0\x08" + b"\xff" * 40
+    Image.new("RGB", (9, 9), (200, 0, 0)).save(path, exif=damaged)
+    code = f"from readers.images import read_image; print(read_image({str(path)!r}, 'RGB').shape)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("torch.Size([3, 9, 9])\n", "")

@@ -118,6 +118,23 @@ def test_check_lists_everything(photos, tmp_path):
     assert record["missing"] == [] and record["duplicated"] == [duplicate]
 
 
+def test_check_says_that_12_bits_lie_in_16(photos, rng):
+    for image in photos.rglob("*/*/*.*"):
+        image.unlink()
+        pixels = rng.integers(0, 2**12, (9, 9)).astype(np.uint16)
+        Image.fromarray(pixels).save(image.with_suffix(".png"))
+    out = run_data("check", f"folder:{photos}", status=1).splitlines()[0]
+    dark = "half of the images have no pixel above 16 of 255"
+    mend = "12-bit values in 16-bit files? multiply them by 16"
+    assert out == f"train: {dark}; test: {dark}: {mend}"
+
+
+def test_a_bar_in_the_name_of_a_class(photos):
+    for split in ("train", "test"):
+        (photos / split / "cat").rename(photos / split / "cat|dog")
+    assert r"| cat\|dog |" in run_data("info", f"folder:{photos}")
+
+
 def test_check_lists_missing_files(xrays):
     gone = xrays.image("00000003_000.png")
     gone.unlink()
