@@ -46,7 +46,7 @@ DATASETS = {
     "imagenet1k": Known("natural", natural.imagenet1k, "imagenet-1K"),
     "imagenet21k": Known("natural", natural.imagenet21k, "imagenet-21K"),
     "chexpert": Known("medical", xrays.chexpert, "CheXpert-v1.0", listed=True),
-    "chexpert-test": Known("medical", xrays.chexpert_test, "CheXpert-v1.0"),
+    "chexpert-test": Known("medical", xrays.chexpert_test, "CheXpert-v1.0/test"),
     "mimic": Known("medical", xrays.mimic, "mimic-cxr-jpg/2.0.0", listed=True),
     "nih": Known("medical", xrays.nih, "NIH-ChestXRay-14", listed=True),
     "padchest": Known("medical", xrays.padchest, "PadChest", listed=True),
@@ -57,6 +57,9 @@ DATASETS = {
     "covidx": Known("medical", xrays.covidx, "COVIDx-CXR2", listed=True),
     "tuberculosis": Known("medical", xrays.tuberculosis, "Tuberculosis_dataset"),
 }
+
+
+TEST_ALONE = ("chexpert-test",)  # without training images, for --eval-only
 
 
 def load_dataset(
@@ -212,6 +215,8 @@ def open_splits(name, args, env=None, **options):
     for option in (*CHOICES, "cache_dir", "download", "validation"):
         if option in (*takes, "validation") and getattr(args, option, None):
             options.setdefault(option, getattr(args, option))
+    if name in TEST_ALONE and getattr(args, "method", None) == "eval":  # which trains on nothing
+        return (load_dataset(name, args.data_dir, "test", **options),) * 2
     if options.get("download") and env and env.ranks > 1:
         if env.main:
             load_splits(name, args.data_dir, **options)
@@ -345,7 +350,7 @@ def list_datasets(args):
                 row[2:4] = "yes", f"{len(train):,} + {len(test):,}"
                 row[4:] = len(train.classes), train.domain
         except (ValueError, OSError) as error:
-            row[2:4] = "damaged", str(error)
+            row[2:4] = "yes" if name in TEST_ALONE else "damaged", str(error)
         rows.append(row)
     header = ["name", f"below {root}", "there", "images (train + test)", "classes", "domain"]
     print_table(rows, header)

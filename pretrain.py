@@ -223,7 +223,7 @@ def main():
     folder = Path(args.out) / f"{data.dataset_slug(train_set.name)}-{args.model}"
     env = env.computing(config["precision"])
     args.kind = "pretrain-validation" if args.validation else "pretrain"
-    record = finished_run(folder, args.kind, config)
+    record = finished_run(folder, config, args.kind)
     if record:
         console.say(env, f"{folder}: finished already; remove that folder to train anew")
     else:

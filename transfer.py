@@ -181,8 +181,7 @@ class Target:
         self.name, self.train_set, self.test_set, self.recipe = name, train_set, test_set, recipe
         self.data = data_digest(train=train_set, test=test_set)
         self.image_size = tuple(train_set.read(0).shape[-2:])  # of the first image, as of all
-        # Multi-label X-ray sets take the X-ray pipeline, also when each image was left one label.
-        # so do one's own, and not those that the study took as photographs.
+        # X-ray sets of several labels, or left with one, and one's own take the X-ray pipeline.
         own = train_set.task == "multilabel" or {"single_label", "domain"} & {*train_set.options}
         self.xray_pipeline = train_set.domain == "medical" and bool(own) and not train_set.size
         self.distances, self.features = {}, {}  # by network, as they are measured

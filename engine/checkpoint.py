@@ -139,7 +139,7 @@ def read_result(path, kind, config=None):
     return record
 
 
-def finished_run(folder, kind, config):
+def finished_run(folder, config, kind):
     """The result of a finished pre-training in this folder, or None if there is none yet.
 
     Raises ValueError as read_result, or when its model.pt is gone or damaged.

@@ -158,12 +158,6 @@ def chexpert(name, root, split, views=("PA", "AP"), uncertain="ignore", blank="i
     return _xray(name, reader, labels, CHEXPERT_CLASSES, patients, options, dropped)
 
 
-def packed_or_not(path):
-    """A gzipped table, or the unpacked one where that is there alone."""
-    unpacked = path.with_suffix("")
-    return unpacked if unpacked.exists() and not path.exists() else path
-
-
 def chexpert_test(name, root, split):
     """CheXpert's test set of 500 studies, labelled by radiologists (Irvin et al. 2019): what is
     present in a study is so in each of its frontal images. It has no training images.
@@ -185,6 +179,12 @@ def chexpert_test(name, root, split):
         rows += [row] * len(found)
     labels, reader = _finding_labels(*findings)[0][rows], Files(str(folder), encoded(names), "L")
     return _xray(name, reader, labels, CHEXPERT_CLASSES, _chexpert_patients(reader.names))
+
+
+def packed_or_not(path):
+    """A gzipped table, or the unpacked one where that is there alone."""
+    unpacked = path.with_suffix("")
+    return unpacked if unpacked.exists() and not path.exists() else path
 
 
 def mimic(name, root, split, views=("PA", "AP"), uncertain="ignore", blank="ignore"):

@@ -175,6 +175,8 @@ def test_rule_of_each_kind_of_target(folder, nih_root):
     natural = Target("x", *data.load_splits(f"folder:{folder}"), "paper")
     assert choose_rule(natural, 60)[:2] == (160, 128)
     assert choose_rule(natural, 60, 64)[:2] == (80, 64)  # the same ratio, and the same schedule
+    own = Target("x", *data.load_splits(f"folder:{folder}", domain="medical"), "paper")
+    assert own.xray_pipeline and choose_rule(own, 60)[:2] == (224, 224)
     assert choose_rule(natural, 60, None, 50) == HyperRule(160, 128, 0.0, 10, (20, 30, 40), 50)
     train_set, test_set = data.load_splits("nih", nih_root)
     alone = data.keep_single_label(train_set)  # multi-class, and an X-ray set still

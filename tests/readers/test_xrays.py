@@ -7,6 +7,7 @@ import collections
 import csv
 import hashlib
 import random
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
@@ -180,7 +181,7 @@ def test_how_uncertain_and_blank_marks_are_read(trees, uncertain, blank, expecte
     assert np.isnan(dataset.labels).sum() < np.isnan(usual.labels).sum()
 
 
-def test_chexpert_test(trees):
+def test_chexpert_test(trees, tmp_path):
     header = "Study," + ",".join(["No Finding", *sorted({*FINDINGS, "Pleural Effusion"})])
     header = header.replace(",Effusion", "")
     study = "test/patient64741/study1"
@@ -202,6 +203,8 @@ def test_chexpert_test(trees):
     np.testing.assert_array_equal(dataset.labels, expected)
     assert dataset.groups.tolist() == [64741, 64741, 64740]
     refuses(ValueError, lambda: trees.load("chexpert-test"), "test images alone", "--eval-only")
+    args = Namespace(method="eval", data_dir=tmp_path)
+    assert [len(part) for part in data.open_splits("chexpert-test", args)] == [3, 3]
     write(table, lines(header, [*rows, rows[0]]))
     refuses(ValueError, call, "groundtruth.csv, line 4", "more than once")
     write(table, lines(header, [rows[0].replace("0.0", "-1", 1)]))
