@@ -20,15 +20,16 @@ import torch.distributed as dist
 
 from engine import options
 from engine.console import Parser, exit_status, print_table, refuse_unwritable
-from readers import inspect, natural, packs, synthetic, xrays
+from readers import inspect, natural, own, packs, synthetic, xrays
 from readers.images import ImageDataset, refuse_missing
 from readers.labels import join, keep_single_label
-from readers.names import base_name, pack_folder, pack_of, parts_of, without_place
-from readers.subsets import Stream, by_class, generator
+from readers.names import base_name, is_path, pack_folder, pack_of, parts_of, without_place
+from readers.subsets import Stream, by_class, generator, hold_out
 from readers.subsets import few_shot_indices as few_shot_indices  # for the scripts
 from readers.transforms import Pipeline, keep
 
 SPLITS = ("train", "test")
+CHOICES = ("views", "split_by", "labels", "domain", "uncertain", "blank")  # of some datasets
 
 
 class Known(NamedTuple):
@@ -45,6 +46,7 @@ DATASETS = {
     "imagenet1k": Known("natural", natural.imagenet1k, "imagenet-1K"),
     "imagenet21k": Known("natural", natural.imagenet21k, "imagenet-21K"),
     "chexpert": Known("medical", xrays.chexpert, "CheXpert-v1.0", listed=True),
+    "chexpert-test": Known("medical", xrays.chexpert_test, "CheXpert-v1.0/test"),
     "mimic": Known("medical", xrays.mimic, "mimic-cxr-jpg/2.0.0", listed=True),
     "nih": Known("medical", xrays.nih, "NIH-ChestXRay-14", listed=True),
     "padchest": Known("medical", xrays.padchest, "PadChest", listed=True),
@@ -57,6 +59,9 @@ DATASETS = {
 }
 
 
+TEST_ALONE = ("chexpert-test",)  # without training images, for --eval-only
+
+
 def load_dataset(
     name,
     root="datasets",
@@ -66,22 +71,28 @@ def load_dataset(
     single_label=False,
     fraction=1.0,
     fraction_seed=0,
+    validation=None,
     **options,
 ):
     """The dataset of that name.
 
-    name: a key of DATASETS, folder:PATH, NAME@SIZE (a pack), NAME~GAP (a synthetic dataset towards
-    the other world), or several joined by "+" (a union). root: directory that holds the real
-    datasets. split: "train" or "test". verify: refuse a dataset of which a listed file is missing.
+    name: a key of DATASETS, folder:PATH, table:FILE.csv, NAME@SIZE (a pack), NAME~GAP (a synthetic
+    dataset towards the other world), or several joined by "+" (a union). root: directory that holds
+    the real datasets. split: "train" or "test". verify: refuse one of which a listed file is
+    missing.
     single_label: of a multi-label dataset keep the images with exactly one positive label, as a
     multi-class one. fraction: of the training images, in (0,1]; a smaller one lies inside a larger
-    one of the same fraction_seed. options: those of the dataset (`dataset_options`), e.g. views,
-    split_by, labels, cache_dir, download, and of the synthetic worlds seed, size (pixels) and gap.
+    one of the same fraction_seed. validation: the part of the training images, in (0,1), that is
+    held out (`subsets.hold_out`) and "test" then means; the test set is not opened. options: those
+    of the dataset (`dataset_options`), e.g. views, split_by, labels, cache_dir, download, and of
+    the synthetic worlds seed, size (pixels) and gap.
     Raises ValueError for an unknown name, split, option, column or label, FileNotFoundError for a
     missing directory or file; each names it and the mend.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    if validation is not None and not 0 < validation < 1:
+        raise ValueError(f"--validation {validation}: must be above 0 and below 1")
     if not 0 < fraction <= 1:
         raise ValueError(f"--fraction {fraction}: must be above 0 and at most 1")
     takes = dataset_options(name)
@@ -89,14 +100,22 @@ def load_dataset(
         if option not in takes:
             known = ", ".join(takes) or "none"
             raise ValueError(f"{name} takes no option {option}; it takes: {known}")
+    opened = "train" if validation else split
     if len(parts_of(name)) > 1:
-        dataset = _union(name, Path(root), split, verify, **options)
+        dataset = _union(name, Path(root), opened, verify, **options)
     else:
-        dataset = _builder(name)(name, Path(root), split, **options)
-        if verify and name in DATASETS and DATASETS[name].listed:
+        build = _builder(name)
+        dataset = build(name, Path(root), opened, **options)
+        if verify and (build is own.table or name in DATASETS and DATASETS[name].listed):
             refuse_missing(dataset)
     if single_label:
         dataset = keep_single_label(dataset)
+    if validation:
+        held = hold_out(dataset.labels, dataset.groups, validation)
+        dataset = dataset.subset(held if split == "test" else ~held).replace(
+            name=f"{dataset.name}-validation{validation:g}",
+            options=dataset.options | {"validation": validation},
+        )
     share = fraction if split == "train" else 1
     images = round(share * len(dataset))
     if not images:
@@ -107,7 +126,7 @@ def load_dataset(
     if share < 1:
         order = generator(fraction_seed, Stream.FRACTION).permutation(len(dataset))
         dataset = dataset.subset(np.sort(order[:images])).replace(
-            name=f"{name}-{fraction:g}",
+            name=f"{dataset.name}-{fraction:g}",
             options=dataset.options | {"fraction": fraction, "fraction_seed": fraction_seed},
         )
     return dataset
@@ -126,8 +145,8 @@ def _builder(name):
         if pack_of(original)[1]:
             raise ValueError(f"{name}: {original} is a pack already; pack the original")
         return packs.open_pack
-    if name.startswith("folder:"):
-        return natural.folder
+    if is_path(name):
+        return natural.folder if name.startswith("folder:") else own.table
     if name in DATASETS:
         return DATASETS[name].build
     if tilde and world in synthetic.WORLDS:
@@ -139,8 +158,8 @@ def _builder(name):
     near = difflib.get_close_matches(name.lower(), DATASETS, n=1, cutoff=0)[0]
     raise ValueError(
         f"unknown dataset {name!r}; did you mean {near!r}? "
-        f"known: {', '.join(DATASETS)}, folder:PATH, NAME@SIZE (a pack), NAME+NAME (a union), "
-        "NAME~GAP (a synthetic one towards the other world)"
+        f"known: {', '.join(DATASETS)}, folder:PATH, table:FILE.csv, NAME@SIZE (a pack), "
+        "NAME+NAME (a union), NAME~GAP (a synthetic one towards the other world)"
     )
 
 
@@ -154,9 +173,17 @@ def dataset_options(name):
     return tuple(takes)
 
 
+def source_domain(name):
+    """That of what a network was trained on: "medical" where all of a union is known as such."""
+    members = [DATASETS.get(base_name(member)) for member in name.split("+")]
+    domains = {dataset.domain if dataset else "natural" for dataset in members}
+    return "medical" if domains == {"medical"} else "natural"
+
+
 def dataset_slug(name):
     """The name as a part of a path: folder:/a/b becomes folder-b."""
-    return without_place(name).replace(":", "-", 1)
+    parts = parts_of(without_place(name))
+    return "+".join(part.replace(":", "-", 1) for part in parts)
 
 
 def _union(name, root, split, verify, labels="intersection", **options):
@@ -185,9 +212,11 @@ def open_splits(name, args, env=None, **options):
     The main rank of env alone downloads, before the others.
     """
     takes = dataset_options(name)
-    for option in ("views", "split_by", "labels", "cache_dir", "download"):
-        if option in takes and getattr(args, option, None):
+    for option in (*CHOICES, "cache_dir", "download", "validation"):
+        if option in (*takes, "validation") and getattr(args, option, None):
             options.setdefault(option, getattr(args, option))
+    if name in TEST_ALONE and getattr(args, "method", None) == "eval":  # which trains on nothing
+        return (load_dataset(name, args.data_dir, "test", **options),) * 2
     if options.get("download") and env and env.ranks > 1:
         if env.main:
             load_splits(name, args.data_dir, **options)
@@ -198,7 +227,7 @@ def open_splits(name, args, env=None, **options):
 def refuse_options(names, args):
     """Raises ValueError for an option of the command line that none of these datasets takes."""
     takes = {option for name in names for option in dataset_options(name)}
-    for option in ("views", "split_by", "labels"):
+    for option in CHOICES:
         if getattr(args, option) is not None and option not in takes:
             flag = option.replace("_", "-")
             raise ValueError(f"--{flag} means nothing for {', '.join(names)}; leave it out")
@@ -310,16 +339,18 @@ def list_datasets(args):
     for folder in sorted(path.parent for path in root.glob("*@*/pack.json")):
         original, size = pack_of(folder.name)
         if size:
-            folders[folder.name if original in DATASETS else f"folder:{folder}"] = folder.name
+            kind = "table" if original.endswith((".csv", ".csv.gz")) else "folder"
+            folders[folder.name if original in DATASETS else f"{kind}:{folder}"] = folder.name
+    folders |= {f"table:{path}": path.name for path in sorted(root.glob("*.csv"))}
     for name, folder in folders.items():
         row = [name, folder or "(made)", "no", "", "", ""]
         try:
-            if folder is None or (root / folder).is_dir():
+            if folder is None or (root / folder).exists():
                 train, test = open_splits(name, args, verify=False)
                 row[2:4] = "yes", f"{len(train):,} + {len(test):,}"
                 row[4:] = len(train.classes), train.domain
         except (ValueError, OSError) as error:
-            row[2:4] = "damaged", str(error)
+            row[2:4] = "yes" if name in TEST_ALONE else "damaged", str(error)
         rows.append(row)
     header = ["name", f"below {root}", "there", "images (train + test)", "classes", "domain"]
     print_table(rows, header)
@@ -359,7 +390,7 @@ def download(args):
 
 
 # {command: what it does, its options beside --data-dir and --cache-dir}
-CHOICE = "--views --split-by --labels"
+CHOICE = " ".join(f"--{option}" for option in CHOICES).replace("_", "-")
 COMMANDS = {
     "list": (list_datasets, ""),
     "info": (info, f"{CHOICE} --single-label --fraction --sheet"),
@@ -373,11 +404,11 @@ def main(argv=None):
     """Runs the command line; returns the exit status, 2 after a line that says what is wrong."""
     parser = Parser("Lists, describes, checks, packs and downloads datasets.", prog="data.py")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    names = f"{', '.join(DATASETS)}, folder:PATH, NAME@SIZE, NAME~GAP, NAME+NAME"
+    names = f"{', '.join(DATASETS)}, folder:PATH, table:FILE.csv, NAME@SIZE, NAME~GAP, NAME+NAME"
     changes = {
         "size": {"required": True},
         "workers": options.whole(1, 256) | {"help": "(default: one a core)"},
-        "out": {"help": "directory for the pack (default: --data-dir; beside a folder:)"},
+        "out": {"help": "directory for the pack (default: --data-dir; beside a folder: or table:)"},
     }
     for command, (function, flags) in COMMANDS.items():
         words = function.__doc__

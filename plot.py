@@ -152,7 +152,7 @@ def run(args):
         "fewshot": cells,
         "fullshot": results.full_shot(cells),
         "gain": pairs,
-        "law": law.laws(runs, args.metric),
+        "law": law.laws(runs, args.metric) if "law" in (args.figure or FIGURES) else [],
         "published": gains.shared_cells(cells),
     }
     shown = {name: shown[name] for name in args.figure or FIGURES}

@@ -213,8 +213,7 @@ def main():
         raise ValueError("--accumulate: --batch-size auto chooses it; leave out one of them")
     data.refuse_options([args.source], args)
     subset = {"fraction": args.fraction, "fraction_seed": args.seed}
-    if args.single_label:
-        subset["single_label"] = True
+    subset["single_label"] = bool(args.single_label)
     if args.source.startswith("synthetic"):
         subset["size"] = args.image_size
     train_set, test_set = data.open_splits(args.source, args, env, **subset)
@@ -223,7 +222,8 @@ def main():
     config = make_config(args, env, train_set)
     folder = Path(args.out) / f"{data.dataset_slug(train_set.name)}-{args.model}"
     env = env.computing(config["precision"])
-    record = finished_run(folder, config)
+    args.kind = "pretrain-validation" if args.validation else "pretrain"
+    record = finished_run(folder, config, args.kind)
     if record:
         console.say(env, f"{folder}: finished already; remove that folder to train anew")
     else:
@@ -322,7 +322,7 @@ def pretrain(train_set, test_set, config, folder, args, env):
 
     record = {
         "schema": 1,
-        "kind": "pretrain",
+        "kind": args.kind,
         "source": train_set.name,
         "source_domain": train_set.domain,
         "source_images": len(train_set),
@@ -345,7 +345,6 @@ def pretrain(train_set, test_set, config, folder, args, env):
             save_network(path, *about, **more)
     if env.main:
         console.write_json(folder / "result.json", record)
-        print(f"wrote {folder}/model.pt")
     return record
 
 

@@ -160,9 +160,7 @@ def open_network(path, args):
     if args.model and args.model != model:
         raise ValueError(f"{file} is of {model}, not of --model {args.model}")
     if not about:
-        members = [data.DATASETS.get(data.base_name(member)) for member in source.split("+")]
-        domains = {dataset.domain if dataset else "natural" for dataset in members}
-        domain = "medical" if domains == {"medical"} else "natural"
+        domain = data.source_domain(source)
         # BiT's own networks, in .npz or as timm has them, take pixels in [-1,1].
         bit = file.suffix == ".npz" or any("stem.conv.weight" in str(key) for key in content)
         normalization = transforms.NORMALIZATION["medical" if bit else domain]
@@ -183,9 +181,9 @@ class Target:
         self.name, self.train_set, self.test_set, self.recipe = name, train_set, test_set, recipe
         self.data = data_digest(train=train_set, test=test_set)
         self.image_size = tuple(train_set.read(0).shape[-2:])  # of the first image, as of all
-        # Multi-label X-ray sets take the X-ray pipeline, also when each image was left one label.
-        multilabel = train_set.task == "multilabel" or train_set.options.get("single_label")
-        self.xray_pipeline = train_set.domain == "medical" and multilabel and not train_set.size
+        # X-ray sets of several labels, or left with one, and one's own take the X-ray pipeline.
+        own = train_set.task == "multilabel" or {"single_label", "domain"} & {*train_set.options}
+        self.xray_pipeline = train_set.domain == "medical" and bool(own) and not train_set.size
         self.distances, self.features = {}, {}  # by network, as they are measured
 
     def decode(self, cells, args, env):

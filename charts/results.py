@@ -99,6 +99,7 @@ class Cell:
     classes: int = 0  # 0 when unknown or when its runs differ
 
 
+KINDS = ("fewshot", "transfer", "fewshot-validation", "transfer-validation")
 # What a result file must hold, and of what type; bounds of its numbers.
 BOUNDS = {"seed": (0, 2**64), "source_images": (0, 10**12), "shots": (1, 10**9)}
 FIELDS = Line.__annotations__ | {"target": str, "target_domain": str, "metrics": dict}
@@ -147,7 +148,7 @@ def read_result(path):
     data = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(data, dict) or data.get("schema") != 1:
         raise ValueError('not a result file of "schema": 1')
-    if data.get("kind") not in ("fewshot", "transfer"):
+    if data.get("kind") not in KINDS:
         raise ValueError(f"kind is {data.get('kind')!r}, not fewshot or transfer")
     options = data["config"].get("target_options") if isinstance(data.get("config"), dict) else None
     if isinstance(options, dict) and isinstance(data.get("target"), str):
@@ -155,6 +156,8 @@ def read_result(path):
         usual = data["target"].split("@")[0] == "padchest"
         if bool(options.get("single_label")) != usual:
             data["target"] += " (all labels)" if usual else " (single-label)"
+        if options.get("validation"):
+            data["target"] += f" (validation {options['validation']:g})"
     return checked_result(data, path)
 
 
@@ -211,6 +214,9 @@ def load(paths):
             results.append(read_result(path))
         except (OSError, TypeError, ValueError, RecursionError) as error:
             skipped.append(f"skipped {path}: {' '.join(str(error).split())}")
+    if len({" (validation " in result.target.name for result in results}) > 1:
+        mixed = "results on test images and on images held out by --validation"
+        raise ValueError(f"{mixed}: name their folders one at a time")
     kept, doubled = {}, []
     for result in sorted(results, key=lambda result: result.path.stat().st_mtime):
         run = result.target, result.line, result.source_seed, result.shots, result.seed

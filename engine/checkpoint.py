@@ -139,13 +139,13 @@ def read_result(path, kind, config=None):
     return record
 
 
-def finished_run(folder, config):
+def finished_run(folder, config, kind):
     """The result of a finished pre-training in this folder, or None if there is none yet.
 
     Raises ValueError as read_result, or when its model.pt is gone or damaged.
     """
     path = Path(folder, "result.json")
-    record = read_result(path, "pretrain", config)
+    record = read_result(path, kind, config)
     if record:
         try:
             read_tensors(Path(folder, "model.pt"))

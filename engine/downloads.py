@@ -1,7 +1,6 @@
 """A file from the web: continued where the connection was cut, whole or not there."""
 
 import contextlib
-import fcntl
 import http.client
 import json
 import os
@@ -9,7 +8,7 @@ import time
 import urllib.error
 import urllib.request
 
-from engine.console import progress_bar
+from engine.console import locked, progress_bar
 
 TRIES = 5  # in a row that bring no byte more
 PAUSE = 1.0  # seconds more before each of them
@@ -21,21 +20,19 @@ def fetch(url, path, check, env):
     on from, also by a later call, while the server has the same version of the file.
 
     check: called with the path of the whole before it gets its name; raises ValueError for what is
-    not meant, which is removed. Raises OSError or ValueError naming the URL.
+    not meant, which is removed. Raises OSError or ValueError naming the URL, ValueError naming the
+    folder while another process writes there.
     """
     part = path.with_name(f"part-of-{path.name}")
     note = path.with_name(f"part-of-{path.name}.json")  # the version that it is of, and its length
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(part, "ab") as file, progress_bar(env, None, 0, path.name, "B") as bar:
-        bar.unit_scale = True
+    bar = progress_bar(env, None, 0, path.name, "B")
+    bar.unit_scale = True
+    with locked(path.parent), open(part, "ab") as file, bar:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _until_whole(url, file, note, bar)
             check(part)
             os.replace(part, path)
             note.unlink()
-        except BlockingIOError as error:
-            raise OSError(f"{part}: another process fetches it; wait for it") from error
         except ValueError as error:
             part.unlink()
             note.unlink(missing_ok=True)

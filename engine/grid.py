@@ -156,7 +156,8 @@ class Cell(NamedTuple):
     def kind(self):
         if self.method == "features":
             return "features"
-        return "fewshot" if self.shots else "transfer"
+        kind = "fewshot" if self.shots else "transfer"
+        return f"{kind}-validation" if self.target.train_set.options.get("validation") else kind
 
     @property
     def checkpoint(self):
@@ -328,6 +329,7 @@ class Grid:
             "" if self.env.main or not sys.stdout.isatty() else "\r\x1b[K"
         )  # the main rank's bar
         score = f"{cell.metric} {'undefined' if value is None else f'{value:.3f}'}"
+        score = score if metrics else "written"
         # In one piece: unbuffered processes would glue their lines together.
         line = f"{clear}{self.title(cell)}: {score}, {seconds:.1f} s, {left} left\n"
         tqdm.write(line, end="")
@@ -347,7 +349,8 @@ class Grid:
                     raise Stopped(*stop)
         if not self.env.main:
             return 0
-        report(cells, self.results)
+        if any(cell.kind != "features" for cell in cells):
+            report(cells, self.results)
         if self.failures:
             failed = console.counted(len(self.failures), "cell")
             print(f"{failed} failed; the same command tries again:")
@@ -422,7 +425,8 @@ def report(cells, results):
         if str(cell.path) in results:
             column = console.counted(cell.shots, "shot") if cell.shots else "full"
             columns += [] if column in columns else [column]
-            row = cell.target.name, cell.network.name, cell.metric
+            metric = cell.metric + " (validation)" * cell.kind.endswith("-validation")
+            row = cell.target.name, cell.network.name, metric
             values.setdefault(row, {}).setdefault(column, []).append(results[str(cell.path)])
     rows = []
     for row, by_column in values.items():

@@ -166,4 +166,5 @@ def print_result(record):
         ["GFLOP/s", f"{train['flops_per_second'] / 1e9:.1f}"],
         ["share of the device's peak", f"{train['peak_share']:.3f}"],
     ]
-    print_table(rows, [f"{record['source']} {record['model']} (test)", "value"])
+    part = "validation" if record["kind"].endswith("-validation") else "test"
+    print_table(rows, [f"{record['source']} {record['model']} ({part})", "value"])

@@ -34,6 +34,12 @@ TABLE = """
     (default: patient)
 --labels intersection|union - of datasets joined by +: those common to all, or all (default:
     intersection)
+--domain natural|medical - of folder: and table:; medical: X-rays, read as grey (default: natural)
+--uncertain ignore|positive|negative - what a mark -1 is taken as (default: ignore, as in the study)
+--blank ignore|negative - what a finding without a mark is taken as (default: ignore, as in the
+    study)
+--validation positive - so large a part of the training images, by patient, is held out and
+    evaluated in place of the test set; for choosing options; writes into OUT-validation
 --single-label yes-or-no - keep images with exactly one positive label, as a multi-class dataset
     (default: padchest as a target)
 --fraction positive 1.0 of the source's images, up to 1; by --seed, and 0.1 inside 0.3
@@ -81,9 +87,10 @@ KINDS = {
     "positive": {"type": number(float, 1e-12), "metavar": "X"},
     "amount": {"type": number(float, 0), "metavar": "X"},
 }
-EVERYWHERE = """--out --data-dir --cache-dir --download --views --split-by --labels --single-label
-    --balanced --seed --batch-size --lr --image-size --precision --compile --workers --log-every
-    --save-minutes --time-limit --model --source --recipe"""
+EVERYWHERE = """--out --data-dir --cache-dir --download --views --split-by --labels --domain
+    --uncertain --blank --validation --single-label --balanced --seed --batch-size --lr --image-size
+    --precision --compile --workers --log-every --save-minutes --time-limit --model --source
+    --recipe"""
 
 
 def whole(low=1, high=10**9):
@@ -130,6 +137,8 @@ def parse(description, flags, **changes):
     args = parser.parse_args()
     if getattr(args, "seeds", None):
         args.seeds = seeds(args.seeds, args.seed)
+    if args.validation:  # never among results on the test set
+        args.out = f"{args.out.rstrip('/')}-validation"
     return args
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+MODES = {"natural": "RGB", "medical": "L"}  # of read_image, by domain
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
 # Of damaged EXIF, which says nothing of the pixels, Pillow warns without the file's name.
@@ -142,6 +143,13 @@ def need(name, *paths):
 
 def encoded(texts):
     return np.array([os.fsencode(text) for text in texts])
+
+
+def own_domain(domain):
+    """(mode, options) of a dataset of one's own, of which only its user knows the domain."""
+    if domain not in MODES:
+        raise ValueError(f"--domain {domain}: must be {' or '.join(MODES)}")
+    return MODES[domain], {"domain": domain} if domain == "medical" else {}
 
 
 # Readers: (i, size) -> uint8 (C,H,W), .where(i) -> str, and of files .content(i) -> their bytes.

@@ -17,6 +17,9 @@ def join(name, members, labels):
             raise ValueError(
                 f"{name}: {member.name} is not multi-label; a union joins labels by name"
             )
+    domains = sorted({member.domain for member in members})
+    if len(domains) > 1:
+        raise ValueError(f"{name}: joins {' and '.join(domains)} images; tables take --domain")
     if len({bool(member.options.get("gap")) for member in members}) > 1:
         raise ValueError(f"{name}: a gap (~) gives images three channels; give it to all, or none")
     names = [set(member.classes) for member in members]

@@ -1,26 +1,47 @@
-"""What the name of a dataset says: folder:PATH, NAME@SIZE (a pack), NAME~GAP, NAME+NAME."""
+"""What the name of a dataset says: folder:PATH, table:FILE.csv, NAME@SIZE (a pack), NAME~GAP,
+NAME+NAME.
+"""
 
 import re
 from pathlib import Path
 
 
+def is_path(name):
+    """Whether what follows the colon in the name of a dataset is a path."""
+    return name.startswith(("folder:", "table:"))
+
+
 def parts_of(name):
-    """The names that a union joins; a path may hold a "+" too."""
-    return [name] if name.startswith("folder:") else name.split("+")
+    """The names that a union joins; a path may hold a "+" too, that of a table as far as .csv."""
+    if name.startswith("folder:"):
+        return [name]
+    parts = []
+    for part in name.split("+"):
+        if parts and re.match(r"table:(?!.*\.csv(\.gz)?(@\d+)?$)", parts[-1]):
+            parts[-1] += f"+{part}"
+        else:
+            parts.append(part)
+    return parts
 
 
 def base_name(name):
     """The name of the dataset itself: nih of nih@256, synthetic-xray of synthetic-xray~0.4, of a
     union those of its members.
     """
-    return "+".join(part.partition("@")[0].partition("~")[0] for part in parts_of(name))
+    originals = [
+        pack_of(part)[0] if is_path(part) else part.partition("@")[0].partition("~")[0]
+        for part in parts_of(name)
+    ]
+    return "+".join(originals)
 
 
 def without_place(name):
-    """The name of a dataset wherever it lies: folder:b of folder:/a/b."""
-    if not name.startswith("folder:"):
-        return name
-    return f"folder:{Path(name.removeprefix('folder:')).resolve().name}"
+    """The name of a dataset wherever it lies: folder:b of folder:/a/b, in a union of each part."""
+    parts = []
+    for part in parts_of(name):
+        kind, _, path = part.partition(":")
+        parts.append(f"{kind}:{Path(path).resolve().name}" if is_path(part) else part)
+    return "+".join(parts)
 
 
 def pack_of(name):
@@ -32,10 +53,12 @@ def pack_of(name):
 
 
 def pack_folder(original, size, root, out=None):
-    """The directory of a pack: below `out` where given, else beside a folder: or below the root."""
+    """The directory of a pack: below `out` where given, else beside the folder or table, or below
+    the root.
+    """
     folder = Path(root, f"{original}@{size}")
-    if original.startswith("folder:"):
-        folder = Path(original.removeprefix("folder:").rstrip("/") + f"@{size}")
+    if is_path(original):
+        folder = Path(original.partition(":")[2].rstrip("/") + f"@{size}")
     return Path(out, folder.name) if out else folder
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torchvision
 
 from readers.archives import class_index
-from readers.images import Array, Files, ImageDataset, Members, encoded, need
+from readers.images import Array, Files, ImageDataset, Members, encoded, need, own_domain
 
 
 def _torchvision(dataset, name, root, download, **options):
@@ -81,31 +81,34 @@ def held_out(file):
     return zlib.crc32(os.path.basename(file)) % 100 == 0
 
 
-def folder(name, root, split, cache_dir=None):
-    """PATH/train/CLASS/*, PATH/test/CLASS/*; classes are the sorted names below train/."""
+def folder(name, root, split, cache_dir=None, domain="natural"):
+    """PATH/train/CLASS/*, PATH/test/CLASS/*; classes are the sorted names below train/.
+
+    domain: "natural", or "medical" for X-rays, which are read as grey.
+    """
     train, test = (Path(name.removeprefix("folder:")) / part for part in ("train", "test"))
     for path in (train, test):
         if not path.is_dir():
             raise FileNotFoundError(
                 f"{name}: no directory {path}; images belong in PATH/{path.name}/CLASS/"
             )
-    return _class_split(name, train, test, split, cache_dir)
+    return _class_split(name, train, test, split, cache_dir, domain)
 
 
-def _class_split(name, train, test, split, cache_dir):
-    if split == "train":
-        return _class_dataset(name, train, class_index(train, cache_dir))
-    return _class_dataset(name, test, class_index(test, cache_dir, like=train))
+def _class_split(name, train, test, split, cache_dir, domain="natural"):
+    folder, like = (train, None) if split == "train" else (test, train)
+    return _class_dataset(name, folder, class_index(folder, cache_dir, like=like), domain=domain)
 
 
-def _class_dataset(name, folder, index, images=slice(None)):
+def _class_dataset(name, folder, index, images=slice(None), domain="natural"):
     """The dataset of these images of a class_index of the folder."""
     names, labels = index["names"][images], index["labels"][images]
     classes = list(map(os.fsdecode, index["classes"]))
     if not len(names):
         raise ValueError(f"{name}: {folder} holds no image for this split")
-    reader = Files(str(folder), names, "RGB")
+    mode, options = own_domain(domain)
+    reader = Files(str(folder), names, mode)
     if "starts" in index:
         starts, sizes = index["starts"][images], index["sizes"][images]
         reader = Members(reader, classes, labels, starts, sizes)
-    return ImageDataset(name, reader, labels, classes, "multiclass", "natural")
+    return ImageDataset(name, reader, labels, classes, "multiclass", domain, options=options)

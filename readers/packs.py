@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from engine.console import locked, write_json
 from readers.digest import data_digest
-from readers.images import ImageDataset, read_image
+from readers.images import MODES, ImageDataset, read_image
 from readers.names import pack_folder, pack_of, without_place
 from readers.transforms import resize_shorter, xray_square
 from readers.workers import each_image
@@ -87,8 +87,9 @@ def open_pack(name, root, split, **options):
     facts = _read_facts(folder, original, size)
     for option in ("cache_dir", "download"):  # these shape nothing
         options.pop(option, None)
+    unsaid = {"domain": facts["domain"], "uncertain": "ignore", "blank": "ignore"}
     for option, value in json.loads(json.dumps(options)).items():
-        made_with = facts["options"].get(option)
+        made_with = facts["options"].get(option, unsaid.get(option))
         if value != made_with:
             raise ValueError(
                 f"{folder} was packed with {option} = {made_with}, not {value}; leave the option "
@@ -185,7 +186,7 @@ def _facts(name, sets, size, codec, quality):
         "size": size,
         "codec": codec,
         "quality": quality if codec == "jpeg" else None,
-        "mode": "L" if train.domain == "medical" else "RGB",
+        "mode": MODES[train.domain],
         "task": train.task,
         "domain": train.domain,
         "classes": list(train.classes),

@@ -72,13 +72,13 @@ def hold_out(labels, groups, share):
     if groups is not None:
         owners = np.unique(groups, return_inverse=True)[1]
     images, shown = (np.arange(len(labels)), labels) if labels.ndim == 1 else np.where(labels == 1)
-    rarest_last = np.argsort(-np.bincount(shown)[shown], kind="stable")
-    classes = np.full(owners.max(initial=-1) + 1, -1)  # of patients who show none: a class too
-    classes[owners[images[rarest_last]]] = shown[rarest_last]  # of several the last stays
-    mixed = generator(0, Stream.HELD_OUT).permutation(len(classes))
-    order = mixed[np.argsort(classes[mixed], kind="stable")]
+    rarity = np.argsort(np.argsort(np.bincount(shown)))  # 0: of the rarest class
+    strata = np.full(owners.max(initial=-1) + 1, len(rarity))  # as it is of who shows none
+    np.minimum.at(strata, owners[images], rarity[shown])
+    mixed = generator(0, Stream.HELD_OUT).permutation(len(strata))
+    order = mixed[np.argsort(strata[mixed], kind="stable")]
     counts = np.floor(share * np.arange(len(order) + 1))
-    first = np.diff(classes[order], prepend=-2) > 0
+    first = np.diff(strata[order], prepend=-1) > 0
     held = np.empty(len(order), bool)
     held[order] = (np.diff(counts) > 0) & ~first
     return held[owners]

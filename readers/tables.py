@@ -1,8 +1,11 @@
 """CSV tables and lists of files as arrays, and how two of them are joined."""
 
+import collections
+import contextlib
 import csv
 import gzip
 import itertools
+import math
 import os
 import zlib
 from collections.abc import Callable
@@ -35,8 +38,12 @@ MISSING = frozenset(
 
 
 def _texts(texts):
-    values = np.array([text.encode() for text in texts])
-    if values.itemsize > 255 or "\0" in "".join(texts):  # numpy drops a NUL at a text's end
+    joined = "\n".join(texts).encode()
+    parts = joined.split(b"\n")
+    if len(parts) > len(texts):  # a text holds a line end
+        parts = [text.encode() for text in texts]
+    values = np.array(parts)
+    if values.itemsize > 255 or b"\0" in joined:  # numpy drops a NUL at a text's end
         raise ValueError("a text too long, or with a NUL")
     return values
 
@@ -48,12 +55,23 @@ def _numbers(texts):
     return np.fromiter(map(int, texts), np.int64, len(texts))
 
 
+def _below(texts):
+    joined = "/" + "/\n/".join(texts) + "/"
+    if any(sign in joined for sign in ("//", "/./", "/../", "\\")):
+        raise ValueError("not such a path")
+    return _texts(texts)
+
+
 TEXT = Column(_texts, "be UTF-8 of less than 256 bytes")  # (N,) bytes
+BELOW = Column(_below, "be a path below the table's directory, like images/a.png")  # (N,) bytes
 NUMBER = Column(_numbers, "be a whole number of at most 18 digits")  # (N,) int64
 
 
 def one_of(values, dtype, must=None):
     """The Column of texts that are keys of `values`, read as their values: (N,) of that dtype."""
+    values = {
+        text: np.array(value, dtype).item() for text, value in values.items()
+    }  # twice as fast
 
     def convert(texts):
         return np.fromiter(map(values.__getitem__, texts), dtype, len(texts))
@@ -70,14 +88,58 @@ def may_be_missing(column):
     return Column(convert, column.must)
 
 
+def finding(uncertain="ignore", blank="ignore"):
+    """(the Column of a finding, the options that say how its marks are read).
+
+    1 present, 0 absent, -1 uncertain, blank unmentioned; (N,) float32. uncertain, blank: what these
+    are read as, "ignore" (NaN) or "negative"; uncertain also "positive".
+    """
+    read_as = {"ignore": math.nan, "negative": 0, "positive": 1}
+    if uncertain not in read_as:
+        raise ValueError(f"--uncertain {uncertain}: must be ignore, positive or negative")
+    if blank not in ("ignore", "negative"):
+        raise ValueError(f"--blank {blank}: must be ignore or negative")
+    values = {"": read_as[blank], "0": 0, "0.0": 0, "1": 1, "1.0": 1}
+    values |= dict.fromkeys(("-1", "-1.0"), read_as[uncertain])
+    options = {"uncertain": uncertain, "blank": blank}
+    options = {option: value for option, value in options.items() if value != "ignore"}
+    return one_of(values, np.float32, "be 1, 0, -1 or blank"), options
+
+
+class Names:
+    """A Column of texts, which are numbered in the order in which they first come: (N,) int64."""
+
+    def __init__(self):
+        self.numbers = collections.defaultdict(itertools.count().__next__)
+        self.must = "not be blank"
+
+    def convert(self, texts):
+        if not all(map(str.strip, texts)):
+            raise ValueError("blank")
+        return np.fromiter(map(self.numbers.__getitem__, texts), np.int64, len(texts))
+
+
+def read_header(path):
+    """The names of a table's columns. Raises ValueError where one has none."""
+    header = next(_rows(path), (0, []))[1]
+    for place, column in enumerate(header, 1):
+        if not column.strip():
+            raise ValueError(f"{path}: column {place} of its header has no name; name it")
+    return header
+
+
+def line_of(path, row):
+    """In which line of the file that row of a table ends, the first below the header being 0."""
+    return next(itertools.islice(_rows(path), row + 1, None))[0]
+
+
 def read_table(path, columns, optional=()):
     """The named columns of a CSV file (RFC 4180, UTF-8, gzipped or not) as a list of arrays.
 
     columns: {name: Column}. optional: names of columns that may be missing; their array is None.
     Lines of blanks are passed over. Raises ValueError naming the file and, of a row, its line.
     """
-    rows = _rows(path)
-    header = next(rows, (0, []))[1]
+    header = next(_rows(path), (0, []))[1]
     for name in columns:
         if name not in header and name not in optional:
             raise ValueError(
@@ -87,37 +149,51 @@ def read_table(path, columns, optional=()):
         if header.count(name) > 1:
             raise ValueError(f"{path}: has {header.count(name)} columns {name!r}; keep one")
     parts = {name: [] for name in columns if name in header}
-    while chunk := list(itertools.islice(rows, ROWS_AT_ONCE)):
-        try:
-            by_column = zip(*(row for _, row in chunk), strict=True)
-            for name, texts in zip(header, by_column, strict=True):
-                if name in parts:
-                    parts[name].append(columns[name].convert(texts))
-        except NOT_VALID:
-            _refuse_bad_row(path, header, columns, chunk)
-            raise
+    with _reader(path) as reader:
+        next(row for row in reader if not _blank(row))
+        while chunk := list(itertools.islice(reader, ROWS_AT_ONCE)):
+            if min(map(len, chunk)) < 2:
+                chunk = [row for row in chunk if not _blank(row)]
+            try:
+                for name, texts in zip(header, zip(*chunk, strict=True), strict=bool(chunk)):
+                    if name in parts:
+                        parts[name].append(columns[name].convert(texts))
+            except NOT_VALID:
+                _refuse_bad_row(path, header, columns)
+                raise
     if not any(parts.values()):
         raise ValueError(f"{path}: has no row below its header; fetch it again")
     return [np.concatenate(parts.pop(name)) if name in parts else None for name in columns]
 
 
-def _rows(path):
-    """Yields (line number, texts) of each row; bytes that are no UTF-8 come as surrogates."""
+@contextlib.contextmanager
+def _reader(path):
+    """csv's reader of a file; bytes that are no UTF-8 come as surrogates."""
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file)
         try:
-            for row in reader:
-                if len(row) > 1 or "".join(row).strip():
-                    yield reader.line_num, row
+            yield reader
         except (csv.Error, EOFError, zlib.error, gzip.BadGzipFile) as error:
             line = reader.line_num
             raise ValueError(f"{path}: unreadable after line {line} ({error}); mend it") from error
 
 
-def _refuse_bad_row(path, header, columns, chunk):
-    """Raises ValueError naming the first of these rows that is not as its columns must be."""
-    for line, row in chunk:
+def _blank(row):
+    return len(row) < 2 and not "".join(row).strip()
+
+
+def _rows(path):
+    """Yields (number of the line in which it ends, texts) of each row that is not blank."""
+    with _reader(path) as reader:
+        for row in reader:
+            if not _blank(row):
+                yield reader.line_num, row
+
+
+def _refuse_bad_row(path, header, columns):
+    """Raises ValueError naming the first row that is not as its columns must be."""
+    for line, row in itertools.islice(_rows(path), 1, None):
         if len(row) != len(header):
             raise ValueError(
                 f"{path}, line {line}: {len(row)} columns, the header has {len(header)}"
@@ -143,13 +219,16 @@ def read_list(path):
     return lines
 
 
-def refuse_repeats(values, where):
-    """Raises ValueError naming a value that occurs twice; where: the file that lists them."""
-    values, counts = np.unique(values, return_counts=True)
-    if counts.max(initial=0) > 1:
-        value = values[counts.argmax()]
-        value = os.fsdecode(value) if isinstance(value, bytes) else value
-        raise ValueError(f"{where}: {value} occurs more than once; keep one")
+def refuse_repeats(values, where, rows=False):
+    """Raises ValueError naming a value that occurs twice; where: the file that lists them; rows:
+    whether they are those of all its rows, so that the line of the second can be named.
+    """
+    ordered = np.sort(values)  # far faster than np.unique, of bytes
+    again = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(again):
+        line = f", line {line_of(where, np.flatnonzero(values == again[0])[1])}" if rows else ""
+        value = os.fsdecode(again[0]) if isinstance(again[0], bytes) else again[0]
+        raise ValueError(f"{where}{line}: {value} occurs more than once; keep one")
 
 
 def positions(keys, table, where, source=None):

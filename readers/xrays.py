@@ -33,6 +33,7 @@ PADCHEST_CLASSES = (
     "Support Devices,Tuberculosis"
 ).split(",")
 VIEW = may_be_missing(TEXT)  # a column of them
+PRESENT = one_of({"0": 0, "0.0": 0, "1": 1, "1.0": 1}, np.float32)
 VIEWS = {
     "chexpert": ("PA", "AP", "LL", "RL", "L"),
     "mimic": ("PA", "AP", "LATERAL", "LL"),
@@ -95,15 +96,7 @@ def _xray(name, reader, labels, classes, groups, options=None, dropped=None):
     return ImageDataset(name, reader, labels, classes, task, "medical", groups, **own)
 
 
-# 1 present, 0 absent, NaN unmentioned (blank) or uncertain (-1).
-FINDING = one_of(
-    {"": math.nan, "-1": math.nan, "-1.0": math.nan, "0": 0, "0.0": 0, "1": 1, "1.0": 1},
-    np.float32,
-    "be 1, 0, -1 or blank",
-)
-FINDING_COLUMNS = dict.fromkeys(["No Finding", *CHEXPERT_COLUMNS], FINDING)
-
-
+FINDING_COLUMNS = ["No Finding", *CHEXPERT_COLUMNS]
 DEVICES = "marks of Support Devices, as No Finding is 1"  # left out of so many kept images
 
 
@@ -119,36 +112,73 @@ def _finding_labels(no_finding, *findings):
     return labels, devices
 
 
-CHEXPERT_PATH = re.compile(r"CheXpert-v1\.0[^/]*/((?:train|valid)/patient[0-9]+/[^/]+/[^/]+)")
+def _chexpert_paths(pattern, example):
+    """The Column of such paths below the dataset's directory, whichever release they are of."""
+    whole = re.compile(rf"CheXpert-v1\.0[^/]*/({pattern})")
+
+    def convert(texts):
+        matches = list(map(whole.fullmatch, texts))
+        if not all(matches):
+            raise ValueError("unknown path")
+        return encoded(match[1] for match in matches)
+
+    return Column(convert, f"be like CheXpert-v1.0/{example}")
 
 
-def _chexpert_paths(texts):
-    """Paths below the dataset's directory, whichever release they are of: (N,) bytes."""
-    matches = list(map(CHEXPERT_PATH.fullmatch, texts))
-    if not all(matches):
-        raise ValueError("unknown path")
-    return encoded(match[1] for match in matches)
+CHEXPERT_IMAGES = _chexpert_paths(
+    "(?:train|valid)/patient[0-9]+/[^/]+/[^/]+", "train/patient00001/study1/view1_frontal.jpg"
+)
+CHEXPERT_STUDIES = _chexpert_paths("test/patient[0-9]+/[^/]+", "test/patient64741/study1")
 
 
-def chexpert(name, root, split, views=("PA", "AP")):
-    """CheXpert (Irvin et al. 2019, arXiv:1901.07031); test is its official validation set."""
+def _chexpert_patients(paths):
+    return np.array([int(path.split(b"/")[1][len("patient") :]) for path in paths], np.int64)
+
+
+def chexpert(name, root, split, views=("PA", "AP"), uncertain="ignore", blank="ignore"):
+    """CheXpert (Irvin et al. 2019, arXiv:1901.07031); test is its official validation set.
+
+    uncertain, blank: how the labeller's marks -1 and none are read, of `tables.finding`.
+    """
     folder = root / "CheXpert-v1.0"
     table = folder / ("train.csv" if split == "train" else "valid.csv")
     need(name, table)
-    must = "be like CheXpert-v1.0/train/patient00001/study1/view1_frontal.jpg"
-    columns = {"Path": Column(_chexpert_paths, must), "AP/PA": VIEW}
-    columns["Frontal/Lateral"] = one_of({"Frontal": True, "Lateral": False}, bool)
-    paths, found, frontal, *findings = tables.read_table(table, columns | FINDING_COLUMNS)
+    finding, options = tables.finding(uncertain, blank)
+    columns = {"Path": CHEXPERT_IMAGES, "AP/PA": VIEW} | dict.fromkeys(FINDING_COLUMNS, finding)
+    of_frontal = {"Frontal/Lateral": one_of({"Frontal": True, "Lateral": False}, bool)}
+    frontal, paths, found, *findings = tables.read_table(table, of_frontal | columns)
     found = np.where(frontal, found, b"L")
     kept, other = _of_views(name, table, found, views)
     labels, devices = _finding_labels(*findings)
     paths, labels = paths[kept], labels[kept]
     tables.refuse_repeats(paths, table)
-    patients = np.array([int(path.split(b"/")[1][len("patient") :]) for path in paths], np.int64)
-    options = {"views": list(views)}
+    options |= {"views": list(views)}
     dropped = {other: int((~kept).sum()), DEVICES: int(devices[kept].sum())}
-    reader = Files(str(folder), paths, "L")
+    reader, patients = Files(str(folder), paths, "L"), _chexpert_patients(paths)
     return _xray(name, reader, labels, CHEXPERT_CLASSES, patients, options, dropped)
+
+
+def chexpert_test(name, root, split):
+    """CheXpert's test set of 500 studies, labelled by radiologists (Irvin et al. 2019): what is
+    present in a study is so in each of its frontal images. It has no training images.
+    """
+    if split == "train":
+        raise ValueError(f"{name}: has test images alone; evaluate a network there by --eval-only")
+    folder = root / "CheXpert-v1.0"
+    table = folder / "groundtruth.csv"
+    need(name, table, folder / "test")
+    columns = {"Study": CHEXPERT_STUDIES} | dict.fromkeys(FINDING_COLUMNS, PRESENT)
+    studies, *findings = tables.read_table(table, columns)
+    tables.refuse_repeats(studies, table, rows=True)
+    names, rows = [], []
+    for row, study in enumerate(map(os.fsdecode, studies)):
+        found = sorted(file.name for file in (folder / study).glob("*_frontal.jpg"))
+        if not found:
+            raise FileNotFoundError(f"{folder / study}: no frontal image, listed in {table}")
+        names += [f"{study}/{file}" for file in found]
+        rows += [row] * len(found)
+    labels, reader = _finding_labels(*findings)[0][rows], Files(str(folder), encoded(names), "L")
+    return _xray(name, reader, labels, CHEXPERT_CLASSES, _chexpert_patients(reader.names))
 
 
 def packed_or_not(path):
@@ -157,19 +187,25 @@ def packed_or_not(path):
     return unpacked if unpacked.exists() and not path.exists() else path
 
 
-def mimic(name, root, split, views=("PA", "AP")):
-    """MIMIC-CXR-JPG 2.0.0 (Johnson et al. 2019, arXiv:1901.07042); test is its validate split."""
+def mimic(name, root, split, views=("PA", "AP"), uncertain="ignore", blank="ignore"):
+    """MIMIC-CXR-JPG 2.0.0 (Johnson et al. 2019, arXiv:1901.07042); test is its validate split.
+
+    uncertain, blank: as of `chexpert`.
+    """
     folder = root / "mimic-cxr-jpg" / "2.0.0"
-    dicoms, subjects, studies, labels, dropped = mimic_rows(name, folder, split, views)
+    dicoms, subjects, studies, labels, dropped = mimic_rows(
+        name, folder, split, views, uncertain, blank
+    )
     names = [
         b"p%d/p%d/s%d/%s.jpg" % (int(str(subject)[:2]), subject, study, dicom)
         for subject, study, dicom in zip(subjects.tolist(), studies.tolist(), dicoms.tolist())
     ]
-    reader, options = Files(str(folder / "files"), np.array(names), "L"), {"views": list(views)}
+    options = tables.finding(uncertain, blank)[1] | {"views": list(views)}
+    reader = Files(str(folder / "files"), np.array(names), "L")
     return _xray(name, reader, labels, CHEXPERT_CLASSES, subjects, options, dropped)
 
 
-def mimic_rows(name, folder, split, views):
+def mimic_rows(name, folder, split, views, uncertain="ignore", blank="ignore"):
     """The rows of a split: (dicom ids, subject ids, study ids, labels (N,13), dropped)."""
     metadata = packed_or_not(folder / "mimic-cxr-2.0.0-metadata.csv.gz")
     split_table = packed_or_not(folder / "mimic-cxr-2.0.0-split.csv.gz")
@@ -187,7 +223,8 @@ def mimic_rows(name, folder, split, views):
     kept &= mine
     dicoms, subjects, studies = dicoms[kept], subjects[kept], studies[kept]
 
-    columns = {"study_id": NUMBER, "subject_id": NUMBER} | FINDING_COLUMNS
+    finding = tables.finding(uncertain, blank)[0]
+    columns = {"study_id": NUMBER, "subject_id": NUMBER} | dict.fromkeys(FINDING_COLUMNS, finding)
     annotated, owners, *findings = tables.read_table(findings_table, columns)
     row = tables.positions(studies, annotated, findings_table)
     labelled = row >= 0

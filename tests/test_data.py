@@ -31,7 +31,7 @@ def test_rows_say_what_their_datasets_are(nih_root):
     medical = {name for name, known in data.DATASETS.items() if known.domain == "medical"}
     assert medical == {
         *(name for name in synthetic.WORLDS if "xray" in name),
-        *("chexpert", "mimic", "nih", "padchest"),
+        *("chexpert", "chexpert-test", "mimic", "nih", "padchest"),
         *("covidx", "tuberculosis"),
     }
 
@@ -44,6 +44,22 @@ def test_a_smaller_fraction_lies_in_a_larger(nih_root):
     other = load_dataset("nih", nih_root, fraction=0.5, fraction_seed=4)
     assert [other.where(i) for i in range(20)] != large
     assert len(load_dataset("nih", nih_root, "test", fraction=0.5)) == 12
+
+
+def test_validation_is_of_the_training_set(nih_root, tmp_path):
+    whole = load_dataset("nih", nih_root)
+    parts = data.load_splits("nih", nih_root, validation=0.25)
+    paths = [[d.where(i) for i in range(len(d))] for d in parts]
+    assert sorted(sum(paths, [])) == sorted(whole.where(i) for i in range(40))
+    # 40 patients, a finding each or two: of the rarest, the first of all stays.
+    assert len(paths[1]) <= 10 and parts[1].labels[:, 4].sum() >= 1
+    assert {d.options["validation"] for d in parts} == {0.25}
+    assert {d.name for d in parts} == {"nih-validation0.25"}
+    few = load_dataset("nih", nih_root, validation=0.25, fraction=0.5)
+    assert len(few) == round(len(paths[0]) / 2) and few.name == "nih-validation0.25-0.5"
+    for share in (1, -0.5):
+        call = partial(load_dataset, "nih", nih_root, validation=share)
+        refuses(ValueError, call, f"--validation {share}: must be above 0")
 
 
 def test_a_name_may_state_the_gap():

@@ -134,6 +134,16 @@ def test_two_tasks_of_a_dataset_are_two_targets(tmp_path, target, single_label, 
     assert results.read_result(path).target.name == shown
 
 
+def test_results_of_validation_stay_apart(call, tmp_path):
+    about = {"kind": "fewshot-validation", "config": {"target_options": {"validation": 0.2}}}
+    write(tmp_path / "held", "a.json", target="pets", **about)
+    write(tmp_path / "results", "a.json", target="pets")
+    status, out, _ = call("held", "--figure", "fewshot")
+    assert status == 0 and "pets (validation 0.2)" in out
+    for folders in (["held", "results"], ["."]):
+        assert "held out by --validation: name their folders one at" in call(*folders)[2]
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", '{"about": 1}', None])
 def test_a_file_without_published_numbers_is_refused(call, tmp_path, text):
     if text:

@@ -1,5 +1,6 @@
 """What is kept beside results, against forward passes and metrics taken here."""
 
+import re
 from functools import partial
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def test_predictions_and_the_network_that_made_them(folder, checkpoint, capsys):
     assert (np.load(f"results/{name}.npz")["logits"] == kept["logits"]).all()
 
 
-def test_frozen_methods_keep_predictions_and_features(folder, checkpoint):
+def test_frozen_methods_keep_predictions_and_features(folder, checkpoint, capsys):
     words = ("--target", f"folder:{folder}", "--checkpoint", checkpoint)
     keep = ("--method", "linear", "--shots", 2, "--seeds", 1, "--save", "predictions")
     (record,) = grid(*words, *keep).values()
@@ -81,7 +82,9 @@ def test_frozen_methods_keep_predictions_and_features(folder, checkpoint):
     (path,) = Path("results").glob("*/*/2shot-seed0-linear.npz")
     logits = torch.from_numpy(np.load(path)["logits"])
     assert compute_metrics(logits, test.labels, test.classes) == record["metrics"]
+    capsys.readouterr()
     assert len(grid(*words, "--method", "features")) == 2
+    assert re.search(r"seed 0: written, [\d.]+ s, 00:00 left\n$", capsys.readouterr().out)
     (path,) = Path("results").glob("*/*/full-seed0-features.npz")
     kept = np.load(path)
     for split, dataset in (("train", train), ("test", test)):

@@ -150,7 +150,8 @@ def test_union_options(four):
     assert dataset.options == expected == json.loads(json.dumps(dataset.options))
     assert names(dataset)[:2] == [ORDER[0], ORDER[3]]
     assert sum(dataset.dropped.values()) == 2 + 1  # lateral and AP of chexpert, AP of mimic
-    assert set(data.dataset_options("chexpert+padchest")) == {"labels", "views", "split_by"}
+    takes = {"labels", "views", "split_by", "uncertain", "blank"}
+    assert set(data.dataset_options("chexpert+padchest")) == takes
     # A view that one dataset does not know may be another's.
     dataset = four.load(FOUR, views=["PA", "L"], split_by="image")
     used = {part: dataset.options[part]["views"] for part in FOUR.split("+")}

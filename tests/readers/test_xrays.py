@@ -7,6 +7,7 @@ import collections
 import csv
 import hashlib
 import random
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
@@ -153,6 +154,61 @@ def test_chexpert_train(trees, release):
     image, label = dataset[1]
     assert torch.equal(image, dataset.read(1)) and label.dtype == torch.float32
     np.testing.assert_array_equal(label, CHEXPERT_MARKS[1])
+
+
+@pytest.mark.parametrize(
+    "uncertain, blank, expected",
+    [
+        ("negative", "ignore", ("0000.1.10....", "...1.......0.", "01..0...1.0..")),
+        ("positive", "ignore", ("1111.1.11....", "...1.......0.", "01..0...1.1..")),
+        ("ignore", "negative", ("....0101.0000", "0001000000000", "0100000010.00")),
+    ],
+)
+def test_how_uncertain_and_blank_marks_are_read(trees, uncertain, blank, expected):
+    """Patients 2, 3 and 5; with No Finding all are absent whichever way."""
+    trees.write_chexpert("train", CHEXPERT_TRAIN)
+    dataset = trees.load("chexpert", uncertain=uncertain, blank=blank)
+    np.testing.assert_array_equal(dataset.labels[[1, 4, 5]], marks(*expected))
+    assert not dataset.labels[[0, 3]].any()
+    chosen = {"uncertain": uncertain, "blank": blank}
+    chosen = {key: value for key, value in chosen.items() if value != "ignore"}
+    assert dataset.options == {"views": ["PA", "AP"]} | chosen
+    trees.write_mimic()
+    usual, dataset = trees.load("mimic"), trees.load("mimic", uncertain=uncertain, blank=blank)
+    assert dataset.options == {"views": ["PA", "AP"]} | chosen
+    known = ~np.isnan(usual.labels)
+    np.testing.assert_array_equal(dataset.labels[known], usual.labels[known])
+    assert np.isnan(dataset.labels).sum() < np.isnan(usual.labels).sum()
+
+
+def test_chexpert_test(trees, tmp_path):
+    header = "Study," + ",".join(["No Finding", *sorted({*FINDINGS, "Pleural Effusion"})])
+    header = header.replace(",Effusion", "")
+    study = "test/patient64741/study1"
+    rows = [f"CheXpert-v1.0/{study},0.0,1,0,0,0,0,0,0,0,0,0,0,0,1"]
+    rows.append("CheXpert-v1.0/test/patient64740/study2,1" + ",0" * 13)
+    table = trees.chexpert / "groundtruth.csv"
+    write(table, lines(header, rows))
+    for name in ("view1_frontal", "view2_frontal", "view3_lateral"):
+        save(trees.chexpert / study / f"{name}.jpg", trees.noise(10, 12))
+    call = partial(trees.load, "chexpert-test", "test")
+    refuses(FileNotFoundError, call, "patient64740/study2: no frontal image", table)
+    save(trees.chexpert / "test/patient64740/study2/view1_frontal.jpg", trees.noise(10, 12))
+    dataset = call()
+    assert_xrays(dataset, "chexpert-test", FINDINGS)
+    study2 = "test/patient64740/study2/view1_frontal.jpg"
+    kept = [f"{study}/view1_frontal.jpg", f"{study}/view2_frontal.jpg", study2]
+    assert files(dataset, trees.chexpert) == kept
+    expected = marks("1000000000001", "1000000000001", "0000000000000")
+    np.testing.assert_array_equal(dataset.labels, expected)
+    assert dataset.groups.tolist() == [64741, 64741, 64740]
+    refuses(ValueError, lambda: trees.load("chexpert-test"), "test images alone", "--eval-only")
+    args = Namespace(method="eval", data_dir=tmp_path)
+    assert [len(part) for part in data.open_splits("chexpert-test", args)] == [3, 3]
+    write(table, lines(header, [*rows, rows[0]]))
+    refuses(ValueError, call, "groundtruth.csv, line 4", "more than once")
+    write(table, lines(header, [rows[0].replace("0.0", "-1", 1)]))
+    refuses(ValueError, call, "line 2: No Finding '-1' must be one of 0")
 
 
 def test_chexpert_test_is_valid_csv(trees):

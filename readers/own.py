@@ -1,0 +1,93 @@
+"""Images of one's own that a table names: table:FILE.csv."""
+
+from pathlib import Path
+
+import numpy as np
+
+from readers import tables
+from readers.images import Files, ImageDataset, own_domain
+from readers.subsets import hold_out
+
+HELD_OUT = 0.2  # of a table that has no column "split": the test set
+
+
+def table(name, root, split, domain="natural", uncertain="ignore", blank="ignore"):
+    """The images that the rows of a CSV file name.
+
+    Columns: path, relative to the file; split (train or test) and patient, both optional; then
+    either label, the class, or a column a finding: 1, 0, -1 (uncertain) or blank. Without split
+    `subsets.hold_out` chooses a fifth as the test set. domain: "natural", or "medical" for X-rays,
+    which are read as grey. uncertain, blank: of `tables.finding`. Raises ValueError naming the file
+    and, of a row, its line.
+    """
+    path = Path(name.removeprefix("table:"))
+    if not path.is_file() or not path.name.endswith((".csv", ".csv.gz")):
+        raise FileNotFoundError(
+            f"{name}: no file {path}; name a table that ends in .csv or .csv.gz"
+        )
+    mode, options = own_domain(domain)
+    patient, label = tables.Names(), tables.Names()
+    known = {"path": tables.BELOW, "split": tables.one_of({"train": False, "test": True}, bool)}
+    known |= {"patient": patient, "label": label}
+    mark, choices = tables.finding(uncertain, blank)
+    header = tables.read_header(path)
+    findings = [column for column in header if column not in known]
+    others = [*findings, *(f"--{choice}" for choice in choices)]
+    if "label" in header and others:
+        found = ", ".join(others)
+        raise ValueError(f"{path}: a label and {found}; keep label, or a column a finding")
+    if "label" not in header and "path" in header and not findings:
+        raise ValueError(f"{path}: neither a column label nor one a finding; add one")
+    names, test, patients, numbers, *marks = tables.read_table(
+        path, known | dict.fromkeys(findings, mark), optional=("split", "patient", "label")
+    )
+    tables.refuse_repeats(names, path, rows=True)
+    if numbers is None:
+        task, classes, labels = "multilabel", findings, np.stack(marks, axis=1)
+    else:
+        task, classes = "multiclass", sorted(label.numbers)
+        labels = np.argsort(np.argsort(list(label.numbers)))[numbers]
+    if test is None:
+        test = hold_out(labels, patients, HELD_OUT)
+        of = "images" if patients is None else "patients"
+        options["split"] = f"a fifth of the {of}, by class, drawn"
+    elif patients is not None:
+        _refuse_both_sides(path, list(patient.numbers), patients, test)
+    _refuse_classes(path, classes, labels, ~test)
+    mine = np.flatnonzero(test if split == "test" else ~test)
+    if not len(mine):
+        raise ValueError(f"{path}: no row is of the {split} split; add some, or leave out split")
+    reader = Files(str(path.parent), names[mine], mode)
+    groups = None if patients is None else patients[mine]
+    return ImageDataset(
+        name, reader, labels[mine], classes, task, domain, groups, options=options | choices
+    )
+
+
+def _refuse_both_sides(path, known, patients, test):
+    """Raises ValueError naming a patient with training and test images."""
+    sides = np.zeros((2, len(known)), bool)
+    sides[test.astype(int), patients] = True
+    if sides.all(0).any():
+        patient = sides.all(0).argmax()
+        rows = np.flatnonzero(patients == patient)
+        line = tables.line_of(path, rows[test[rows] != test[rows[0]]][0])
+        raise ValueError(
+            f"{path}, line {line}: patient {known[patient]} is in train and in test; choose one, "
+            "or leave out the column split"
+        )
+
+
+def _refuse_classes(path, classes, labels, train):
+    """Raises ValueError naming a class that cannot be learned."""
+    if labels.ndim == 2:
+        for column in np.flatnonzero(np.isnan(labels).all(0)):
+            raise ValueError(f"{path}: finding {classes[column]} has no mark; fill it or drop it")
+        return
+    if len(classes) < 2:
+        raise ValueError(f"{path}: all images are of one class, {classes[0]}; a task needs two")
+    for cls in np.flatnonzero(np.bincount(labels[train], minlength=len(classes)) == 0):
+        line = tables.line_of(path, np.flatnonzero(labels == cls)[0])
+        raise ValueError(
+            f"{path}, line {line}: class {classes[cls]} has no training image; add some"
+        )
