@@ -158,7 +158,7 @@ def exit_status(main):
 def nobody_reads():
     """Whether what read this script's output has ended, as head does; the rest is dropped then."""
     try:
-        sys.stdout.flush()
+        print(flush=True)  # what could not be written may be lost already
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
