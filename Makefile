@@ -28,17 +28,17 @@ study: .venv/installed
 # many steps. A folder a seed of pre-training; started again, it does what is missing.
 law: .venv/installed
 	for seed in 1 2 3; do for world in natural xray; do for model in R26x1 R14x0.25; do \
-	    run="--source synthetic-$$world --model $$model --seed $$seed --out runs/law/seed$$seed"; \
+	    run="--source synthetic-$$world --model $$model --seed $$seed --out law/seed$$seed"; \
 	    echo $$run/whole; \
 	    echo $$run/steps --fraction 0.1 --epochs 60; \
 	    echo $$run/epochs --fraction 0.1; \
 	done; done; done | TQDM_DISABLE=1 xargs -L 1 -P 2 .venv/bin/python pretrain.py
 	for seed in 1 2 3; do for part in whole epochs steps; do \
-	    $(FEWSHOT) --method linear --checkpoint runs/law/seed$$seed/$$part/* \
-	        --target $(LAW_TARGETS) --out runs/law/results/seed$$seed/$$part || exit; \
+	    $(FEWSHOT) --method linear --checkpoint law/seed$$seed/$$part/* \
+	        --target $(LAW_TARGETS) --out law/results/seed$$seed/$$part || exit; \
 	done; done
 	for part in epochs steps; do \
-	    .venv/bin/python plot.py runs/law/results/seed*/whole runs/law/results/seed*/$$part --figure law \
+	    .venv/bin/python plot.py law/results/seed*/whole law/results/seed*/$$part --figure law \
 	        --out figures/law-equal-$$part || exit; \
 	done
 

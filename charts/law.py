@@ -201,20 +201,14 @@ def half_width(changes, contrast, terms, rows):
     return moved * (t_quantile(min(carriers) - 1) if min(carriers) > 1 else math.nan)
 
 
-def predict(x, y, training, wanted):
-    """The rows `wanted` by a fit of the rows `training` (masks): nan where the training has nothing
-    of a term of theirs, as of a new family."""
-    new = (x[wanted][:, ~x[training].any(0)] != 0).any(1)
-    predicted = x[wanted] @ solve(x[training], y[training])
-    predicted[new] = math.nan
-    return predicted
-
-
 def predict_tasks(x, y, tasks):
-    """Each task by a fit of the others: (N[, draws])."""
+    """Each task by a fit of the others: (N[, draws]); nan where the others have nothing of a term,
+    as of a new family."""
     predicted = np.empty_like(y)
     for task in np.unique(tasks):
-        predicted[tasks == task] = predict(x, y, tasks != task, tasks == task)
+        own, others = tasks == task, tasks != task
+        predicted[own] = x[own] @ solve(x[others], y[others])
+        predicted[own & (x[:, ~x[others].any(0)] != 0).any(1)] = math.nan
     return predicted
 
 
@@ -223,12 +217,11 @@ def prediction_reach(x, y, tasks):
     mean, over the others, of the squared error of each as predicted without it and without k."""
     reach, names = np.empty_like(y), np.unique(tasks)
     for k in names:
-        squares = []
-        for j in names[names != k]:
-            predicted = predict(x, y, (tasks != j) & (tasks != k), tasks == j)
-            if not np.isnan(predicted).all():
-                squares.append(np.nanmean((predicted - y[tasks == j]) ** 2, 0))
-        reach[tasks == k] = t_quantile(len(names) - 2) * np.sqrt(np.mean(squares, 0))
+        rest = tasks != k
+        errors = (predict_tasks(x[rest], y[rest], tasks[rest]) - y[rest]) ** 2
+        parts = [errors[tasks[rest] == j] for j in names[names != k]]
+        means = [np.nanmean(part, 0) for part in parts if not np.isnan(part).all()]
+        reach[~rest] = t_quantile(len(names) - 2) * np.sqrt(np.mean(means, 0))
     return reach
 
 

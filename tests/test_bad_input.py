@@ -82,7 +82,6 @@ SCRATCH = "fewshot --checkpoint scratch"
         ("fewshot --checkpoint scratch runs/none", "no weights at runs/none"),
         (f"{SCRATCH} --shots 7 9999", "--shots 9999: class"),
         (f"{SCRATCH} --batch-size 1", "--batch-size 1"),
-        (f"{SCRATCH} --seeds 1000000000", "one number is how many, at most 10000"),
         (f"{SCRATCH} --method lineal", "did you mean linear?"),
         (f"{SCRATCH} --method linear", "--method linear: scratch has no features; leave it out"),
         (f"{SCRATCH} --target synthetic-natural-target --single-label", "--single-label means not"),

@@ -12,6 +12,7 @@ import data
 import models
 import pretrain
 import transfer
+from engine.processes import Env
 from readers import transforms
 from transfer import HyperRule, Target, hyperrule
 
@@ -51,7 +52,7 @@ def test_recipes_of_the_study(recipe, source, domain, model, expected):
 
 
 def test_a_size_states_its_class():
-    small = "R14x0.5 R26x0.5 R26x1 R50x1".split()
+    small = "R14x0.25 R14x0.5 R26x0.5 R26x1 R50x1".split()
     large = "R50x3 R101x1 R101x3 R152x2 R152x4".split()
     assert {name: size.size_class for name, size in models.MODELS.items()} == {
         name: size for size, names in (("small", small), ("large", large)) for name in names
@@ -157,10 +158,10 @@ def test_order_and_precision_of_finetuning(name, recipe, images, shots, balanced
     args = SimpleNamespace(**given, balanced=balanced, method="finetune", out="")
     network = SimpleNamespace(model="R14x0.5", steps=None)
     for args.precision, found in (("auto", expected), ("bf16", expected.split()[0] + " bf16")):
-        env = SimpleNamespace(precision="bf16", ranks=1, device=torch.device("cpu"))
+        env = Env(0, 1, torch.device("cpu"), "bf16")
         cell = transfer.make_cell(network, target, shots, 0, np.arange(images), args, env)
         assert f"{cell.settings['sampling']} {cell.settings['precision']}" == found
-    args.precision, env.device = "auto", torch.device("cuda")
+    args.precision, env = "auto", env._replace(device=torch.device("cuda"))
     cell = transfer.make_cell(network, target, shots, 0, np.arange(images), args, env)
     assert cell.settings["precision"] == ("tf32" if recipe == "paper" else "bf16")
 
