@@ -183,7 +183,10 @@ def source_domain(name):
 def dataset_slug(name):
     """The name as a part of a path: folder:/a/b becomes folder-b."""
     parts = parts_of(without_place(name))
-    return "+".join(part.replace(":", "-", 1) for part in parts)
+    slug = "+".join(part.replace(":", "-", 1) for part in parts)
+    if Path(slug).name != slug:
+        raise ValueError(f"{name!r}: a dataset's name with / in it names a place; leave it out")
+    return slug
 
 
 def _union(name, root, split, verify, labels="intersection", **options):

@@ -27,6 +27,7 @@ from engine.grid import PATIENCE, Grid, open_networks, unfinished, write_result
 from engine.metrics import compute_metrics
 from engine.outputs import image_names, save_arrays, save_predictions
 from engine.processes import StopSignal, run_script, setup
+from engine.weights import weights_of
 from readers.labels import images_by_class
 from transfer import (
     DEFAULTS,
@@ -37,7 +38,6 @@ from transfer import (
     measure_distance,
     open_network,
     open_targets,
-    read_weights,
 )
 
 # Options of training, which mean nothing on frozen features; nor do these where nothing is drawn.
@@ -66,7 +66,8 @@ def load_network(network, env, head=False):
     with torch.device("meta"):  # initialising what is loaded anyway takes as long as loading
         model = models.create_model(network.model, len(network.classes) if head else 1)
     model.to_empty(device="cpu")
-    models.load_weights(model, network.path, read_weights(network.path), head)
+    content, _ = weights_of(network.path, network.digest)
+    models.load_weights(model, network.path, content, head)
     return models.place(model, env.device)
 
 

@@ -147,8 +147,6 @@ DEFAULTS = {
     "batch_size": options.number_or("auto", 2**20),
     "accumulate": dict(default=1),
 }
-# What is noted of a run beside its config: these change no result, and may differ when it goes on.
-LAYOUT = ("checkpoint_activations", "workers")
 
 
 def recipe_table():
@@ -171,32 +169,27 @@ def make_config(args, env, source):
     config = recipe._asdict() | {key: given[key] for key in Recipe._fields if key in given}
     if "warmup" not in given:
         config["warmup"] = recipe.warmup * config["epochs"] / recipe.epochs
-    if not 0 <= config["warmup"] < config["epochs"]:
-        raise ValueError(
-            f"--warmup {config['warmup']:g} is not within --epochs {config['epochs']:g}"
-        )
+    warmup, epochs = config["warmup"], config["epochs"]
+    if not 0 <= warmup < epochs:
+        raise ValueError(f"--warmup {warmup:g} is not within --epochs {epochs:g}")
     if config["batch_size"] < env.ranks * args.accumulate:
         raise ValueError(
             f"--batch-size {config['batch_size']} is less than {env.ranks} processes x "
             f"--accumulate {args.accumulate}"
         )
     size = config["image_size"] or source.size
+    as_given = ("source", "model", "fraction", "single_label", "seed", "compile")
+    config |= {option: getattr(args, option) for option in as_given}
     return config | {
-        "source": args.source,
         "source_options": source.options,
         "data": data_digest(train=source),
         "images": len(source),
         "num_classes": len(source.classes),
-        "model": args.model,
         "recipe": name,
         "clipping": config["clipping"] or None,
         "image_size": size,
-        "fraction": args.fraction,
         "balanced": bool(args.balanced),
-        "single_label": args.single_label,
-        "seed": args.seed,
         "precision": env.training_precision(args, size),
-        "compile": args.compile,
         "keep_best": args.keep == "best",
     }
 
@@ -204,6 +197,14 @@ def make_config(args, env, source):
 # ------------------------------------------------------------------------------------------------
 # The run
 # ------------------------------------------------------------------------------------------------
+
+
+def run_name(config, source):
+    """SOURCE-MODEL, and recipe and seed where they are not the default: nih-R50x1-seed1."""
+    name, model = data.dataset_slug(source.name), config["model"]
+    default, _ = choose_recipe(None, config["source"], source.domain, model)
+    seed, recipe = config["seed"], config["recipe"]
+    return f"{name}-{model}" + f"-{recipe}" * (recipe != default) + f"-seed{seed}" * (seed > 0)
 
 
 def main():
@@ -220,7 +221,7 @@ def main():
     if args.balanced and train_set.task == "multilabel":
         raise ValueError(f"--balanced: {args.source} is multi-label; it has no one class an image")
     config = make_config(args, env, train_set)
-    folder = Path(args.out) / f"{data.dataset_slug(train_set.name)}-{args.model}"
+    folder = Path(args.out) / run_name(config, train_set)
     env = env.computing(config["precision"])
     args.kind = "pretrain-validation" if args.validation else "pretrain"
     record = finished_run(folder, config, args.kind)
@@ -230,8 +231,6 @@ def main():
         console.refuse_unwritable("--out", folder / "log.jsonl", folder / "model.pt")
         with console.locked(folder, env.main):
             record = pretrain(train_set, test_set, config, folder, args, env)
-        if record:
-            console.say(env, f"wrote {folder}/model.pt")
     if env.main and record:
         print_result(record)
 
@@ -245,9 +244,8 @@ def pretrain(train_set, test_set, config, folder, args, env):
     model = models.create_model(
         args.model, len(train_set.classes), args.checkpoint_activations, env.device
     )
-    decay, clipping = config["weight_decay"], config["clipping"]
-    settings = {"momentum": 0.9, "nesterov": True, "weight_decay": decay, "clipping": clipping}
-    optimizer = SGD_AGC(model.parameter_groups(), config["lr"], **settings)
+    settings = {key: config[key] for key in ("lr", "weight_decay", "clipping")}
+    optimizer = SGD_AGC(model.parameter_groups(), momentum=0.9, nesterov=True, **settings)
     size, batch_size, accumulate = config["image_size"], config["batch_size"], args.accumulate
     if args.batch_size == "auto":
         accumulate = memory.parts_that_fit(model, size, batch_size, env)
@@ -256,8 +254,7 @@ def pretrain(train_set, test_set, config, folder, args, env):
     if args.dry_run:
         recipe = {key: config[key] for key in ("images", *Recipe._fields)}
         return memory.print_estimate(model, recipe, last, accumulate, flops, env)
-    path = folder / "checkpoint.pt"
-    run = Run(path, model, optimizer, config, env, args.save_minutes, last)
+    run = Run(folder / "checkpoint.pt", model, optimizer, config, env, args.save_minutes, last)
     least, best_path = math.inf, folder / "model-best.pt"
     if run.step:
         console.say(env, f"{folder}: continues after step {run.step}")
@@ -269,8 +266,8 @@ def pretrain(train_set, test_set, config, folder, args, env):
     if env.device.type == "cuda" and batch_size < 16 * env.ranks:
         more = f"--batch-size {batch_size} on {env.ranks} GPUs; {32 * env.ranks} would be faster"
         console.say(env, f"fewer than 16 images a GPU leave it waiting: {more}")
-    augmented = choose_pipeline(train_set, size, True, config["augment"])
-    decoded, pipeline = preload(train_set, augmented)
+    pipeline = choose_pipeline(train_set, size, True, config["augment"])
+    decoded, pipeline = preload(train_set, pipeline)
     tested = preload(test_set, choose_pipeline(test_set, size, False))
     at_once = 256 * env.ranks
     tested = in_order(*tested, at_once, env.rank, env.ranks, args.workers, env.device)
@@ -320,6 +317,7 @@ def pretrain(train_set, test_set, config, folder, args, env):
             run.save_or_stop(signals, log)
         run.finish_saving()
 
+    layout = {"checkpoint_activations": args.checkpoint_activations, "workers": args.workers}
     record = {
         "schema": 1,
         "kind": args.kind,
@@ -331,20 +329,22 @@ def pretrain(train_set, test_set, config, folder, args, env):
         "metrics": metrics,
         "train": run.summary(len(train_set), batch_size, flops),
         "config": config,
-        "layout": {key: getattr(args, key) for key in LAYOUT} | {"accumulate": accumulate},
+        "layout": layout | {"accumulate": accumulate},  # these change no result
         "environment": environment(env),
     }
-    kept = {folder / "model.pt": {"model": model.state_dict()}}
+    kept = {folder / "model.pt": {"model": model.state_dict(), "run": folder.name}}
     if config["keep_best"]:
-        kept[best_path] = read_tensors(best_path)
+        kept[best_path] = read_tensors(best_path) | {"run": f"{folder.name}-best"}
     for path, more in kept.items():
         model.load_state_dict(more["model"])
+        more |= {"recipe": config["recipe"], "seed": config["seed"]}
         more["sample"] = sample_features(model, train_set, size, normalization, args.workers, env)
         if env.main:
             about = more.pop("model"), args.model, train_set, normalization, size
             save_network(path, *about, **more)
     if env.main:
         console.write_json(folder / "result.json", record)
+    console.say(env, f"wrote {folder}/model.pt")
     return record
 
 

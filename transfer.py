@@ -22,7 +22,7 @@ import torch
 import data
 import models
 from engine import console, distance, memory, options
-from engine.checkpoint import Run, file_digest
+from engine.checkpoint import Run
 from engine.evaluate import evaluate, predict, to_input
 from engine.grid import Cell, Grid, Network, open_networks, unfinished, write_result
 from engine.log import Log
@@ -30,6 +30,7 @@ from engine.metrics import loss_sum
 from engine.optimizer import SGD_AGC, set_learning_rate
 from engine.outputs import network_facts, save_network, save_predictions
 from engine.processes import StopSignal, parallel, parts, run_script, setup
+from engine.weights import weights_of
 from readers import transforms
 from readers.cache import decode_once
 from readers.digest import data_digest
@@ -143,8 +144,6 @@ DEFAULTS = {
 # Networks and targets
 # ------------------------------------------------------------------------------------------------
 
-read_weights = functools.lru_cache(maxsize=1)(models.read_weights)  # of the network in hand
-
 
 def open_network(path, args):
     """The Network of a run folder or weight file; --model and --source tell of a foreign one."""
@@ -152,12 +151,12 @@ def open_network(path, args):
     file = path / "model.pt" if path.is_dir() else path
     if path.is_dir() and not file.exists():
         raise FileNotFoundError(f"{path}: holds no model.pt; pretrain.py has not finished there")
-    content = read_weights(str(file))
+    content, digest = weights_of(file)
     about = network_facts(file, content)
     model, source = about.get("model", args.model), about.get("source", args.source)
     if not model or not source:
         raise ValueError(f"{file}: not written by pretrain.py; say --model and --source of it")
-    if args.model and args.model != model:
+    if args.model not in (None, model):
         raise ValueError(f"{file} is of {model}, not of --model {args.model}")
     if not about:
         domain = data.source_domain(source)
@@ -167,8 +166,8 @@ def open_network(path, args):
         about = {"domain": domain, "images": None, "normalization": normalization}
     with torch.device("meta"):
         models.matching_state(models.create_model(model, 1), file, content)
-    about |= {"source": source, "model": model, "path": str(file), "digest": file_digest(file)}
-    return Network(f"{data.dataset_slug(source)}-{model}", **about)
+    about |= {"source": source, "model": model, "path": str(file), "digest": digest}
+    return Network(about.pop("run", None) or f"{data.dataset_slug(source)}-{model}", **about)
 
 
 class Target:
@@ -316,7 +315,8 @@ def train(cell, signals, args, env, title, accumulate):
     torch.manual_seed(cell.seed)
     model = models.create_model(network.model, classes, args.checkpoint_activations)  # fresh head
     if network.path:
-        models.load_weights(model, network.path, read_weights(network.path), head=False)
+        content, _ = weights_of(network.path, network.digest)
+        models.load_weights(model, network.path, content, head=False)
     if recipe.zero_head:
         for parameter in model.head.conv.parameters():
             torch.nn.init.zeros_(parameter)

@@ -88,7 +88,8 @@ def draw_gains(gains, styles, title="", notes=()):
         origin: [kind for kind in numbers.KINDS if kind in results.group(part, "line.kind")]
         for origin, part in sorted(results.group(gains, "target.origin").items())
     }
-    alike = "line.source_domain", "target.domain", "line.method", "line.recipe"
+    alike = "line.source_domain", "target.domain"
+    alike += "line.method", "line.recipe", "line.pretraining"
     blocks = results.group(gains, *alike).values()
     blocks = [results.group(block, "target.origin") for block in blocks]
     rows = [max(len(gain_rows(part)) for part in block.values()) for block in blocks]

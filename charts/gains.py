@@ -31,6 +31,7 @@ class GainLine(NamedTuple):
     source_domain: str | None
     method: str
     recipe: str | None
+    pretraining: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +168,8 @@ def paired_gain(line, runs, metric):
 
 def paired_gains(runs, metric):
     """Results -> (list of Gain by kind, group and shots, notices on seeds left out)."""
-    alike = "target", "shots", "line.source_domain", "line.method", "line.recipe"
+    alike = "target", "shots", "line.source_domain"
+    alike += "line.method", "line.recipe", "line.pretraining"
     gains, notices = [], []
     for kind in KINDS:
         for (target, _, *line), members in group(runs, *alike).items():
@@ -180,7 +182,7 @@ def paired_gains(runs, metric):
         line, (name, target_domain, origin) = gain.line, gain.target
         far = line.source_domain is None, line.source_domain != target_domain
         domains = target_domain != "natural", results.DOMAINS.index(line.source_domain)
-        about = name, origin, line.method, line.recipe or ""
+        about = name, origin, line.method, line.recipe or "", line.pretraining or ""
         return list(KINDS).index(line.kind), *far, *domains, gain.shots or math.inf, *about
 
     return sorted(gains, key=order), notices

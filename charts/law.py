@@ -58,7 +58,7 @@ class Row(NamedTuple):
     task: str  # the target without its gap
     family: tuple  # domain of the source, of the target
     shots: int | None
-    by_seed: dict  # pre-training seed -> exponent, mean over partners
+    by_seed: dict  # pre-training, as of Line -> exponent, mean over partners
     s: float
     d: float
 
@@ -106,7 +106,9 @@ def exponents(kind, runs, metric):
     for run in runs:
         if run.metrics[metric] is not None and run.line.model in PARAMETERS:
             partners = errors.setdefault(getattr(run.line, differing), {})
-            seeds = partners.setdefault((getattr(run.line, sharing), run.source_seed), {})
+            seeds = partners.setdefault(
+                (getattr(run.line, sharing), run.line.pretraining or ""), {}
+            )
             seeds[run.seed] = 1 - run.metrics[metric]
     arms = widest(runs, differing, errors)
     if arms is None:
@@ -131,7 +133,7 @@ def laws(runs, metric):
         value = run.distance
         if value and value > 0:
             networks = distances.setdefault((run.target, run.line.source_domain), {})
-            networks[run.line, run.source_seed] = math.log10(value)  # of each of its runs the same
+            networks[run.line] = math.log10(value)  # of each of its runs the same
     alike = "target", "shots", "line.source_domain", "line.method", "line.recipe"
     for (target, shots, domain, *about), members in group(runs, *alike).items():
         task = re.sub(r"~[\d.]+", "", results.plain_name(target.name))

@@ -203,8 +203,9 @@ def csv_text(rows, columns):
     """Rows {column: value} -> CSV: fractions, undefined empty; without origin where all is one's
     own."""
     rows = [{key: "" if value != value else value for key, value in row.items()} for row in rows]
-    own = all(row["origin"] == "own" for row in rows)
-    heads = [head for head in columns.split() if head != "origin" or not own]
+    needless = {"origin": all(row["origin"] == "own" for row in rows)}
+    needless |= {"pretraining": not any(row.get("pretraining") for row in rows)}
+    heads = [head for head in columns.split() if not needless.get(head)]
     file = io.StringIO()
     writer = csv.DictWriter(file, heads, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -213,8 +214,8 @@ def csv_text(rows, columns):
 
 
 def cell_csv(cells):
-    columns = "target target_domain origin source source_domain model method recipe shots metric"
-    return csv_text(map(cell_row, cells), f"{columns} mean sd ci95 n")
+    columns = "target target_domain origin source source_domain model method recipe pretraining"
+    return csv_text(map(cell_row, cells), f"{columns} shots metric mean sd ci95 n")
 
 
 def gain_csv(gains):
@@ -222,8 +223,8 @@ def gain_csv(gains):
         {**cell_row(gain), "partners": ";".join(gain.by_partner), "verdict": gain.verdict}
         for gain in gains
     ]
-    columns = "kind target target_domain origin source_domain method recipe shots metric small"
-    columns += " large partners pairs mean sd ci95 n verdict ci95_pairs ci95_normal"
+    columns = "kind target target_domain origin source_domain method recipe pretraining shots"
+    columns += " metric small large partners pairs mean sd ci95 n verdict ci95_pairs ci95_normal"
     return csv_text(rows, columns)
 
 

@@ -122,7 +122,7 @@ def draw_lines(ax, cells, styles, sizes):
     style.log_ticks(ax.xaxis, low, high, EngFormatter(sep=""))
     ax.label_outer()
     factor = results.METRICS[cells[0].metric].factor
-    network = "line.source_domain", "line.model", "line.method", "line.recipe"
+    network = "line.source_domain", "line.model", "line.method", "line.recipe", "line.pretraining"
     for (domain, *_), members in results.group(cells, *network).items():
         members = sorted(members, key=lambda cell: cell.source_images)
         dashes = styles[members[-1].line]["linestyle"]

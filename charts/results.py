@@ -63,6 +63,7 @@ class Line(NamedTuple):
     model: str
     method: str
     recipe: str | None
+    pretraining: str | None = None  # its recipe and seed, where they are not the default: seed1
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,6 @@ class Result:
     path: Path
     train_images: int | None = None  # of the target; None where unknown
     test_images: int | None = None
-    source_seed: int | None = None  # of pre-training
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ class Cell:
 KINDS = ("fewshot", "transfer", "fewshot-validation", "transfer-validation")
 # What a result file must hold, and of what type; bounds of its numbers.
 BOUNDS = {"seed": (0, 2**64), "source_images": (0, 10**12), "shots": (1, 10**9)}
-FIELDS = Line.__annotations__ | {"target": str, "target_domain": str, "metrics": dict}
+FIELDS = {key: kind for key, kind in Line.__annotations__.items() if key != "pretraining"}
+FIELDS |= {"target": str, "target_domain": str, "metrics": dict}
 FIELDS |= {"seed": int, "source_images": int | None, "shots": int | None}
 
 
@@ -132,15 +133,15 @@ def checked_result(data, path, origin="own", classes=0):
     if data["source_domain"] not in DOMAINS or data["target_domain"] not in MAIN_METRIC:
         raise ValueError(f"a domain is none of {', '.join(MAIN_METRIC)}")
     target = Target(data["target"], data["target_domain"], origin)
-    line = Line(*(data[key] for key in Line._fields))
+    pretraining = str(data.get("run")).partition(f"-{data['model']}")[2].lstrip("-") or None
+    line = Line(*(data[key] for key in Line._fields[:-1]), pretraining)
     distance = number(data["distance"] or {}, "frechet_relative", -1e300, 1e300)
     rest = data["shots"], data["seed"], data["source_images"]
     per_class = data["metrics"].get("per_class")
     classes = classes or (len(per_class) if isinstance(per_class, dict) else 0)
     config = data.get("config") or {}
     sizes = (number(config, key, 1, 2**63) for key in ("train_images", "test_images"))
-    seed = number(data, "source_seed", 0, 2**63)
-    return Result(target, line, *rest, metrics, distance, classes, path, *sizes, seed)
+    return Result(target, line, *rest, metrics, distance, classes, path, *sizes)
 
 
 def read_result(path):
@@ -219,7 +220,7 @@ def load(paths):
         raise ValueError(f"{mixed}: name their folders one at a time")
     kept, doubled = {}, []
     for result in sorted(results, key=lambda result: result.path.stat().st_mtime):
-        run = result.target, result.line, result.source_seed, result.shots, result.seed
+        run = result.target, result.line, result.shots, result.seed
         older = kept.get(run, result)
         if older.metrics != result.metrics:
             doubled.append(f"same run twice: kept {result.path}, newer than {older.path}")
@@ -282,7 +283,7 @@ def line_order(cell):
     """Sort key of lines: natural, medical, none; small sources and small models first."""
     line = cell.line
     source = DOMAINS.index(line.source_domain), cell.source_images, line.source
-    return *source, size_order(line.model), line.method, line.recipe or ""
+    return *source, size_order(line.model), line.method, line.recipe or "", line.pretraining or ""
 
 
 def plain_name(name):
@@ -301,8 +302,10 @@ def mark(origin):
 
 
 def differing(cells):
-    """Those of method and recipe in which cells or gains differ: only these need to be said."""
-    return [key for key in ("method", "recipe") if len(group(cells, f"line.{key}")) > 1]
+    """Those of method, recipe and pre-training in which cells or gains differ: these are said."""
+    return [
+        key for key in ("method", "recipe", "pretraining") if len(group(cells, f"line.{key}")) > 1
+    ]
 
 
 def target_order(item):

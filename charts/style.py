@@ -72,7 +72,7 @@ def line_style(look, shade, marker, dashes):
 
 def network_order(line):
     """Sort key of lines by their network, with its method and recipe; small ones first."""
-    return results.size_order(line.model), str((line.method, line.recipe))
+    return results.size_order(line.model), str((line.method, line.recipe, line.pretraining))
 
 
 def line_styles(cells):

@@ -34,7 +34,7 @@ class Network(NamedTuple):
     """A network to transfer. name: SOURCE-MODEL. path: of its weights, None for scratch; digest: of
     that file. domain, images: of its source; None where unknown. steps: of fine-tuning, in place of
     the recipe's. sample: projected features of the source (distance.project), or None. classes,
-    task, image_size: of its training, None where the file does not say.
+    task, image_size, recipe, seed: of its training, None where the file does not say.
     """
 
     name: str
@@ -50,6 +50,8 @@ class Network(NamedTuple):
     classes: tuple | None = None
     task: str | None = None
     image_size: int | None = None
+    recipe: str | None = None
+    seed: int | None = None
 
 
 def open_networks(args, open_network, env=None):
@@ -225,7 +227,10 @@ def write_result(cell, metrics, train, workers, env):
         "source": network.source,
         "source_domain": network.domain,
         "source_images": network.images,
+        "source_recipe": network.recipe,
+        "source_seed": network.seed,
         "model": network.model,
+        "run": network.name,
         "target": target.name,
         "target_domain": target.train_set.domain,
         "shots": cell.shots,

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from pathlib import Path
 
 import numpy as np
 
@@ -62,6 +63,7 @@ FACTS = {
     "name": lambda name: isinstance(name, str),
     "source": lambda source: source and source.isprintable(),
     "domain": lambda domain: domain in MAIN_METRIC,
+    "run": lambda run: run is None or not run.startswith(".") and Path(run).name == run,
     "images": lambda images: type(images) is int and images > 0,
     "mean": _three,
     "std": lambda std: _three(std) and min(std) > 0,
@@ -73,7 +75,7 @@ def network_facts(path, content):
     """What the content of such a file says of its network, as attributes of grid.Network; {} for
     one that was written elsewhere. Raises ValueError naming what it says that cannot be.
     """
-    if not (isinstance(content, dict) and content.keys() >= FACTS.keys() - {"sample"}):
+    if not (isinstance(content, dict) and content.keys() >= FACTS.keys() - {"run", "sample"}):
         return {}
     for key, good in FACTS.items():
         with contextlib.suppress(AttributeError, TypeError):
@@ -81,7 +83,7 @@ def network_facts(path, content):
                 continue
         found = " ".join(repr(content[key]).split())
         raise ValueError(f"{path}: its {key} is {found:.60}; pre-train anew")
-    same = ("source", "domain", "images", "sample", "classes", "task", "image_size")
+    same = "source domain images sample classes task image_size run recipe seed".split()
     normalization = tuple(content["mean"]), tuple(content["std"])
     about = {key: content.get(key) for key in same}
     return {"model": content["name"], "normalization": normalization, **about}

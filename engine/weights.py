@@ -1,6 +1,8 @@
 """Weight files, also of others: formats, names of parameters, where published ones lie."""
 
 import difflib
+import functools
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -57,6 +59,24 @@ def read_weights(path):
         mend = f"torch.save(timm.models.load_state_dict({str(path)!r}), 'weights.pth')"
         raise ValueError(f"{path}: safetensors are not read; save it as a .pth: {mend}")
     return read_tensors(path, _read_npz if Path(path).suffix == ".npz" else load_plain)
+
+
+@functools.lru_cache(maxsize=1)  # of the network in hand
+def _read_once(path, state):
+    return read_weights(path), file_digest(path)
+
+
+def weights_of(path, digest=None):
+    """(what a weight file holds, its digest), read anew when the file has changed.
+
+    digest: of the file that was opened. Raises as read_weights, and ValueError for another file.
+    """
+    stat = os.stat(path) if os.path.exists(path) else None
+    state = stat and (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    content, found = _read_once(str(path), state)
+    if digest not in (None, found):
+        raise ValueError(f"{path}: is another file than when it was opened; give another --out")
+    return content, found
 
 
 def our_names(state):

@@ -394,7 +394,7 @@ def test_a_distance_is_measured_once_for_network_and_target(
 ):
     shutil.copytree(folder, tmp_path / "other")
     content = torch.load(checkpoint / "model.pt", weights_only=True)
-    torch.save(content | {"source": "pets"}, tmp_path / "pets.pt")
+    torch.save(content | {"source": "pets", "run": "pets-R14x0.5"}, tmp_path / "pets.pt")
     numbers = itertools.count()
     monkeypatch.setattr(distance, "compare", lambda *_: next(numbers))
     more = ("--target", f"folder:{folder}", f"folder:{tmp_path / 'other'}")

@@ -2,6 +2,7 @@
 
 import functools
 import signal
+import types
 
 import interruption
 import numpy as np
@@ -206,6 +207,26 @@ def test_model_file_says_what_it_is(folder):
     assert record["classes"] == ("blue", "green", "red") and record["task"] == "multiclass"
     assert record["image_size"] == 16 and record["mean"] == (0.485, 0.456, 0.406)
     assert record["sample"].isfinite().all() and len(record["sample"]) == interruption.IMAGES
+    assert record["run"] == f"folder-{folder.name}-R14x0.5"
+    assert (record["recipe"], record["seed"]) == ("paper", 0)
+
+
+@pytest.mark.parametrize(
+    "source, recipe, seed, name",
+    [
+        ("nih", "paper", 0, "nih-R50x1"),
+        ("nih", "paper", 12, "nih-R50x1-seed12"),
+        ("imagenet1k-0.1", "optimised", 0, "imagenet1k-0.1-R50x1-optimised"),
+        ("imagenet1k", "optimised", 1, "imagenet1k-R50x1-optimised-seed1"),
+        ("synthetic-natural", "synthetic", 0, "synthetic-natural-R50x1"),
+        ("synthetic-natural", "paper", 0, "synthetic-natural-R50x1-paper"),
+    ],
+)
+def test_a_run_is_named_after_what_is_not_its_default(source, recipe, seed, name):
+    config = {"source": source.removesuffix("-0.1"), "model": "R50x1", "recipe": recipe}
+    domain = data.DATASETS[config["source"]].domain
+    about = types.SimpleNamespace(name=source, domain=domain)
+    assert pretrain.run_name(config | {"seed": seed}, about) == name
 
 
 def test_the_weights_of_the_least_loss_are_kept_also_when_killed(folder, tmp_path):

@@ -12,6 +12,7 @@ import fewshot
 import models
 import transfer
 from engine.grid import open_networks
+from engine.weights import weights_of
 from readers.transforms import NORMALIZATION
 
 MEDICAL = "tuberculosis synthetic-xray-target nih@224+chexpert padchest@256 synthetic-xray~0.4"
@@ -31,7 +32,7 @@ def test_the_domain_of_foreign_weights_is_that_of_their_source(tmp_path, monkeyp
         open_weights(path)
     with pytest.raises(ValueError, match="another network"):
         open_weights(path, model="R26x1", source="imagenet1k")
-    monkeypatch.setattr(transfer, "read_weights", lambda path: state)
+    monkeypatch.setattr(transfer, "weights_of", lambda path: (state, "0"))
     for domain, names in (("medical", MEDICAL), ("natural", NATURAL)):
         for source in names.split():
             opened = open_weights(path, model="R14x0.5", source=source)
@@ -63,6 +64,18 @@ def test_networks_that_are_found(tmp_path, monkeypatch):
         found("runs/unfinished")
     with pytest.raises(ValueError, match="model.pt is of R14x0.5, not of --model R50x1"):
         found("runs/pets", model="R50x1")
+    # Another seed or recipe of pre-training is another run; a name leads nowhere else.
+    file, facts = tmp_path / "runs" / "pets" / "model.pt", facts | {"recipe": "paper", "seed": 1}
+    torch.save(facts | {"run": "pets-R14x0.5-seed1"}, file)
+    network = transfer.open_network(file, SimpleNamespace(model=None, source=None))
+    assert (network.name, network.recipe, network.seed) == ("pets-R14x0.5-seed1", "paper", 1)
+    planted = itertools.product(("run", "source"), ("../x", "/x", "a/../../x"))
+    for key, name in [*planted, ("run", ".."), ("run", ".x"), ("source", "")]:
+        torch.save(facts | {key: name}, file)
+        with pytest.raises(ValueError, match=f"its {key} is|{name}': a dataset's name with /"):
+            found("runs/pets")
+    with pytest.raises(ValueError, match="model.pt: is another file than when it was opened"):
+        weights_of(network.path, network.digest)
 
 
 # ------------------------------------------------------------------------------------------------
