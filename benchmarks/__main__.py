@@ -3,11 +3,9 @@
     python -m benchmarks train           # one training step: ours and timm's, eager and compiled
     python -m benchmarks train --peers   # the same from files to the loss, with timm's own loader
     python -m benchmarks gpu             # on a GPU: what agrees with a CPU, and how fast it is
-    python -m benchmarks memory          # the peak of one step of R152x4, plain and checkpointed
     python -m benchmarks scaling         # two processes of one thread beside one: pre-training
     python -m benchmarks grid            # the same: the cells of a few-shot grid
     python -m benchmarks load            # from files to batches: decoding, packs, folders, tables
-    python -m benchmarks linear          # logistic regression on frozen features
 
 All arms of a benchmark take turns in one process, so that noise of the machine meets all alike.
 """
@@ -18,9 +16,7 @@ from inspect import getdoc
 import torch
 
 from benchmarks.gpu import gpu
-from benchmarks.linear import linear
 from benchmarks.loading import load
-from benchmarks.memory import memory
 from benchmarks.processes import grid, scaling
 from benchmarks.train import train
 from engine.console import Parser, number, one_of, print_table, write_json
@@ -33,7 +29,6 @@ OPTIONS = {
     "--model": dict(help=f"network: {', '.join(MODELS)}"),
     "--image-size": dict(type=NUMBER, help="side in pixels"),
     "--batch-size": dict(type=NUMBER, help="images a step, of each process"),
-    "--classes": dict(type=NUMBER, help="outputs of the network"),
     "--rounds": dict(type=NUMBER, help="turns an arm; the best counts"),
     "--steps": dict(type=NUMBER, help="training steps a turn"),
     "--threads": dict(type=NUMBER, help="threads of the CPU, the same for all packages"),
@@ -41,7 +36,6 @@ OPTIONS = {
     "--peers": dict(action="store_true", help="from files to the loss, with each one's own loader"),
     "--folder": dict(metavar="PATH", help="train/CLASS/* (default: 640 JPEGs are made)"),
     "--seeds": dict(type=NUMBER, help="of six cells each"),
-    "--shots": dict(type=NUMBER, help="training images of each of 10 classes, up to 140"),
     "--rows": dict(type=NUMBER, help="images of made mimic tables"),
     "--minutes": dict(type=number(float, 1e-12), help="for all of it"),
     "--out": dict(metavar="DIR", help="holds gpu.jsonl, a line an arm"),
@@ -50,16 +44,13 @@ OPTIONS = {
 NETWORK = {"--model": "R50x1", "--image-size": 64, "--batch-size": 32}
 TRAINING = {"--rounds": 5, "--steps": 4, "--threads": torch.get_num_threads()}
 TRAINING |= {"--no-compile": False, "--peers": False, "--folder": None}
-LARGEST = {"--model": "R152x4", "--image-size": 224, "--batch-size": 1, "--classes": 21_841}
 # {benchmark, (args, env) -> Report: {flag: its default}}; a list takes several.
 BENCHMARKS = {
     train: NETWORK | TRAINING,
     gpu: {"--minutes": 10.0, "--out": "gpu"},
-    memory: LARGEST,
     scaling: NETWORK | {"--steps": 10, "--rounds": 3},
     grid: {"--seeds": 10, "--rounds": 2},
     load: {"--rows": 377_110, "--rounds": 5},
-    linear: {"--shots": [1, 10, 100], "--threads": 1, "--rounds": 3},
 }
 
 

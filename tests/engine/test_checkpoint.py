@@ -299,7 +299,9 @@ def test_an_exception_that_nobody_expects(folder, tmp_path):
     assert err == "error: RuntimeError: out of luck; TRACEBACK=1 shows where\n"
     ((_, err),) = Training(folder, tmp_path, "--schedule", "cosine").go(2)
     (path,) = training.paths("checkpoint.pt")
-    assert err.startswith(f"error: {path} was made with schedule = step, not cosine; use the same options")
+    assert err.startswith(
+        f"error: {path} was made with schedule = step, not cosine; use the same options"
+    )
     assert err.count("\n") == 1 and training.step == 8
     training.finish()
 

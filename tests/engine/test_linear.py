@@ -1,7 +1,6 @@
 """Classifiers on frozen features, against scikit-learn."""
 
 import warnings
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.neighbors import NearestCentroid
 
-from benchmarks.linear import linear as benchmark
 from engine import linear
-from engine.processes import Env
 
 
 def blobs(rng, counts, width, apart=1.0):
@@ -255,11 +252,3 @@ def test_nearest_mean_is_the_nearest_centroid(rng):
         without, with_it = (((t[:, None] - model.centroids_) ** 2).sum(2)).T
         np.testing.assert_allclose(logits[:, c], 2 * (without - with_it), rtol=1e-4, atol=1e-5)
         assert ((logits[:, c] > 0).numpy() == model.predict(t)).all()
-
-
-def test_benchmark_finds_ours_as_good_as_scikit_learns():
-    threads = torch.get_num_threads()
-    args = SimpleNamespace(shots=[2], threads=threads, rounds=1)
-    report = benchmark(args, Env(0, 1, torch.device("cpu"), "fp32"))
-    assert len(report.rows) == 3 and len(report.required) == 2
-    assert all(required.reached for required in report.required if required.least < 1)
