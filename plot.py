@@ -5,27 +5,27 @@ how training went, from its logs.
     python plot.py published.json                           # the study's own numbers, drawn alike
     python plot.py results published.json                   # both, side by side
     python plot.py results other/results --target nih pets  # two folders, two targets
-    python plot.py --figure gain --metric mean_ap           # one figure, another metric
+    python plot.py published.json --style paper             # a figure a target, as the study
     python plot.py --curves runs/*                          # logs of training to figures/curves.*
 
 It reads every JSON file under the folders (schema 1, as transfer.py and fewshot.py write them) and
 published numbers, and writes each figure as PNG and SVG with its numbers as Markdown and CSV:
 
     fewshot    a panel for each target, a line for each source and model, over the shots
-    fullshot   the same on all training images: bars for each model, lines over the source's size
     gain       larger network and larger source, minus the smaller: paired differences
     law        what a decade of scale buys, against the distance of source and target, and its test
-    published  own results against the published ones, where they share cells
 
-Intervals are Student's t over seeds at 95 %. With --curves it reads log.jsonl in the folders of
-pretrain.py instead, of finished runs and of runs under way, and draws panels over the step for what
-is logged there: loss, test metric, learning rate, gradient norm, share of clipped units, images a
-second, share of time spent waiting for data.
+Intervals are Student's t over seeds at 95 %. --style paper draws study-TARGET instead, own beside
+published: bars of all pre-trainings, lines over shots and networks, ± a standard deviation. With
+--curves it reads log.jsonl in the folders of pretrain.py instead, also of runs under way, and draws
+panels over the step: loss, test metric, learning rate, gradient norm, share of clipped units,
+images a second, share of time spent waiting for data.
 """
 
 import argparse
 import io
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -36,7 +36,18 @@ os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be there, and nothing i
 
 import matplotlib
 
-from charts import curves, gain_figures, gains, law, law_figure, markdown, panels, results, style
+from charts import (
+    curves,
+    gain_figures,
+    gains,
+    law,
+    law_figure,
+    markdown,
+    panels,
+    results,
+    study,
+    style,
+)
 from engine import console
 
 NAMED = 5  # files named in a notice; of the others the number is said
@@ -51,19 +62,14 @@ class Figure(NamedTuple):
 
 FIGURES = {
     "fewshot": Figure(panels.draw_few_shot, markdown.few_shot, markdown.cell_csv, "no result"),
-    "fullshot": Figure(
-        panels.draw_full_shot, markdown.full_shot, markdown.cell_csv, "no full-shot result"
-    ),
     "gain": Figure(
         gain_figures.draw_gains, markdown.gains, markdown.gain_csv, "no network or source to pair"
     ),
     "law": Figure(
         law_figure.draw_law, markdown.laws, markdown.law_csv, "no network or source to pair"
     ),
-    "published": Figure(
-        panels.draw_shared, markdown.shared, markdown.shared_csv, "give results and published.json"
-    ),
 }
+STUDY = Figure(study.draw_target, markdown.few_shot, markdown.cell_csv, "no result")
 
 
 def parse(argv):
@@ -75,6 +81,8 @@ def parse(argv):
     add("--results", nargs="+", type=Path, help="the same, as an option")
     text = f"figures to draw (default: all that can be): {', '.join(FIGURES)}"
     add("--figure", nargs="+", type=console.one_of(*FIGURES), help=text)
+    text = "default, or paper: a figure a target, as the study has them"
+    add("--style", type=console.one_of("default", "paper"), default="default", help=text)
     text = "run folders, which hold log.jsonl: draw how their training went, and nothing else"
     add("--curves", nargs="+", type=Path, metavar="RUN", help=text)
     add("--out", type=Path, default="figures", help="folder for the figures and tables")
@@ -85,6 +93,8 @@ def parse(argv):
     add("--title", default="", help="title over the figure (default: none)")
     args = parser.parse_args(argv)
     args.paths += args.results or []
+    if args.figure and args.style == "paper":
+        raise ValueError("--figure means nothing for --style paper; leave out one of them")
     if args.curves and (args.paths or args.target or args.figure or args.metric != "auto"):
         raise ValueError("--curves draws run folders alone: no results, --metric or --target")
     args.paths = args.paths or [Path("results")]
@@ -148,14 +158,13 @@ def run(args):
     runs, notes = read(args)
     cells = results.summarise(runs, args.metric)
     pairs, lacking = gains.paired_gains(runs, args.metric)
-    shown = {
-        "fewshot": cells,
-        "fullshot": results.full_shot(cells),
-        "gain": pairs,
-        "law": law.laws(runs, args.metric) if "law" in (args.figure or FIGURES) else [],
-        "published": gains.shared_cells(cells),
-    }
-    shown = {name: shown[name] for name in args.figure or FIGURES}
+    if args.style == "paper":
+        found = study.study_cells(runs, args.metric)
+        shown = {re.sub(r"[^\w.@~+-]+", "-", f"study-{name}"): found[name] for name in found}
+    else:
+        shown = {"fewshot": cells, "gain": pairs}
+        shown["law"] = law.laws(runs, args.metric) if "law" in (args.figure or FIGURES) else []
+        shown = {name: shown[name] for name in args.figure or FIGURES}
     missing = [f"no figure {name}: {FIGURES[name].missing}" for name in shown if not shown[name]]
     if args.figure and missing:
         raise ValueError("; ".join(missing))
@@ -170,7 +179,7 @@ def run(args):
         tell(single, f"gains without interval: {len(single)}")
     styles, written, tables = style.line_styles(cells), [], []
     for name in [name for name in shown if shown[name]]:
-        figure, content = FIGURES[name], shown[name]
+        figure, content = FIGURES.get(name, STUDY), shown[name]
         text = figure.markdown(content)
         drawing = figure.draw(content, styles, args.title, notes)
         written += save(args.out, name, drawing, md=text, csv=figure.csv(content))

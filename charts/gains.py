@@ -1,8 +1,7 @@
-"""Gains from scale by paired differences; agreement of own with published numbers."""
+"""Gains from scale by paired differences."""
 
 import itertools
 import math
-from collections import namedtuple
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,7 +22,6 @@ VERDICTS = {  # where an interval lies -> heading in a table
     "no interval": "no interval",
 }
 REGIMES = ("up to 10 shots", "11 to 99 shots", "100 and more", "full")
-Shared = namedtuple("Shared", "own published agree")
 
 
 class GainLine(NamedTuple):
@@ -192,22 +190,3 @@ def counts(gains, interval="ci95"):
     """How many gains have their interval above zero, not off it, below it, or none: a dict."""
     found = [gain.verdict_by(interval) for gain in gains]
     return {name: found.count(name) for name in VERDICTS}
-
-
-def shared_cells(cells):
-    """Cells -> list of Shared(own, published, agree), of own cells that are published too (packs
-    count as what they hold); agree is None where one of them has no interval."""
-
-    def key(cell):
-        names = results.plain_name(cell.target.name), results.plain_name(cell.line.source)
-        return *names, cell.line.model, cell.line.method, cell.shots
-
-    known = group([cell for cell in cells if cell.n], "target.origin")
-    published = {key(cell): cell for cell in known.get("published", [])}
-    shared = []
-    for own in known.get("own", []):
-        other = published.get(key(own))
-        if other:
-            agree = results.within_noise(own, other) if own.n > 1 and other.n > 1 else None
-            shared.append(Shared(own, other, agree))
-    return shared

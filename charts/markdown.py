@@ -20,16 +20,12 @@ and same source (larger network) or network (larger source, of one domain); the 
 smallest of those that share the most. Differences are averaged over these for each seed; the 95 % \
 interval is Student's t over seeds. ▲ interval above zero, ▼ below zero, neither: not off zero, or \
 one seed and no interval. A seed that one arm lacks counts in neither."""
-SHARED_RULE = """\
-Cells with the same target, source, network and shots, fine-tuned (nih@256 as nih). They agree \
-where the means lie no further apart than √(a² + b²) of the half-widths of their 95 % intervals."""
 INTERVALS = {  # half-width of a Gain -> how it reads the differences of a cell
     "ci95": "Student t over seeds (means over the pairs of a seed)",
     "ci95_pairs": "Student t over all pairs",
     "ci95_normal": "1.96 standard errors over all pairs",
 }
 OTHERS = {"ci95_pairs": "t over pairs", "ci95_normal": "1.96 over pairs"}  # as headings
-AGREE = {True: "yes", False: "no", None: "no interval"}
 
 
 def table(rows):
@@ -50,13 +46,12 @@ def score(cell, sign=""):
     return f"{text} ({cell.n})"
 
 
-def score_table(cells, heads, words, columns=None):
+def score_table(cells, heads, words):
     """Cells or gains -> lines of a table: a row for each of their lines, of words(line) under the
-    heads and of scores, bold as RULE says; a column for each number of shots, or for each target of
-    columns {target: heading}."""
+    heads and of scores, bold as RULE says; a column for each number of shots."""
     shots = sorted({cell.shots for cell in cells}, key=lambda shot: shot or math.inf)
-    members = group(cells, "target" if columns else "shots")
-    columns = columns or {shot: shots_words(shot) for shot in shots}
+    members = group(cells, "shots")
+    columns = {shot: shots_words(shot) for shot in shots}
     rows = {line: [*words(line)] for line in group(cells, "line")}
     for key in columns:
         known = [cell for cell in members[key] if cell.n]
@@ -84,20 +79,6 @@ def few_shot(cells):
         names = ["source", "model", *results.differing(panel)]
         lines = score_table(panel, names, attrgetter(*names))
         parts += [f"{target_heading(target)}: {METRICS[panel[0].metric].axis}\n", *lines, ""]
-    return "\n".join([*parts, RULE, ""])
-
-
-def full_shot(cells):
-    """Cells of all training images -> Markdown: rows source x model, a column a target."""
-    parts = []
-    for origin, shown in sorted(group(cells, "target.origin").items()):
-        columns = {
-            cell.target: f"{cell.target.name}, {METRICS[cell.metric].axis}" for cell in shown
-        }
-        names = ["source", "model", *results.differing(shown)]
-        shown.sort(key=results.line_order)
-        lines = score_table(shown, names, attrgetter(*names), columns)
-        parts += [f"### full-shot{mark(origin)}\n", *lines, ""]
     return "\n".join([*parts, RULE, ""])
 
 
@@ -183,15 +164,6 @@ def laws(found):
     return "\n".join([*parts, NOTE, RELATION_NOTE, FIT_NOTE, ""])
 
 
-def shared(pairs):
-    """List of Shared -> Markdown: a row a cell."""
-    rows = [["target", "source", "model", "recipe", "shots", "own", "published", "agree"]]
-    for own, published, agree in pairs:
-        row = [own.target.name, own.line.source, own.line.model, own.line.recipe]
-        rows.append([*row, shots_words(own.shots), score(own), score(published), AGREE[agree]])
-    return "\n".join(["### own against published\n", *table(rows), "", SHARED_RULE, ""])
-
-
 def cell_row(cell):
     """Cell or Gain -> {column of a CSV: value}."""
     target = {"target": cell.target.name, "target_domain": cell.target.domain}
@@ -241,14 +213,3 @@ def law_csv(found):
             rows.append({**about, **more})
     columns = "kind method recipe origin target task source_domain target_domain shots seeds"
     return csv_text(rows, f"{columns} log10_distance exponent predicted reach")
-
-
-def shared_csv(pairs):
-    rows = [{**cell_row(pair.own), "agree": AGREE[pair.agree]} for pair in pairs]
-    columns = "target source model recipe shots metric"
-    for side in ("own", "published"):
-        for key in ("mean", "sd", "ci95", "n"):
-            columns += f" {key}_{side}"
-            for row, pair in zip(rows, pairs):
-                row[f"{key}_{side}"] = getattr(getattr(pair, side), key)
-    return csv_text(rows, f"{columns} agree")

@@ -327,9 +327,3 @@ def summarise(results, metric):
         about = {"source_images": images[line.source], "classes": classes}
         cells.append(Cell(target, line, shots, name, **scores, **about))
     return sorted(cells, key=lambda c: (target_order(c), line_order(c), c.shots or math.inf))
-
-
-def full_shot(cells):
-    """The cells of all training images, of targets that have a number of them."""
-    targets = group([cell for cell in cells if cell.shots is None], "target").values()
-    return [cell for full in targets if any(other.n for other in full) for cell in full]

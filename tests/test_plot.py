@@ -38,23 +38,25 @@ def test_same_input_gives_the_same_bytes_and_the_title_is_shown(call, tmp_path):
     write_worlds(tmp_path / "results")
     figures = []
     for title in ("A $title$", "", ""):
-        assert call("--figure", "fewshot", "gain", "fullshot", "--title", title)[0] == 0
+        assert call("--figure", "fewshot", "gain", "--title", title)[0] == 0
         names = sorted(path.name for path in Path("figures").iterdir())
         figures.append([Path("figures", name).read_bytes() for name in names])
         assert ("A $title$" in texts("figures/gain.svg")) == bool(title)
     assert figures[1] == figures[2]
     endings = ("csv", "md", "png", "svg")
-    assert names == [f"{name}.{end}" for name in ("fewshot", "fullshot", "gain") for end in endings]
+    assert names == [f"{name}.{end}" for name in ("fewshot", "gain") for end in endings]
 
 
 def test_what_cannot_be_drawn_is_said_in_one_line(call, tmp_path):
     write_worlds(tmp_path / "results")
     status, out, err = call("--target", "t-natural")
     assert (status, err) == (0, "") and {row["target"] for row in read_csv()} == {"t-natural"}
-    assert "no figure published: give results and published.json" in out
     assert (tmp_path / "figures/gain.png").exists() and "| larger network |" in out
-    error = "error: no figure published: give results and published.json\n"
-    assert call("--figure", "published", "--out", "x")[0::2] == (2, error)
+    write_seeds(tmp_path / "one", [0.5, 0.6])
+    status, out, err = call("one", "--out", "y")
+    assert (status, err) == (0, "") and "no figure gain: no network or source to pair" in out
+    error = "error: no figure gain: no network or source to pair\n"
+    assert call("one", "--figure", "gain", "--out", "x")[0::2] == (2, error)
     assert not (tmp_path / "x").exists()
 
 

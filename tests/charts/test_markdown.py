@@ -107,13 +107,5 @@ def test_counts_of_the_study(published):
     assert sum(int(row["cells"]) for row in rows if row["shots"] != "all") == 2 * 52
 
 
-def test_full_shot_table_has_a_column_a_target_and_the_best_in_bold(published):
-    out = markdown.full_shot(results.full_shot(results.summarise(published, "auto")))
-    (head,) = re.findall(r"\| source.*", out)
-    assert head.count("accuracy (%)") == 4 and "padchest, mean AUC" in head
-    (row,) = re.findall(r"\| imagenet21k +\| R152x4.*", out)
-    assert "**0.840 ± 0.002 (5)**" in row and "| 0.928 ± 0.011 (5)" in row
-
-
 def test_a_bar_in_a_name_stays_in_its_cell():
     assert markdown.table([["a|b"], [None]]) == [r"| a\|b |", "| ---- |", "| –    |"]

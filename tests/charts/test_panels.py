@@ -1,13 +1,10 @@
 """charts.panels and charts.style: what is drawn where, in which look; nothing overlaps."""
 
-import json
-
 import pytest
-from conftest import ROOT
-from result_files import read_csv, texts, write, write_seeds, write_worlds
+from result_files import write, write_seeds, write_worlds
 from scipy import stats
 
-from charts import gains, panels, results, style
+from charts import panels, results, style
 
 
 def cells_of(*paths):
@@ -61,51 +58,3 @@ def test_a_pack_has_the_colour_of_what_it_holds(tmp_path):
         write_seeds(tmp_path, [0.5], source=source)
     looks = {line.source: look for line, look in style.line_styles(cells_of(tmp_path)).items()}
     assert looks["nat"]["color"] == looks["nat@64"]["color"] != looks["other"]["color"]
-
-
-def test_bars_and_lines_of_full_shot():
-    cells = [c for c in cells_of(ROOT / "published.json") if c.target.name == "padchest"]
-    cells = results.full_shot(cells)
-    bars, lines = drawn(cells, panels.draw_full_shot).axes
-    means = sorted(cell.mean for cell in cells)
-    heights = sorted(patch.get_height() for patch in bars.patches)
-    assert len(means) == 10 and heights == pytest.approx(means)
-    assert [label.get_text() for label in bars.get_xticklabels()] == ["R50x1", "R152x4"]
-    points = {line.get_xydata().shape[0] for line in lines.lines}
-    assert {2, 3} <= points  # two natural sources, three medical ones
-    assert max(line.get_xdata()[-1] for line in lines.lines) == 14_197_122
-
-
-def test_own_cells_meet_published_ones_of_packs_too(call, tmp_path):
-    entry = {"target": "tuberculosis", "model": "R50x1", "shots": "full"}
-    values = {"mean_auc": [0.8, 0.82, 0.84]}
-    records = [{**entry, "source": name, "metrics": values} for name in ("chexpert+nih", "nih")]
-    records.append({**entry, "source": "chexpert", "metrics": values})
-    records.append({**entry, "source": "mimic", "metrics": {"mean_auc": [0.8]}})
-    (tmp_path / "p.json").write_text(json.dumps({"about": "", "records": records}))
-    own = {"target": "tuberculosis@256", "target_domain": "medical", "source_domain": "medical"}
-    own |= {"model": "R50x1", "shots": None}
-    for source, scores, more in (
-        ("nih@256+chexpert", [0.83, 0.84], {}),
-        ("nih@224", [0.5, 0.51, 0.52], {}),
-        # Half-widths of 0.0497: a gap of 0.085 is above the root of their squares, below their sum.
-        ("chexpert", [0.885, 0.905, 0.925], {}),
-        ("mimic", [0.8, 0.9], {}),
-        ("nih", [0.8, 0.9], {"method": "linear"}),
-    ):
-        write_seeds(tmp_path / "results", scores, "mean_auc", **{**own, "source": source, **more})
-    status, out, err = call("results", "p.json", "--figure", "published")
-    assert (status, err) == (0, "")
-    assert {row["source"]: row["agree"] for row in read_csv("figures/published.csv")} == {
-        "nih@256+chexpert": "yes",
-        "nih@224": "no",
-        "mimic": "no interval",
-        "chexpert": "no",
-    }
-    assert "agree in 1 of 3 cells; 1 without interval" in texts("figures/published.svg")
-    cells = cells_of(tmp_path / "results", tmp_path / "p.json")
-    (ax,) = panels.draw_shared(gains.shared_cells(cells), style.line_styles(cells)).axes
-    bars = {tuple(bar.lines[0].get_xydata()[0].round(3)): bar.lines[2] for bar in ax.containers}
-    assert set(bars) == {(0.82, 0.835), (0.82, 0.51), (0.8, 0.85), (0.82, 0.905)}
-    (low, high) = bars[0.82, 0.835][1].get_segments()[0][:, 1]  # of two own seeds
-    assert (high - low) / 2 == pytest.approx(stats.t.ppf(0.975, 1) * 0.005)
