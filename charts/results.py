@@ -81,6 +81,7 @@ class Result:
     path: Path
     train_images: int | None = None  # of the target; None where unknown
     test_images: int | None = None
+    made_of: str = ""  # digests of weights and data; "" where unknown
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ def checked_result(data, path, origin="own", classes=0):
     classes = classes or (len(per_class) if isinstance(per_class, dict) else 0)
     config = data.get("config") or {}
     sizes = (number(config, key, 1, 2**63) for key in ("train_images", "test_images"))
-    return Result(target, line, *rest, metrics, distance, classes, path, *sizes)
+    made_of = json.dumps([config[key] for key in ("weights", "data")]) if "data" in config else ""
+    return Result(target, line, *rest, metrics, distance, classes, path, *sizes, made_of)
 
 
 def read_result(path):
@@ -225,6 +227,14 @@ def load(paths):
         if older.metrics != result.metrics:
             doubled.append(f"same run twice: kept {result.path}, newer than {older.path}")
         kept[run] = result
+    newest = {}  # of each cell, whose runs are averaged
+    for result in filter(attrgetter("made_of"), kept.values()):  # as they were written
+        newest[result.target, result.line, result.shots] = result
+    for run, result in list(kept.items()):
+        other = newest.get(run[:-1], result)
+        if result.made_of not in ("", other.made_of):
+            skipped.append(f"skipped {result.path}: of other weights or data than {other.path}")
+            del kept[run]
     return list(kept.values()), skipped, doubled
 
 
