@@ -8,6 +8,7 @@ from conftest import ROOT
 from result_files import write_seeds
 
 from charts import results, study, style
+from engine.weights import PUBLISHED
 
 NAMES = "cifar10 cifar100 covidx flowers102 padchest pets tuberculosis".split()
 
@@ -44,6 +45,28 @@ def test_metrics_are_the_papers_and_every_cell_is_a_bar(tmp_path):
     )
     ends = [line.lines[2][0].get_segments()[1][:, 1] for line in networks.containers]
     assert any(np.allclose(end, [cell.mean - cell.sd, cell.mean + cell.sd]) for end in ends)
+
+
+def test_the_table_of_commands_names_each_published_cell_once():
+    cells = []
+    for line in (ROOT / "docs/results.md").read_text().splitlines():
+        words = [word.strip() for word in line.strip("|").split("|")]
+        if len(words) == 5 and words[0] in NAMES:
+            target, sources, networks, shots, count = words
+            row = [
+                (target, source, network, int(shot) if shot != "full" else None)
+                for source in sources.split(", ")
+                for network in networks.split(", ")
+                for shot in shots.split()
+            ]
+            assert len(row) == int(count)
+            cells += row
+            for source in sources.split(", "):  # what the command names, or what is said below it
+                known = {f"study:{source}-{network}" for network in networks.split(", ")}
+                assert (known <= PUBLISHED.keys()) == (source not in ("mimic", "nih", "padchest"))
+    runs = results.load([ROOT / "published.json"])[0]
+    published = {(run.target.name, run.line.source, run.line.model, run.shots) for run in runs}
+    assert len(cells) == len(published) == 289 and set(cells) == published
 
 
 def test_own_results_stand_beside_published_ones(call, tmp_path):
