@@ -39,9 +39,7 @@ class Gain(Cell):
     small: str  # the arms
     large: str
     by_partner: dict  # partner -> mean difference
-    pairs: int  # seeds x partners, as the next two
-    ci95_pairs: float  # half-width: Student t
-    ci95_normal: float  # half-width: 1.96 standard errors
+    pairs: int  # seeds x partners
     lacking: bool  # whether a seed was left out, as an arm lacks it
 
     @property
@@ -56,13 +54,9 @@ class Gain(Cell):
     @property
     def verdict(self):
         """Where its interval lies: one of VERDICTS."""
-        return self.verdict_by("ci95")
-
-    def verdict_by(self, interval):
-        """Where another interval lies: ci95_pairs or ci95_normal."""
         if math.isnan(self.ci95):  # one seed: pairs of it alone say nothing of other seeds
             return "no interval"
-        if abs(self.mean) <= getattr(self, interval):
+        if abs(self.mean) <= self.ci95:
             return "unclear"
         return "above" if self.mean > 0 else "below"
 
@@ -146,7 +140,6 @@ def paired_gain(line, runs, metric):
         return None, notices
     kept = block(differences)
     table = np.array([list(values.values()) for values in kept.values()])  # partners x seeds
-    pairs = results.spread(table.ravel())
     gain = Gain(
         target,
         line,
@@ -156,9 +149,7 @@ def paired_gain(line, runs, metric):
         small=small,
         large=large,
         by_partner=dict(zip(kept, table.mean(1).tolist())),
-        pairs=pairs["n"],
-        ci95_pairs=pairs["ci95"],
-        ci95_normal=1.96 * pairs["sd"] / math.sqrt(pairs["n"]),
+        pairs=table.size,
         lacking=bool(notices),
     )
     return gain, notices
@@ -186,7 +177,7 @@ def paired_gains(runs, metric):
     return sorted(gains, key=order), notices
 
 
-def counts(gains, interval="ci95"):
+def counts(gains):
     """How many gains have their interval above zero, not off it, below it, or none: a dict."""
-    found = [gain.verdict_by(interval) for gain in gains]
+    found = [gain.verdict for gain in gains]
     return {name: found.count(name) for name in VERDICTS}

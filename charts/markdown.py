@@ -20,12 +20,6 @@ and same source (larger network) or network (larger source, of one domain); the 
 smallest of those that share the most. Differences are averaged over these for each seed; the 95 % \
 interval is Student's t over seeds. ▲ interval above zero, ▼ below zero, neither: not off zero, or \
 one seed and no interval. A seed that one arm lacks counts in neither."""
-INTERVALS = {  # half-width of a Gain -> how it reads the differences of a cell
-    "ci95": "Student t over seeds (means over the pairs of a seed)",
-    "ci95_pairs": "Student t over all pairs",
-    "ci95_normal": "1.96 standard errors over all pairs",
-}
-OTHERS = {"ci95_pairs": "t over pairs", "ci95_normal": "1.96 over pairs"}  # as headings
 
 
 def table(rows):
@@ -86,7 +80,6 @@ def count_table(gains):
     """Gains -> lines of the table of verdicts: a row for each kind, group and regime of shots."""
     differ = results.differing(gains)
     rows = [["gain", "group", "origin", *differ, "shots", "cells", *VERDICTS.values()]]
-    rows[0] += OTHERS.values()
     for members in group(gains, "line", "target.domain", "target.origin").values():
         first = members[0]
         about = [f"larger {first.line.kind}", first.group, first.target.origin]
@@ -94,33 +87,14 @@ def count_table(gains):
         for name in (*REGIMES, "all"):
             part = [gain for gain in members if name in (regime(gain.shots), "all")]
             row = [*about, name, len(part), *counts(part).values()]
-            for interval in OTHERS:
-                found = counts(part, interval)
-                row.append(f"{found['above']}/{found['unclear']}/{found['below']}")
             rows += [row] if part else []
     return table(rows)
 
 
-def flip_table(gains):
-    """Gains -> lines of the table of those that another of INTERVALS judges otherwise."""
-    rows = [["gain", "group", "target", "shots", "mean", *INTERVALS.values()]]
-    for gain in gains:
-        _, factor, decimals, _ = METRICS[gain.metric]
-        row = [f"larger {gain.line.kind}", gain.group, gain.target.name, shots_words(gain.shots)]
-        row.append(f"{factor * gain.mean:+.{decimals + 1}f}")
-        for interval in INTERVALS:
-            half = f"± {factor * getattr(gain, interval):.{decimals + 1}f}"
-            row.append(f"{half}, {VERDICTS[gain.verdict_by(interval)]}")
-        if len({gain.verdict_by(interval) for interval in INTERVALS}) > 1:
-            rows.append(row)
-    return table(rows) if len(rows) > 1 else ["None."]
-
-
 def gains(cells):
-    """Gains -> Markdown: counts, where another interval says otherwise, a table a target."""
+    """Gains -> Markdown: counts, and a table a target."""
     parts = ["### gain from scale: in how many cells (target x shots)\n", *count_table(cells)]
-    parts.append("\nThe last two columns, above/not off/below zero: by other intervals.\n")
-    parts += ["### cells in which the interval decides\n", *flip_table(cells), ""]
+    parts.append("")
     panels = group(sorted(cells, key=results.target_order), "target")
     for target, panel in panels.items():
         names = results.differing(panel)
@@ -196,7 +170,7 @@ def gain_csv(gains):
         for gain in gains
     ]
     columns = "kind target target_domain origin source_domain method recipe pretraining shots"
-    columns += " metric small large partners pairs mean sd ci95 n verdict ci95_pairs ci95_normal"
+    columns += " metric small large partners pairs mean sd ci95 n verdict"
     return csv_text(rows, columns)
 
 
