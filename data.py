@@ -19,11 +19,19 @@ import torch
 import torch.distributed as dist
 
 from engine import options
-from engine.console import Parser, exit_status, print_table, refuse_unwritable
+from engine.console import Parser, exit_status, not_empty, print_table, refuse_unwritable
 from readers import inspect, natural, own, packs, synthetic, xrays
 from readers.images import ImageDataset, refuse_missing
 from readers.labels import join, keep_single_label
-from readers.names import base_name, is_path, pack_folder, pack_of, parts_of, without_place
+from readers.names import (
+    base_name,
+    canonical,
+    is_path,
+    pack_folder,
+    pack_of,
+    parts_of,
+    without_place,
+)
 from readers.subsets import Stream, by_class, generator, hold_out
 from readers.subsets import few_shot_indices as few_shot_indices  # for the scripts
 from readers.transforms import Pipeline, keep
@@ -95,6 +103,7 @@ def load_dataset(
         raise ValueError(f"--validation {validation}: must be above 0 and below 1")
     if not 0 < fraction <= 1:
         raise ValueError(f"--fraction {fraction}: must be above 0 and at most 1")
+    name = canonical(name)
     takes = dataset_options(name)
     for option in options:
         if option not in takes:
@@ -156,11 +165,18 @@ def _builder(name):
     if not name:
         raise ValueError("a dataset's name is missing (before or after a +?)")
     near = difflib.get_close_matches(name.lower(), DATASETS, n=1, cutoff=0)[0]
+    if "/" in name or name.startswith(("~", ".")):
+        near = f"table:{name}" if name.endswith((".csv", ".csv.gz")) else f"folder:{name}"
     raise ValueError(
         f"unknown dataset {name!r}; did you mean {near!r}? "
         f"known: {', '.join(DATASETS)}, folder:PATH, table:FILE.csv, NAME@SIZE (a pack), "
         "NAME+NAME (a union), NAME~GAP (a synthetic one towards the other world)"
     )
+
+
+def dataset_name(text):
+    """An argparse type: a dataset by its one name."""
+    return canonical(not_empty(text))
 
 
 def dataset_options(name):
@@ -417,7 +433,7 @@ def main(argv=None):
         words = function.__doc__
         subparser = commands.add_parser(command, help=words, description=words)
         if command != "list":
-            subparser.add_argument("name", help=names)
+            subparser.add_argument("name", type=dataset_name, help=names)
         options.add(subparser, f"--data-dir --cache-dir {flags}", **changes)
 
     def run():

@@ -50,13 +50,19 @@ def frozen_features(cell, args, env):
     the device; taken once for each network and target.
     """
     network, target = cell.network, cell.target
-    if network.name not in target.features:
-        began = time.monotonic()
-        model = load_network(network, env)
-        measure_distance(model, cell, args, env)
-        found = [extract(model, cell, part, args, env) for part in (target.train, target.test)]
-        target.features = {network.name: (*found, time.monotonic() - began)}  # of one at a time
-    return target.features[network.name]
+    found, began = target.features.get(network.name), time.monotonic()
+    if not found:
+        try:
+            model = load_network(network, env)
+            measure_distance(model, cell, args, env)
+            found = [extract(model, cell, part, args, env) for part in (target.train, target.test)]
+            found.append(time.monotonic() - began)
+        except (ValueError, OSError) as error:  # of a broken image, say: the same for every cell
+            found = error.with_traceback(None)
+        target.features = {network.name: found}  # of one at a time
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def load_network(network, env, head=False):
@@ -130,17 +136,12 @@ def main():
     args = options.parse(__doc__, f"{FLAGS} --shots --method --eval-only", **DEFAULTS | changes)
     args.method = "eval" if args.eval_only else args.method
     frozen, once = args.method != "finetune", args.method in ("features", "eval")
-    for option in (*TRAINING, *DRAWING):
-        meaningless = frozen if option in TRAINING else once
-        if meaningless and getattr(args, option):
-            name = option.replace("_", "-")
-            raise ValueError(f"--{name} means nothing for --method {args.method}; leave it out")
     kept = {"finetune": ("predictions", "model"), "features": ()}.get(args.method, ("predictions",))
-    for what in args.save or ():
-        if what not in kept:
-            raise ValueError(
-                f"--save {what} means nothing for --method {args.method}; leave it out"
-            )
+    options_without_use = TRAINING * frozen + DRAWING * once
+    refused = [f"--{o.replace('_', '-')}" for o in options_without_use if getattr(args, o)]
+    refused += [f"--save {what}" for what in args.save or () if what not in kept]
+    if refused:
+        raise ValueError(f"{refused[0]} means nothing for --method {args.method}; leave it out")
     if args.method == "features":
         args.save = ["features"]
     env = setup(args.precision, PATIENCE)

@@ -139,7 +139,7 @@ def choose_pipeline(source, size, train, augment="crop"):
 FLAGS = """--epochs --warmup --schedule --weight-decay --clipping --fraction --accumulate
     --checkpoint-activations --keep --dry-run"""
 DEFAULTS = {
-    "source": dict(default="synthetic-natural"),
+    "source": dict(default="synthetic-natural", type=data.dataset_name),
     "model": dict(default="R14x0.5", **options.words(*models.MODELS)),
     "out": dict(default="runs"),
     "recipe": options.words(*RECIPES),

@@ -130,10 +130,10 @@ def choose_pipeline(target, rule, train):
 FLAGS = """--checkpoint --target --seeds --steps --scratch-steps --save --dry-run
     --accumulate --checkpoint-activations"""
 DEFAULTS = {
-    "target": dict(default=["synthetic-natural-target", "synthetic-xray-target"]),
+    "target": dict(default=["synthetic-natural-target", "synthetic-xray-target"])
+    | dict(type=data.dataset_name),
     "out": dict(default="results"),
-    "model": options.words(*models.MODELS)
-    | dict(help="network of scratch, or of a weight file that pretrain.py did not write"),
+    "model": options.words(*models.MODELS) | dict(help="of scratch, or of a foreign weight file"),
     "source": dict(help="what such a weight file was trained on"),
     "recipe": options.words(*RECIPES),
     "save": options.words("predictions", "model"),

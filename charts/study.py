@@ -2,10 +2,14 @@
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from charts import panels, results, style
 from charts.style import BARS, LOOKS
+
+NOTE = """\
+Mean ± standard deviation over seeds. Over networks: sources of which there are several."""
 
 
 def study_cells(runs, metric):
@@ -38,12 +42,16 @@ def draw_target(cells, styles, title="", notes=()):
         heading = LOOKS[domain].heading.removesuffix(":")
         ax.set(xlabel="training images per class", ylabel="")
         ax.set_title(heading, fontsize=7.5, color=LOOKS[domain].hues[-1])
+    few_axes = below[: len(few)]
+    lows, highs = zip(*(ax.get_ylim() for ax in few_axes))
+    for ax in few_axes:
+        ax.set_ylim(min(lows), max(highs))
     if full:
         draw_networks(below[-1], full, styles)
     first = cells[0]
     rows[0].suptitle(title or f"{first.target.name}: {results.METRICS[first.metric].axis}")
     below[0].set_ylabel(results.METRICS[first.metric].axis)
-    style.draw_foot(fig, bar_columns(cells, styles), ["Mean ± standard deviation.", *notes])
+    style.draw_foot(fig, bar_columns(cells, styles), [NOTE, *notes])
     return fig
 
 
@@ -80,6 +88,8 @@ def draw_networks(ax, cells, styles):
     factor, networks = results.METRICS[cells[0].metric].factor, network_names(cells)
     alike = "line.source", "line.source_domain", "line.method", "line.recipe", "target.origin"
     for members in results.group(cells, *alike).values():
+        if len(members) == 1 < len(networks):
+            continue
         members = sorted(members, key=lambda cell: networks.index(cell.line.model))
         x = [networks.index(cell.line.model) for cell in members]
         y, bars = ([factor * getattr(cell, key) for cell in members] for key in ("mean", "sd"))
@@ -103,4 +113,10 @@ def bar_columns(cells, styles):
         handle = Patch(**bar_look(line, styles, networks), linewidth=0.6)
         return handle, f"{line.source}, {panels.network_name(line, differ)}"
 
-    return style.domain_columns(styles, entry)
+    columns = style.domain_columns(styles, entry)
+    columns[0].append((style.BLANK, "lines:"))
+    for name in networks:
+        look = next(look for line, look in styles.items() if line.model == name)
+        grey = look | {"color": "#555555", "markerfacecolor": "#555555", "linewidth": 1.2}
+        columns[0].append((Line2D([], [], **grey), name))
+    return columns

@@ -2,6 +2,7 @@
 NAME+NAME.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -22,6 +23,18 @@ def parts_of(name):
         else:
             parts.append(part)
     return parts
+
+
+def canonical(name):
+    """The one name of a dataset however its path is given: absolute, without ~ or / at its end."""
+    parts = []
+    for part in parts_of(name):
+        kind, _, path = part.partition(":")
+        if is_path(part) and path:
+            path = os.path.abspath(os.path.expanduser(re.sub(r"/+@(\d+)$", r"@\1", path)))
+            part = f"{kind}:{path}"
+        parts.append(part)
+    return "+".join(parts)
 
 
 def base_name(name):

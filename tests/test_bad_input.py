@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import time
 import zipfile
@@ -57,7 +58,7 @@ SCRATCH = "fewshot --checkpoint scratch"
         ("pretrain --source synthetic-natral", "did you mean 'synthetic-natural'?"),
         ("pretrain --source cifar10", "--data-dir, or --download"),
         ("pretrain --source nih --data-dir nowhere", "nowhere/NIH-ChestXRay-14"),
-        ("pretrain --source folder:nowhere", "no directory nowhere/train"),
+        ("pretrain --source folder:nowhere", "nowhere/train; images belong"),
         ("pretrain --epochs 2 --warmup 3", "--warmup 3 is not within --epochs 2"),
         ("pretrain --seed -1", "--seed"),
         ("pretrain --batch-size 3 --accumulate 4", "--batch-size 3 is less than 1 processes x"),
@@ -67,7 +68,7 @@ SCRATCH = "fewshot --checkpoint scratch"
         ("pretrain --source nih --blank negative", "--blank means nothing for nih; leave it out"),
         ("transfer --checkpoint scratch --domain medical", "--domain means nothing for synthetic"),
         ("pretrain --validation 1.5", "--validation 1.5: must be above 0 and below 1"),
-        ("pretrain --source table:none.csv", "no file none.csv; name a table that ends in .csv"),
+        ("pretrain --source table:none.csv", "none.csv; name a table that ends in .csv"),
         ("pretrain --source nih+nih", "nih+nih: a dataset occurs twice"),
         ("pretrain --source nih+mimik", "did you mean 'mimic'?"),
         ("pretrain --source synthetic-xray+synthetic-natural", "is not multi-label"),
@@ -181,7 +182,9 @@ def test_truncated_image(refuse, tiny, split, workers):
 def test_classes_and_targets(refuse, tiny):
     words = (*SCRATCH.split(), "--target", f"folder:{tiny}", "--shots")
     assert "--shots 4: class a has only 3 training images" in refuse(*words, 2, 4)
-    words = (*SCRATCH.split(), "--target", f"folder:{tiny}", f"folder:{tiny}/.", "--shots", 1)
+    other = tiny.parent / "other" / tiny.name
+    shutil.copytree(tiny, other)
+    words = (*SCRATCH.split(), "--target", f"folder:{tiny}", f"folder:{other}", "--shots", 1)
     assert "would write results/folder-set" in refuse(*words)
     (tiny / "train" / "c").mkdir()
     assert str(tiny / "train" / "c") in refuse("pretrain", "--source", f"folder:{tiny}")

@@ -337,7 +337,7 @@ def test_list(nih_root, tmp_path, rng):
         (["chek", "nih"], ["chek", "check"]),
         (["info"], ["name"]),
         (["info", "folder:"], ["folder:"]),
-        (["info", ""], ["name is missing"]),
+        (["info", ""], ["name", "is empty"]),
         (["info", "hin@64"], ["hin", "nih"]),
         (["download", "nih+chexpert"], ["nih+chexpert", "fetch"]),
         (["download", "nih@16"], ["nih@16", "fetch"]),
@@ -366,3 +366,24 @@ def test_as_a_program(tmp_path):
     """Exit status and streams of `python data.py` itself."""
     out, err = run("data.py", "info", "hin", cwd=tmp_path, status=2)
     assert not out and err.startswith("error: unknown dataset 'hin'; did you mean 'nih'?")
+
+
+@pytest.mark.parametrize(
+    "path", ["{here}/my/images", "my/images", "my//images/", "./my/x/../images"]
+)
+@pytest.mark.parametrize("rest", ["", "@20", "/@20"])
+def test_a_path_of_ones_own_has_one_name(path, rest, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    name = f"folder:{tmp_path}/my/images" + rest.strip("/")
+    given = [path.format(here=tmp_path) + rest, f"~/my/images{rest}"]
+    assert {data.dataset_name(f"folder:{text}") for text in given} == {name}
+    table = f"nih+table:{tmp_path}/a+b.csv"
+    assert data.dataset_name("nih+table:./a+b.csv") == data.dataset_name(table) == table
+    assert data.dataset_name("synthetic-natural~0.4+nih@20") == "synthetic-natural~0.4+nih@20"
+
+
+@pytest.mark.parametrize("name", ["/my/images", "./images", "my/images", "~/images", "a/b.csv"])
+def test_a_path_alone_is_told_its_prefix(name):
+    kind = "table" if name.endswith(".csv") else "folder"
+    refuses(ValueError, partial(load_dataset, name), f"did you mean '{kind}:{name}'?")

@@ -406,6 +406,18 @@ def test_a_distance_is_measured_once_for_network_and_target(
     assert len(found()) == 8 and sorted(map(list, by_pair.values())) == [[0], [1], [2], [3]]
 
 
+def test_features_that_cannot_be_had_are_tried_once(folder, checkpoint, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(fewshot, "extract", lambda *about: calls.append(1) or broken())
+
+    def broken():
+        raise ValueError("a.png: unreadable image")
+
+    assert run_grid(folder, checkpoint, method="linear", shots=(1, 2), seeds=2) == 1
+    out = capsys.readouterr().out
+    assert len(calls) == 1 and "4 cells failed" in out and out.count("a.png: unreadable") == 4
+
+
 def test_a_dry_run_prints_the_grid_and_writes_nothing(
     folder, checkpoint, monkeypatch, tmp_path, capsys
 ):
