@@ -159,7 +159,7 @@ def test_bad_tables(place, text, words):
 def test_names_and_options_of_tables(place, tmp_path):
     load(place, MANY)
     name = f"table:{place}/own.csv"
-    refuses(FileNotFoundError, lambda: load_dataset("table:none.csv"), "no file none.csv")
+    refuses(FileNotFoundError, lambda: load_dataset("table:none.csv"), "none.csv; name a table")
     refuses(FileNotFoundError, lambda: load_dataset(f"table:{place}"), "ends in .csv")
     refuses(ValueError, lambda: load_dataset(name, domain="xray"), "--domain xray: must be natural")
     refuses(ValueError, lambda: load_dataset(name, views=["PA"]), "takes no option views")
