@@ -9,7 +9,7 @@ from charts import panels, results, style
 from charts.style import BARS, LOOKS
 
 NOTE = """\
-Mean ± standard deviation over seeds. Over networks: sources of which there are several."""
+Mean ± standard deviation over seeds. Over networks: sources with several of them."""
 
 
 def study_cells(runs, metric):
@@ -93,11 +93,11 @@ def draw_networks(ax, cells, styles):
         members = sorted(members, key=lambda cell: networks.index(cell.line.model))
         x = [networks.index(cell.line.model) for cell in members]
         y, bars = ([factor * getattr(cell, key) for cell in members] for key in ("mean", "sd"))
-        look = styles[members[-1].line] | {"linestyle": "-"}
+        look = styles[members[-1].line] | {"linestyle": "-", "marker": "."}
         ax.errorbar(x, y, yerr=bars, **look, **BARS)
     ax.set_xticks(range(len(networks)), networks)
     ax.set(xlim=(-0.3, len(networks) - 0.7))
-    ax.set_title("all training images", fontsize=7.5)
+    ax.set_title("all training images, a scale of its own", fontsize=7.5)
 
 
 def network_names(cells):
