@@ -33,7 +33,7 @@ def test_the_largest_batch_is_a_power_of_two_up_to_the_limit(limit, largest, mon
 
 
 class Hungry(torch.nn.Module):
-    """Takes 256 MiB an image, in blocks that malloc gives back to the system when they are freed."""
+    """Takes 256 MiB an image, in blocks that malloc gives back to the system when freed."""
 
     def __init__(self):
         super().__init__()
