@@ -44,7 +44,7 @@ OPTIONS = {
 NETWORK = {"--model": "R50x1", "--image-size": 64, "--batch-size": 32}
 TRAINING = {"--rounds": 5, "--steps": 4, "--threads": torch.get_num_threads()}
 TRAINING |= {"--no-compile": False, "--peers": False, "--folder": None}
-# {benchmark, (args, env) -> Report: {flag: its default}}; a list takes several.
+# {benchmark, (args, env) -> Report: {flag: its default}}.
 BENCHMARKS = {
     train: NETWORK | TRAINING,
     gpu: {"--minutes": 10.0, "--out": "gpu"},
@@ -64,8 +64,7 @@ def main():
     measure = names[name]
     parser = Parser(getdoc(measure), prog=f"{parser.prog} {name}")
     for flag, default in (BENCHMARKS[measure] | {"--json": None}).items():
-        several = {"nargs": "+"} if isinstance(default, list) else {}
-        parser.add_argument(flag, default=default, **OPTIONS[flag], **several)
+        parser.add_argument(flag, default=default, **OPTIONS[flag])
     args = parser.parse_args(sys.argv[2:])
     env = setup()
     try:

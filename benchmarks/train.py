@@ -75,8 +75,7 @@ def training(name, args, env, classes, dataset=None, clipping=None):
         return timm_training(args, options, env, classes, dataset)
     for precision in {"fp32", "bf16"}.intersection(options):
         env = env._replace(precision=precision)
-    checkpointed = "checkpointed" in options
-    network, optimizer = our_network(args.model, classes, env, clipping, checkpointed)
+    network, optimizer = our_network(args.model, classes, env, clipping)
     if dataset:
         pipeline = pretrain.choose_pipeline(dataset, args.image_size, train=True)
         batches = data.Batches(*preload(dataset, pipeline), args.batch_size)
@@ -99,9 +98,9 @@ def one_batch(args, env, classes):
     return images, torch.randint(classes, shape[:1], device=env.device)
 
 
-def our_network(name, classes, env, clipping, checkpointed=False):
+def our_network(name, classes, env, clipping):
     """(network on the device, its optimiser for training_loop, which sets the learning rate)."""
-    network = models.create_model(name, classes, checkpointed, env.device).train()
+    network = models.create_model(name, classes, device=env.device).train()
     settings = {"weight_decay": RECIPE.weight_decay, "clipping": clipping}
     return network, SGD_AGC(network.parameter_groups(), 0.0, **settings)
 
