@@ -229,14 +229,14 @@ def pretrain(train_set, test_set, config, folder, args, env):
     Returns the content of result.json; with --dry-run it says what it would do, and returns None.
     """
     torch.manual_seed(config["seed"])
-    model = models.create_model(
-        args.model, len(train_set.classes), args.checkpoint_activations, env.device
-    )
+    network = args.model, len(train_set.classes), args.checkpoint_activations
+    model = models.create_model(*network, env.device)
     settings = {key: config[key] for key in ("lr", "weight_decay", "clipping")}
     optimizer = SGD_AGC(model.parameter_groups(), momentum=0.9, nesterov=True, **settings)
     size, batch_size, accumulate = config["image_size"], config["batch_size"], args.accumulate
     if args.batch_size == "auto":
-        accumulate = memory.parts_that_fit(model, size, batch_size, env)
+        create = partial(models.create_model, *network)
+        accumulate = memory.parts_that_fit(model, create, size, batch_size, env)
     last = math.ceil(config["epochs"] * len(train_set) / batch_size)
     flops = models.forward_flops(args.model, len(train_set.classes), size)
     if args.dry_run:

@@ -161,17 +161,6 @@ def test_what_a_step_keeps_of_an_image(name, size, mebibytes):
     assert found == pytest.approx(mebibytes, rel=0.08)
 
 
-def test_auto_asks_each_gpu_for_its_own_memory(monkeypatch):
-    monkeypatch.setattr(memory, "free_memory", lambda device: 100 * 2**20)
-    monkeypatch.setattr(memory, "reset_peak_memory", lambda device: None)
-    peaks = itertools.cycle((0, 60 * 2**20))
-    monkeypatch.setattr(memory, "peak_memory", lambda device: next(peaks))
-    monkeypatch.setattr(memory, "training_step", lambda *args: None)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert memory._step_fits(None, 32, 1, CPU._replace(device=CUDA))
-    assert not memory._step_fits(None, 32, 1, CPU)  # whose memory all eight share
-
-
 def test_a_cell_out_of_memory_is_tried_in_more_parts(monkeypatch, tmp_path, capsys):
     """Also the next ones, and the results are those of the whole batch."""
     real, counts = transfer.train, []

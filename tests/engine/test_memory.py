@@ -1,13 +1,13 @@
 """How many images fit, and what a training counts as arithmetic."""
 
-import gc
+import functools
 import itertools
+import math
 import types
 
 import pytest
 import timm
 import torch
-import torch.distributed as dist
 
 import models
 from engine import memory
@@ -21,51 +21,52 @@ def network():
     return models.create_model("R14x0.5", 4)
 
 
-@pytest.mark.parametrize("limit, largest", ((1, 1), (7, 4), (8, 8)))
-def test_the_largest_batch_is_a_power_of_two_up_to_the_limit(limit, largest, monkeypatch):
-    """And the search leaves the network as it was."""
-    monkeypatch.setattr(memory, "free_memory", lambda device: 2**50)
+def parts_that_fit(model, batch_size, env=CPU):
+    create = functools.partial(models.create_model, "R14x0.5", 4)
+    return memory.parts_that_fit(model, create, 16, batch_size, env)
+
+
+def test_parts_that_fit_leave_the_network_as_it_was(monkeypatch):
+    """By a step of each, in twice as many parts while memory runs out."""
+    counts, step = [], memory.training_step
+
+    def training_step(model, batch, *about):
+        counts.append(batch)
+        if batch > 4:
+            raise torch.OutOfMemoryError("imitated")
+        step(model, batch, *about)
+
+    monkeypatch.setattr(memory, "PARTS", {})
+    monkeypatch.setattr(memory, "free_memory", lambda device: math.inf)
+    monkeypatch.setattr(memory, "training_step", training_step)
     model, before, state = network(), network().state_dict(), torch.get_rng_state()
-    assert memory.largest_batch(model, 16, limit, CPU) == largest
+    assert parts_that_fit(model, 15) == 4 and counts == [15, 8, 4]
     assert all(p.grad is None for p in model.parameters()) and model.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
 
 
-class Hungry(torch.nn.Module):
-    """Takes 256 MiB an image, in blocks that malloc gives back to the system when freed."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(1))
-
-    def forward(self, images):
-        return (images.new_ones(len(images), 2**25) * self.weight).sum(1)
+def test_the_rank_with_the_least_memory_decides(monkeypatch):
+    monkeypatch.setattr(memory, "PARTS", {})
+    monkeypatch.setattr(memory, "free_memory", lambda device: math.inf)
+    monkeypatch.setattr(memory, "gathered", lambda parts, env: [parts, 4])  # another rank's answer
+    assert parts_that_fit(network(), 15, CPU._replace(ranks=2)) == 4
 
 
 @pytest.mark.parametrize(
-    "free, processes, largest",
-    ((0, 1, 1), (480, 1, 1), (960, 1, 2), (2**20, 1, 4), (3840, 4, 2)),
+    "device, free, processes, parts",  # 30 images of 12 MiB in four fifths of it, and the weights
+    (("cpu", 600, 1, 1), ("cpu", 300, 1, 2), ("cpu", 1200, 4, 2), ("cuda", 600, 4, 1))
+    + (("cpu", 0, 1, 30), ("cpu", math.inf, 4, 1)),
 )
-def test_less_memory_makes_smaller_batches(free, processes, largest, monkeypatch):
-    """256 and 512 MiB are within four fifths of 480 and 960, and twice as much is not.
-    The processes of a machine share its memory.
-    """
-    gc.collect()  # what other tests left is not freed meanwhile
+def test_parts_by_estimate(device, free, processes, parts, monkeypatch):
+    """The processes of a machine share its memory, and have a GPU each."""
+    with torch.device("meta"):
+        model = network()
+    monkeypatch.setattr(memory, "activation_bytes", lambda *args: 8 * 2**20)
     monkeypatch.setattr(memory, "free_memory", lambda device: free * 2**20)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    assert memory.largest_batch(Hungry(), 1, 7, CPU) == largest
-
-
-def test_the_rank_with_the_least_memory_decides(monkeypatch):
-    def all_reduce(tensor, op):
-        assert op == dist.ReduceOp.MIN
-        tensor.clamp_(max=2)  # another rank's answer
-
-    monkeypatch.setattr(memory, "free_memory", lambda device: 2**50)
-    monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    assert memory.largest_batch(network(), 16, 8, CPU._replace(ranks=2)) == 2
-    assert memory.parts_that_fit(network(), 16, 15, CPU._replace(ranks=2)) == 4
+    env = CPU._replace(device=torch.device(device))
+    assert memory.estimate_parts(model, 16, 30, env) == parts
 
 
 def test_flops_equal_twice_the_multiply_adds_of_timms_convolutions():
