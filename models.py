@@ -254,7 +254,9 @@ def matching_state(model, path, content=None, head=True):
     state = state.get("model", state) if isinstance(state, dict) else None
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
         raise ValueError(f"{path}: holds no state dict under 'model'")
-    state = our_names(state)
+    count, state = len(state), our_names(state)
+    if len(state) < count:
+        raise ValueError(f"{path}: holds some weights twice, by two names; keep one of each")
     own = model.state_dict()
     refuse_nonsense(path, {key: state[key] for key in own if key in state})
     heads = ("head.conv.weight", "head.conv.bias")
