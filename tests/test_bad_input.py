@@ -198,11 +198,6 @@ def test_broken_and_foreign_result(refuse, tiny, tmp_path):
         assert path.name in refuse(*SCRATCH.split(), "--target", f"folder:{tiny}", "--shots", 1)
 
 
-# ------------------------------------------------------------------------------------------------
-# Nonsense in files
-# ------------------------------------------------------------------------------------------------
-
-
 def weights(**change):
     """What pretrain.py leaves in model.pt, and of it what is changed; None leaves it out."""
     facts = {"name": "R14x0.5", "source": "nih", "domain": "medical", "images": 9}
@@ -349,10 +344,6 @@ def test_labels_that_no_class_has(labels):
     refuses(ValueError, lambda: ImageDataset("x", *about), "x: a label is ")
 
 
-# ------------------------------------------------------------------------------------------------
-# Where a result would go
-# ------------------------------------------------------------------------------------------------
-
 LONG = "n" * 300
 
 
@@ -386,11 +377,6 @@ def test_places_of_figures_and_packs(tiny, tmp_path, monkeypatch, capsys, main, 
     error = capsys.readouterr().err
     assert error.startswith(f"error: --out: {out}/") and " cannot be written (" in error
     assert error.count("\n") == 1 and sorted(tmp_path.rglob("*")) == before
-
-
-# ------------------------------------------------------------------------------------------------
-# Whatever goes wrong
-# ------------------------------------------------------------------------------------------------
 
 
 MEMORY = "; less is needed with fewer --workers, a smaller --batch-size or --image-size"

@@ -20,10 +20,6 @@ from readers.images import ImageDataset
 from readers.transforms import Pipeline, keep, random_crop_flip, resize_shorter
 from readers.workers import in_order
 
-# ------------------------------------------------------------------------------------------------
-# Names
-# ------------------------------------------------------------------------------------------------
-
 
 def test_rows_say_what_their_datasets_are(nih_root):
     for name in (*synthetic.WORLDS, "nih"):
@@ -114,11 +110,6 @@ def test_names_and_options_that_mean_nothing(name, options, words):
     refuses(ValueError, partial(load_dataset, name, **options), *words)
 
 
-# ------------------------------------------------------------------------------------------------
-# Few-shot subsets
-# ------------------------------------------------------------------------------------------------
-
-
 def test_few_shot_counts_nesting_and_seeds(rng):
     labels = rng.permutation(np.repeat(np.arange(4), (5, 40, 7, 100)))
     chosen = {}
@@ -168,11 +159,6 @@ def test_few_shot_multilabel(rng):
             assert (labels[chosen] == 1).any(1).all()  # an image without a positive helps nobody
             # Exhaustive: the rarest classes are needed, so some class has exactly `shots`.
             assert positives.min() == shots
-
-
-# ------------------------------------------------------------------------------------------------
-# Batches
-# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("images, batch", [(12, 4), (10, 4), (7, 20), (1, 3)])
@@ -304,11 +290,6 @@ def test_datasets_travel_to_spawned_processes(chests, pets_at_home):
             images, labels, count = pool.apply(operator.getitem, (batches, 1))
             assert same(images, batches[1][0]) and same(labels, batches[1][1])
             assert count == batches[1][2]
-
-
-# ------------------------------------------------------------------------------------------------
-# The command line (what info and check find: readers/test_inspect.py; pack: test_packs.py)
-# ------------------------------------------------------------------------------------------------
 
 
 def test_list(nih_root, tmp_path, rng):

@@ -59,11 +59,6 @@ def found():
     return results(Path("results"))
 
 
-# ------------------------------------------------------------------------------------------------
-# Failures
-# ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("method", ["finetune", "nearest-mean"])
 def test_a_failing_cell_stops_no_other(folder, checkpoint, monkeypatch, capsys, method):
     original = fewshot.METHODS[method]
@@ -95,11 +90,6 @@ def test_a_failing_distance_fails_each_cell_with_its_reason(
     assert capsys.readouterr().out.count("json: integer division or modulo by zero") == 4
 
 
-# ------------------------------------------------------------------------------------------------
-# Data and weights that change
-# ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_cells_of_other_data_are_refused_and_older_ones_know_nothing_of_it(
     folder, checkpoint, tmp_path, capsys, split
@@ -117,11 +107,6 @@ def test_cells_of_other_data_are_refused_and_older_ones_know_nothing_of_it(
     capsys.readouterr()
     assert run_grid(images, checkpoint, method="nearest-mean", shots=(1,), seeds=3) == 0
     assert "3 cells, 2 finished already" in capsys.readouterr().out
-
-
-# ------------------------------------------------------------------------------------------------
-# Several processes
-# ------------------------------------------------------------------------------------------------
 
 
 def dies_in_its_second_cell():
@@ -170,11 +155,6 @@ def test_a_time_limit_stops_both_processes_in_one_line(folder, checkpoint, tmp_p
     (_, errors), (_, others) = run_forked(fewshot.main, args, tmp_path, EXIT_STOPPED, ranks=2)
     said = "stopped by --time-limit after step 1; the same command continues\n"
     assert errors.endswith(said) and "Traceback" not in errors + others and not found()
-
-
-# ------------------------------------------------------------------------------------------------
-# What is used and read
-# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["finetune", "linear"])
@@ -291,11 +271,6 @@ def test_frozen_cells_stop_between_two(folder, checkpoint, monkeypatch):
     assert len(found()) == 1
 
 
-# ------------------------------------------------------------------------------------------------
-# PadChest as a target
-# ------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def padchest_root(tmp_path_factory):
     """Six images of each class, of Consolidation none alone: its name makes Infiltrations of them;
@@ -359,11 +334,6 @@ def test_all_of_padchest_with_one_label_or_with_27(folder, padchest_root, checkp
         total = sum(about["positives"] for about in per_class.values())
         assert (total == config["test_images"]) == (not more)
     assert "no training image" not in capsys.readouterr().out
-
-
-# ------------------------------------------------------------------------------------------------
-# Baselines, distances, the dry run
-# ------------------------------------------------------------------------------------------------
 
 
 def test_scratch_is_trained_twice_with_scratch_steps(folder):

@@ -72,11 +72,6 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-# ------------------------------------------------------------------------------------------------
-# The network
-# ------------------------------------------------------------------------------------------------
-
-
 def assert_same_logits(ours, theirs):
     for size in ((96, 96), (97, 161)):
         generator = torch.Generator().manual_seed(1)
@@ -155,11 +150,6 @@ def test_activation_checkpointing_changes_no_gradient():
     assert torch.equal(*losses) and same(*gradients)
 
 
-# ------------------------------------------------------------------------------------------------
-# Weight standardisation
-# ------------------------------------------------------------------------------------------------
-
-
 def plain_standardize(weight):
     variance, mean = torch.var_mean(weight, (1, 2, 3), correction=0, keepdim=True)
     return (weight - mean) / (variance + 1e-10).sqrt()
@@ -179,11 +169,6 @@ def test_standardized_filters_and_their_gradient(layout):
     (expected,) = torch.autograd.grad(plain_standardize(weight), weight, outer)
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-10)
-
-
-# ------------------------------------------------------------------------------------------------
-# Loading weights
-# ------------------------------------------------------------------------------------------------
 
 
 PREFIXES = {"parallel": "module.", "ab": "_orig_mod.module.", "ba": "module._orig_mod."}

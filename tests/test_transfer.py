@@ -78,11 +78,6 @@ def test_networks_that_are_found(tmp_path, monkeypatch):
         weights_of(network.path, network.digest)
 
 
-# ------------------------------------------------------------------------------------------------
-# Fine-tuning
-# ------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def checkpoint(folder, tmp_path_factory):
     return pretrained(folder, tmp_path_factory.mktemp("runs"))
