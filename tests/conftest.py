@@ -5,13 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grids
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from trees import Chests, noise, save
+from trees import NIH_HEADER, Chests, Trees, noise, save
 
 import plot
+import pretrain
 from readers import xrays
 
 ROOT = Path(__file__).parent.parent
@@ -38,32 +39,34 @@ def folder(tmp_path_factory):
     root, rng = tmp_path_factory.mktemp("folder"), np.random.default_rng(0)
     for split, count in (("train", 20), ("test", 7)):
         for c, name in enumerate(("blue", "green", "red")):
-            (root / split / name).mkdir(parents=True)
             for i in range(count):
                 pixels = rng.integers(0, 160, (32, 32, 3), dtype=np.uint8)
                 pixels[..., 2 - c] += 60
-                Image.fromarray(pixels).save(root / split / name / f"{i:02d}.png")
+                save(root / split / name / f"{i:02d}.png", pixels)
     return root
+
+
+@pytest.fixture(scope="session")
+def checkpoint(folder, tmp_path_factory):
+    """The run folder of a network of `folder`, as pretrain.py leaves it."""
+    out = tmp_path_factory.mktemp("runs")
+    words = ("--source", f"folder:{folder}", "--batch-size", 8, "--epochs", 0.25, "--out", out)
+    grids.call(pretrain, *words, *grids.QUICK)
+    (path,) = out.iterdir()
+    return path
 
 
 @pytest.fixture(scope="session")
 def nih_root(tmp_path_factory):
     """A data directory with NIH ChestX-ray14 in its official layout: 40 + 12 images of 48 px."""
-    root, rng = tmp_path_factory.mktemp("datasets"), np.random.default_rng(1)
-    images = root / "NIH-ChestXRay-14" / "images"
-    images.mkdir(parents=True)
+    trees = Trees(tmp_path_factory.mktemp("datasets"))
     findings = ["No Finding", "Effusion|Mass", *xrays.NIH_CLASSES]
-    rows = ["Image Index,Finding Labels,Follow-up #,Patient ID,View Position"]
-    names = [f"{i:08d}_000.png" for i in range(52)]
-    for i, name in enumerate(names):
-        Image.fromarray(rng.integers(0, 256, (48, 48), dtype=np.uint8)).save(images / name)
-        finding = findings[i % len(findings)] if i < 40 else findings[i % 5]  # no Edema in test
-        rows.append(f"{name},{finding},0,{i},PA")
-    folder = images.parent
-    (folder / "Data_Entry_2017_v2020.csv").write_text("\n".join(rows) + "\n")
-    (folder / "train_val_list.txt").write_text("\n".join(names[:40]) + "\n")
-    (folder / "test_list.txt").write_text("\n".join(names[40:]))
-    return root
+    shown = [findings[i % (16 if i < 40 else 5)] for i in range(52)]  # no Edema in test
+    rows = [(f"{i:08d}_000.png", finding, i, "PA") for i, finding in enumerate(shown)]
+    trees.write_nih(rows[:40], rows[40:], NIH_HEADER, images=False)
+    for name, *_ in rows:
+        save(trees.nih / "images" / name, trees.noise(48, 48))
+    return trees.root
 
 
 def command(script, *args, ranks=1):

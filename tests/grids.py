@@ -5,8 +5,10 @@ import signal
 import sys
 
 import pytest
+import torch
 
-import pretrain
+import models
+from readers.transforms import NORMALIZATION
 
 QUICK = ("--image-size", 32, "--precision", "fp32")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -24,17 +26,21 @@ def call(script, *words):
                 signal.signal(number, handler)
 
 
-def pretrained(folder, out):
-    """The run folder of a network of a folder: dataset, as pretrain.py leaves it."""
-    words = ("--batch-size", 8, "--epochs", 0.25, "--out", out)
-    call(pretrain, "--source", f"folder:{folder}", *QUICK, *words)
-    (path,) = out.iterdir()
-    return path
-
-
 def results(out, pattern="*/*/*.json"):
     """{path below out: content}"""
     return {
         str(path.relative_to(out)): json.loads(path.read_text())
         for path in sorted(out.glob(pattern))
     }
+
+
+def outputs(path, dataset, rows=None, kind="features", domain="natural"):
+    """(N,D) or (N,C) float32 of a network's file for these images, without the scripts."""
+    content = torch.load(path, weights_only=True)
+    model = models.create_model(content["name"], len(content["classes"])).eval()
+    models.load_weights(model, path)
+    rows = range(len(dataset)) if rows is None else rows
+    pixels = torch.stack([dataset.read(i) for i in rows]).expand(-1, 3, -1, -1)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in NORMALIZATION[domain])
+    with torch.inference_mode():
+        return getattr(model, kind)((pixels / 255 - mean) / std)

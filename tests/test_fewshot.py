@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import run
-from grids import QUICK, call, pretrained, results
+from grids import QUICK, call, outputs, results
 from interruption import die, free_port, run_forked, start, wait
 from trees import Trees, save
 
 import data
 import fewshot
-import models
 import transfer
 from data import few_shot_indices
 from engine import distance, evaluate, linear
@@ -30,11 +29,6 @@ from engine.metrics import compute_metrics
 from engine.processes import Stopped
 from readers import images, transforms
 from readers.xrays import PADCHEST_CLASSES
-
-
-@pytest.fixture(scope="module")
-def checkpoint(folder, tmp_path_factory):
-    return pretrained(folder, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(autouse=True)
@@ -57,11 +51,6 @@ def run_grid(*args, **more):
 
 def found():
     return results(Path("results"))
-
-
-# ------------------------------------------------------------------------------------------------
-# Failures
-# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["finetune", "nearest-mean"])
@@ -95,11 +84,6 @@ def test_a_failing_distance_fails_each_cell_with_its_reason(
     assert capsys.readouterr().out.count("json: integer division or modulo by zero") == 4
 
 
-# ------------------------------------------------------------------------------------------------
-# Data and weights that change
-# ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_cells_of_other_data_are_refused_and_older_ones_know_nothing_of_it(
     folder, checkpoint, tmp_path, capsys, split
@@ -117,11 +101,6 @@ def test_cells_of_other_data_are_refused_and_older_ones_know_nothing_of_it(
     capsys.readouterr()
     assert run_grid(images, checkpoint, method="nearest-mean", shots=(1,), seeds=3) == 0
     assert "3 cells, 2 finished already" in capsys.readouterr().out
-
-
-# ------------------------------------------------------------------------------------------------
-# Several processes
-# ------------------------------------------------------------------------------------------------
 
 
 def dies_in_its_second_cell():
@@ -170,11 +149,6 @@ def test_a_time_limit_stops_both_processes_in_one_line(folder, checkpoint, tmp_p
     (_, errors), (_, others) = run_forked(fewshot.main, args, tmp_path, EXIT_STOPPED, ranks=2)
     said = "stopped by --time-limit after step 1; the same command continues\n"
     assert errors.endswith(said) and "Traceback" not in errors + others and not found()
-
-
-# ------------------------------------------------------------------------------------------------
-# What is used and read
-# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["finetune", "linear"])
@@ -229,16 +203,6 @@ def test_each_image_is_read_once_for_the_whole_grid(folder, checkpoint, monkeypa
     assert len(reads) == 21 + 60 + len(chosen) + 1
 
 
-def features(checkpoint, dataset, indices):
-    """Taken without the scripts: (N,D) float32."""
-    model = models.create_model("R14x0.5", 1).eval()
-    models.load_weights(model, checkpoint / "model.pt")
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in transforms.NORMALIZATION["natural"])
-    pixels = torch.stack([dataset.read(i) for i in indices]) / 255
-    with torch.inference_mode():
-        return model.features((pixels - mean) / std)
-
-
 @pytest.mark.parametrize("method", ["linear", "nearest-mean"])
 def test_frozen_features_classify_as_by_hand_and_are_taken_once(
     folder, checkpoint, monkeypatch, method
@@ -259,11 +223,10 @@ def test_frozen_features_classify_as_by_hand_and_are_taken_once(
     assert sorted(passes[3:]) == [21, 60, 60]
     assert waits == [PATIENCE] * 2  # as one process may wait long for what another has to do
     assert run_grid(folder, checkpoint) == 0 and len(found()) == 10  # another method, other files
-    tested, name = features(checkpoint, test, range(21)), f"folder-{folder.name}"
+    file, name = checkpoint / "model.pt", f"folder-{folder.name}"
     for (shots, seed), rows in (chosen | {(None, seed): range(60) for seed in (0, 1)}).items():
-        logits, facts = linear.CLASSIFIERS[method](
-            features(checkpoint, train, rows), train.labels[rows], tested, 3
-        )
+        features = outputs(file, train, rows), train.labels[rows], outputs(file, test)
+        logits, facts = linear.CLASSIFIERS[method](*features, 3)
         expected = compute_metrics(logits, test.labels, test.classes)
         ending = f"{f'{shots}shot' if shots else 'full'}-seed{seed}-{method}.json"
         record = found()[f"{name}/{name}-R14x0.5/{ending}"]
@@ -289,11 +252,6 @@ def test_frozen_cells_stop_between_two(folder, checkpoint, monkeypatch):
     with pytest.raises(Stopped, match="SIGUSR1"):
         run_grid(folder, checkpoint, method="nearest-mean")
     assert len(found()) == 1
-
-
-# ------------------------------------------------------------------------------------------------
-# PadChest as a target
-# ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -361,11 +319,6 @@ def test_all_of_padchest_with_one_label_or_with_27(folder, padchest_root, checkp
     assert "no training image" not in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------------------
-# Baselines, distances, the dry run
-# ------------------------------------------------------------------------------------------------
-
-
 def test_scratch_is_trained_twice_with_scratch_steps(folder):
     assert run_grid(folder, "scratch", "--scratch-steps", 5, shots=(1,), seeds=1) == 0
     steps = {r["source"]: (r["train"]["steps"], r["config"]["warmup"]) for r in found().values()}
@@ -378,10 +331,11 @@ def test_scratch_is_trained_twice_with_scratch_steps(folder):
 def test_distance_of_a_result_is_that_of_its_features(folder, checkpoint):
     run_grid(folder, checkpoint, method="nearest-mean", shots=(1,), seeds=1)
     (record,) = found().values()
-    sample = torch.load(checkpoint / "model.pt", weights_only=True)["sample"]
+    file = checkpoint / "model.pt"
+    sample = torch.load(file, weights_only=True)["sample"]
     assert sample.shape == (60, distance.DIMENSIONS) and sample.dtype == torch.float32
     train = data.load_dataset(f"folder:{folder}")
-    expected = distance.compare(sample, distance.project(features(checkpoint, train, range(60))))
+    expected = distance.compare(sample, distance.project(outputs(file, train)))
     assert record["distance"] == pytest.approx(expected, rel=1e-3)
     assert record["distance"]["images"] == 60
     # The same images, but that pre-training crops what transfer shows whole.

@@ -72,11 +72,6 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-# ------------------------------------------------------------------------------------------------
-# The network
-# ------------------------------------------------------------------------------------------------
-
-
 def assert_same_logits(ours, theirs):
     for size in ((96, 96), (97, 161)):
         generator = torch.Generator().manual_seed(1)
@@ -155,11 +150,6 @@ def test_activation_checkpointing_changes_no_gradient():
     assert torch.equal(*losses) and same(*gradients)
 
 
-# ------------------------------------------------------------------------------------------------
-# Weight standardisation
-# ------------------------------------------------------------------------------------------------
-
-
 def plain_standardize(weight):
     variance, mean = torch.var_mean(weight, (1, 2, 3), correction=0, keepdim=True)
     return (weight - mean) / (variance + 1e-10).sqrt()
@@ -179,11 +169,6 @@ def test_standardized_filters_and_their_gradient(layout):
     (expected,) = torch.autograd.grad(plain_standardize(weight), weight, outer)
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-10)
-
-
-# ------------------------------------------------------------------------------------------------
-# Loading weights
-# ------------------------------------------------------------------------------------------------
 
 
 PREFIXES = {"parallel": "module.", "ab": "_orig_mod.module.", "ba": "module._orig_mod."}
@@ -224,7 +209,8 @@ def test_every_format_gives_the_weights_back(name, tmp_path):
     # Another network is refused by its keys, and nothing is loaded in part.
     other = randomize(create_model("R26x0.5", 3), 2)
     before = {key: value.clone() for key, value in other.state_dict().items()}
-    with pytest.raises(ValueError, match=r"body\.block1\.unit02\.gn1\.weight is missing"):
+    said = r"\(36 differences: body\.block1\.unit02\.gn1\.weight is missing; .*; give the --model"
+    with pytest.raises(ValueError, match=said):
         load_weights(other, tmp_path / name)
     assert same(before, other.state_dict())
 
@@ -301,25 +287,3 @@ def test_foreign_formats_are_refused_with_a_mend_that_works(tmp_path, monkeypatc
         load_weights(model := small(3, 2), "weights.pth")
         assert same(saved, model.state_dict())
         os.remove("weights.pth")
-
-
-def test_broken_files_are_refused_in_one_line(tmp_path):
-    names = ("cut.pt", "cut.npz", "objects.npz", "empty.pt", "empty.npz", "text.pt", "list.pt")
-    paths = {name: tmp_path / name for name in (*names, "number.pt")}
-    for name in ("model.pt", "flat.npz"):
-        save(tmp_path / name, small().state_dict())
-        content = (tmp_path / name).read_bytes()
-        paths[f"cut{(tmp_path / name).suffix}"].write_bytes(content[: len(content) // 2])
-    objects = {"resnet/x": np.array([{"code": 1}], dtype=object)}
-    np.savez(paths["objects.npz"], **objects)
-    paths["empty.pt"].touch()
-    paths["empty.npz"].touch()
-    paths["text.pt"].write_text("weights of a network")
-    torch.save([torch.zeros(3)], paths["list.pt"])
-    torch.save({"model": 3}, paths["number.pt"])
-    for path in paths.values():
-        with pytest.raises(ValueError) as caught:
-            load_weights(small(), path)
-        assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
-    with pytest.raises(FileNotFoundError, match="no weights at .*absent.pt"):
-        load_weights(small(), tmp_path / "absent.pt")

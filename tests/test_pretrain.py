@@ -20,10 +20,6 @@ from readers import transforms
 from readers.images import ImageDataset
 from readers.workers import in_order
 
-# ------------------------------------------------------------------------------------------------
-# One run, many layouts
-# ------------------------------------------------------------------------------------------------
-
 CHESTS = 96
 LAYOUTS = {  # ranks, options
     "one": (1, ()),
@@ -126,11 +122,6 @@ def test_batch_size_auto_changes_no_result(folder, tmp_path):
     assert found[1].losses() == pytest.approx(found[0].losses(), rel=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------
-# The learning rate
-# ------------------------------------------------------------------------------------------------
-
-
 class Started(Exception):
     pass
 
@@ -162,11 +153,6 @@ def test_the_learning_rate_of_each_step(
     (config,) = caught.value.args
     found = [pretrain.rate(step, config) for step in range(len(expected))]
     assert found == pytest.approx(expected, rel=1e-6)
-
-
-# ------------------------------------------------------------------------------------------------
-# The files
-# ------------------------------------------------------------------------------------------------
 
 
 def test_result(nih_root, tmp_path):

@@ -16,10 +16,6 @@ from engine.processes import Env
 from readers import transforms
 from transfer import HyperRule, Target, hyperrule
 
-# ------------------------------------------------------------------------------------------------
-# Pre-training
-# ------------------------------------------------------------------------------------------------
-
 
 def test_the_cosine_schedule():
     """The rates of the other are in test_pretrain.py, step by step."""
@@ -94,10 +90,6 @@ def test_pretraining_pipelines(rng):
         shifted = (keep, transforms.random_shift_flip, None)
         assert pretrain.choose_pipeline(made, 24, True, augment="randaugment") == shifted
 
-
-# ------------------------------------------------------------------------------------------------
-# Transfer
-# ------------------------------------------------------------------------------------------------
 
 SHORT = (0.0, 100, (200, 300, 400), 500)
 MIDDLE = (0.1, 500, (3000, 6000, 9000), 10_000)

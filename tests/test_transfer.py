@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from grids import QUICK, call, pretrained, results
+from grids import QUICK, call, results
 
 import fewshot
 import models
@@ -76,16 +76,6 @@ def test_networks_that_are_found(tmp_path, monkeypatch):
             found("runs/pets")
     with pytest.raises(ValueError, match="model.pt: is another file than when it was opened"):
         weights_of(network.path, network.digest)
-
-
-# ------------------------------------------------------------------------------------------------
-# Fine-tuning
-# ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def checkpoint(folder, tmp_path_factory):
-    return pretrained(folder, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import refuses
-from grids import QUICK, call, pretrained, results
+from grids import QUICK, call, outputs, results
 
 import data
 import fewshot
@@ -16,12 +16,6 @@ import models
 from engine import options
 from engine.metrics import compute_metrics
 from readers.labels import shared_classes
-from readers.transforms import NORMALIZATION
-
-
-@pytest.fixture(scope="module")
-def checkpoint(folder, tmp_path_factory):
-    return pretrained(folder, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(autouse=True)
@@ -33,17 +27,6 @@ def grid(*words):
     """{path: record} of what fewshot.py has left in results/."""
     assert call(fewshot, *words, *QUICK) == 0
     return results(Path("results"))
-
-
-def outputs(path, dataset, kind="forward", domain="natural"):
-    """Of a network's file for all images of a dataset of its size, without the scripts."""
-    content = torch.load(path, weights_only=True)
-    model = models.create_model(content["name"], len(content["classes"])).eval()
-    models.load_weights(model, path)
-    pixels = torch.stack([dataset.read(i) for i in range(len(dataset))]).expand(-1, 3, -1, -1)
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in NORMALIZATION[domain])
-    with torch.inference_mode():
-        return getattr(model, kind)((pixels / 255 - mean) / std).numpy()
 
 
 def test_predictions_and_the_network_that_made_them(folder, checkpoint, capsys):
@@ -58,7 +41,9 @@ def test_predictions_and_the_network_that_made_them(folder, checkpoint, capsys):
     assert (kept["labels"] == test.labels).all()
     assert list(kept["names"]) == [test.where(i) for i in range(21)]
     model = Path(f"results/{name}.pt")
-    np.testing.assert_allclose(outputs(model, test), kept["logits"], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        outputs(model, test, kind="forward"), kept["logits"], rtol=1e-4, atol=1e-4
+    )
     # It is a --checkpoint like any other, and as it is gives the same.
     own = f"folder-{folder.name}-to-folder-{folder.name}-2shot-seed3-R14x0.5"
     found = grid(*words, model, "--eval-only", "--save", "predictions")
@@ -88,7 +73,7 @@ def test_frozen_methods_keep_predictions_and_features(folder, checkpoint, capsys
     (path,) = Path("results").glob("*/*/full-seed0-features.npz")
     kept = np.load(path)
     for split, dataset in (("train", train), ("test", test)):
-        expected = outputs(checkpoint / "model.pt", dataset, "features")
+        expected = outputs(checkpoint / "model.pt", dataset)
         np.testing.assert_allclose(kept[f"{split}_features"], expected, rtol=1e-3, atol=1e-4)
         assert (kept[f"{split}_labels"] == dataset.labels).all()
         assert kept[f"{split}_names"][-1] == dataset.where(-1)
@@ -106,7 +91,7 @@ def test_a_network_is_evaluated_by_the_labels_that_it_shares(nih_root, tmp_path)
     call(fewshot, *words, "--precision", "fp32")
     (record,) = results(Path("results"), "nih/chexpert-R14x0.5/full-seed0-eval.json").values()
     test = data.load_dataset("nih", nih_root, "test")
-    logits = outputs("model.pt", test, domain="medical")
+    logits = outputs("model.pt", test, kind="forward", domain="medical")
     assert (
         record["config"]["labels"] == list(record["metrics"]["per_class"]) == ["Effusion", "Mass"]
     )
