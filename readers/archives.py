@@ -15,6 +15,20 @@ from readers.images import IMAGE_ENDINGS
 CACHE_FROM = 50_000  # images: the index of such a set, and of any archives, is kept on disk
 
 
+def save_arrays(stem, arrays):
+    """Writes arrays {key: array} as files STEM + KEY.npy that no loss of power can take away."""
+    for key, values in arrays.items():
+        with open(f"{stem}{key}.npy", "wb") as file:
+            np.save(file, values)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def map_arrays(stem, keys):
+    """{key: array} of such files, mapped into memory."""
+    return {key: np.asarray(np.load(f"{stem}{key}.npy", mmap_mode="r")) for key in keys}
+
+
 def class_entries(folder):
     """{class: its os.DirEntry}, sorted by class: directories, or archives CLASS.tar."""
     entries = {}
@@ -22,9 +36,7 @@ def class_entries(folder):
         if entry.name.startswith("."):
             continue
         if not entry.is_dir() and not entry.name.endswith(".tar"):
-            raise ValueError(
-                f"{entry.path}: neither a class directory nor CLASS.tar; move it out of the dataset"
-            )
+            raise ValueError(f"{entry.path}: neither a class directory nor CLASS.tar; move it away")
         cls = entry.name if entry.is_dir() else entry.name.removesuffix(".tar")
         if cls in entries:
             raise ValueError(f"{entry.path}: {cls} and {cls}.tar are both there; remove one")
@@ -63,10 +75,10 @@ def class_index(folder, cache_dir=None, held_out=None, like=None):
     archived = not all(entry.is_dir() for entry in entries.values())
     columns = ["classes", "names", "labels"]
     columns += ["starts", "sizes"] * archived + ["held_from"] * bool(held_out)
-    index = _open_arrays(cache, columns)
+    index = _kept_arrays(cache, columns)
     if index is None:
         index = _build_index(entries, archived, held_out)
-        if "starts" in index or len(index["names"]) >= CACHE_FROM:
+        if archived or len(index["names"]) >= CACHE_FROM:
             index = _keep_arrays(cache, stem, index, required=cache_dir is not None)
     return index
 
@@ -74,12 +86,21 @@ def class_index(folder, cache_dir=None, held_out=None, like=None):
 def _build_index(entries, archived, held_out):
     names, labels, places = [], [], []
     for label, entry in enumerate(tqdm(entries.values(), "index", disable=None, leave=False)):
-        of_class, where = _class_images(entry)
-        if not len(of_class):
+        if entry.is_dir():
+            above = f"{os.path.dirname(entry.path)}/"
+            files = sorted(f.name for f in os.scandir(entry.path) if not f.name.startswith("."))
+            found = [(f"{entry.name}/{file}", -1, -1) for file in files]
+        else:
+            above, found = f"{entry.path}: ", _tar_members(entry.path)
+        if not found:
             raise ValueError(f"{entry.path}: the class has no image; add some or drop it")
-        names.append(of_class)
-        labels.append(np.full(len(of_class), label, np.int64))
-        places.append(where)
+        for name, *_ in found:
+            if not name.lower().endswith(IMAGE_ENDINGS):
+                raise ValueError(f"{above}{name}: not an image by its ending; move it away")
+        names.append(np.array([os.fsencode(name) for name, *_ in found]))
+        labels.append(np.full(len(found), label, np.int64))
+        if archived:
+            places.append(np.array([place for _, *place in found]))
     index = {"names": np.concatenate(names), "labels": np.concatenate(labels)}
     if archived:
         index["starts"], index["sizes"] = np.concatenate(places).T
@@ -92,31 +113,10 @@ def _build_index(entries, archived, held_out):
     return index
 
 
-def _class_images(entry):
-    """(names (N,) bytes, places (N,2) int64: start and size in the archive, -1 for files)."""
-    if not entry.is_dir():
-        members = _tar_members(entry.path)
-        names = np.array([os.fsencode(name) for name, *_ in members], "S")
-        return names, np.array([place for _, *place in members], np.int64).reshape(-1, 2)
-    files = sorted(file.name for file in os.scandir(entry.path) if not file.name.startswith("."))
-    for file in files:
-        _refuse_no_image(file, os.path.join(entry.path, file))
-    names = np.array([os.fsencode(f"{entry.name}/{file}") for file in files], "S")
-    return names, np.full((len(names), 2), -1)
-
-
-def _refuse_no_image(name, where):
-    if not name.lower().endswith(IMAGE_ENDINGS):
-        raise ValueError(
-            f"{where}: not an image by its ending ({' '.join(IMAGE_ENDINGS)}); "
-            "move it out of the dataset"
-        )
-
-
 def _tar_members(path):
     """[(name, start, size)] of a tar's images, by name; of it only the headers are read.
 
-    Raises ValueError naming a damaged or cut tar, or a member that is no image.
+    Raises ValueError naming a damaged or cut tar, or a member that is no file.
     """
     with open(path, "rb") as file:
         try:
@@ -131,30 +131,28 @@ def _tar_members(path):
             if len(end) < 512 or end.strip(b"\0"):
                 raise tarfile.ReadError(f"no end, or more after it, at byte {archive.offset}")
         except (tarfile.TarError, ValueError, OverflowError, MemoryError, OSError) as error:
-            raise ValueError(
-                f"{path}: a damaged or cut tar ({error}); fetch it again, or decompress it"
-            ) from error
+            mend = "fetch it again, or decompress it"
+            raise ValueError(f"{path}: a damaged or cut tar ({error}); {mend}") from error
     members = {}
     for member in headers:
-        where = f"{path}: {member.name}"
         parts = member.name.split("/")
         if member.isdir() or any(part.startswith(".") and part.strip(".") for part in parts):
             continue
+        place, fault = os.path.normpath(member.name), None
         if member.issparse() or not member.isreg():
-            raise ValueError(f"{where}: a link, device or sparse file; make the tar anew")
-        place = os.path.normpath(member.name)
-        if place in members:
-            raise ValueError(f"{where}: two members of that name; make the tar anew")
-        _refuse_no_image(member.name, where)
+            fault = "a link, device or sparse file"
+        elif place in members:
+            fault = "two members of that name"
+        if fault:
+            raise ValueError(f"{path}: {member.name}: {fault}; make the tar anew")
         members[place] = (member.name, member.offset_data, member.size)
     return sorted(members.values())
 
 
-def _open_arrays(cache, columns):
-    """{name: array} of a directory of .npy files, mapped into memory; None where it is damaged."""
+def _kept_arrays(cache, columns):
     try:
-        return {name: np.asarray(np.load(cache / f"{name}.npy", mmap_mode="r")) for name in columns}
-    except Exception:  # of a damaged header numpy raises many kinds
+        return map_arrays(f"{cache}/", columns)
+    except Exception:  # of a lost file or a damaged header numpy raises many kinds
         return None
 
 
@@ -166,13 +164,9 @@ def _keep_arrays(cache, stem, arrays, required):
     beside = Path(f"{stem}{os.getpid()}-{os.urandom(4).hex()}")
     try:
         beside.mkdir(parents=True)
-        for name, values in arrays.items():
-            with open(beside / f"{name}.npy", "wb") as file:
-                np.save(file, values)
-                file.flush()
-                os.fsync(file.fileno())
+        save_arrays(f"{beside}/", arrays)
         for old in stem.parent.glob(glob.escape(stem.name) + "[0-9a-f]" * 24):
-            if old != cache or _open_arrays(cache, arrays.keys()) is None:
+            if old != cache or _kept_arrays(cache, arrays) is None:
                 shutil.rmtree(old, ignore_errors=True)
         try:
             os.rename(beside, cache)
@@ -184,4 +178,4 @@ def _keep_arrays(cache, stem, arrays, required):
             raise OSError(f"--cache-dir {stem.parent}: cannot be written ({error})") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return _open_arrays(cache, arrays.keys()) or arrays
+    return _kept_arrays(cache, arrays) or arrays

@@ -1,6 +1,5 @@
 """Decoded once: a small dataset in memory, any that fits on the disk for all processes there."""
 
-import contextlib
 import os
 import shutil
 import tempfile
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from readers.images import Decoded, Joined, Subset
+from readers.images import Decoded, Joined
 from readers.transforms import keep
 from readers.workers import available_cores
 
@@ -24,8 +23,7 @@ def preload(dataset, pipeline, limit=IN_MEMORY, first=None):
     prepared images with nothing left to prepare, or both as they were. A broken image is so met
     before training.
     """
-    if first is None:
-        first = pipeline.read(dataset, 0)
+    first = pipeline.read(dataset, 0) if first is None else first
     # The first image tells the size of all, mostly: a large dataset is not read in vain.
     if first.numel() * len(dataset) > limit:
         return dataset, pipeline
@@ -35,9 +33,8 @@ def preload(dataset, pipeline, limit=IN_MEMORY, first=None):
         total += image.numel()
         if total > limit:
             return dataset, pipeline
-    shapes = np.array([image.shape for image in images])
     pixels = torch.cat([image.flatten() for image in images])  # workers share it without copies
-    reader = _decoded(pixels, shapes, dataset.reader)
+    reader = _decoded(pixels, np.array([image.shape for image in images]), dataset.reader)
     return dataset.replace(reader=reader), pipeline._replace(prepare=keep)
 
 
@@ -58,23 +55,29 @@ def decode_once(dataset, pipeline, env, folder=None):
     starts = np.arange(ranks + 1) * len(dataset) // ranks
     file, part = None, None
     try:
-        first = pipeline.read(dataset, 0)
+        first = next(_prepared(dataset, pipeline, 1))
         if env.ranks == 1:
             kept = preload(dataset, pipeline, IN_MEMORY, first)
             if kept[0] is not dataset:
                 return kept
-        with _writing(folder):
-            os.makedirs(folder, exist_ok=True)
+        os.makedirs(folder, exist_ok=True)
         # Elsewhere other processes could not map our files.
         free = shutil.disk_usage(folder).free if os.path.isdir("/proc/self/fd") else 0
         if first.numel() * len(dataset) < free / 2:
-            share = dataset.subset(np.arange(starts[rank], starts[rank + 1]))
-            threads = max(1, available_cores() // ranks)
-            images = _prepared(share, pipeline, threads, first if rank == 0 else None)
-            file, shapes = _write(images, len(share), folder)
+            share = dataset.subset(slice(*starts[rank : rank + 2]))
+            shapes, threads = np.zeros((len(share), 3), np.int64), available_cores() // ranks
+            file = tempfile.TemporaryFile(dir=folder)
+            images = _prepared(share, pipeline, threads, None if rank else first)
+            for i, image in enumerate(images):
+                shapes[i] = image.shape
+                file.write(memoryview(image.numpy()))
+            file.flush()
             part = f"/proc/{os.getpid()}/fd/{file.fileno()}", shapes
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         part = error
+    except OSError as error:
+        mend = "free some space, or name another folder by --cache-dir"
+        part = OSError(f"{folder}: cannot hold decoded images ({error.strerror}); {mend}")
     parts = [(node, part)]
     if env.ranks > 1:
         parts = [None] * env.ranks
@@ -86,16 +89,17 @@ def decode_once(dataset, pipeline, env, folder=None):
     try:
         if None in parts:
             return dataset, pipeline
-        readers = [
-            _decoded(_mapped(path, shapes), shapes, Subset(dataset.reader, np.arange(a, b)))
-            for (path, shapes), a, b in zip(parts, starts, starts[1:])
-        ]
+        readers = []
+        for (path, shapes), a, b in zip(parts, starts, starts[1:]):
+            size = int(shapes.prod(1).sum())  # what is written to the mapped bytes stays here
+            pixels = torch.from_file(path, size=size, dtype=torch.uint8) if size else None
+            readers.append(_decoded(pixels, shapes, dataset.subset(slice(a, b)).reader))
     finally:
         if env.ranks > 1:
             dist.barrier()  # all have mapped them
         if file:
             file.close()
-    reader = Joined(readers, starts[1:])
+    reader = Joined(readers, starts[:-1])
     return dataset.replace(reader=reader), pipeline._replace(prepare=keep)
 
 
@@ -103,12 +107,16 @@ def _prepared(dataset, pipeline, threads, first=None, ahead=256):
     """The images of a dataset, prepared, in order; `threads` at once, at most `ahead` waiting."""
 
     def read(i):
-        image = pipeline.read(dataset, i) if i > 0 or first is None else first
-        return image.contiguous()
-
-    with ThreadPoolExecutor(min(16, threads)) as pool:
         try:
-            for start in range(0, len(dataset), ahead):
+            return pipeline.read(dataset, i).contiguous()
+        except OSError as error:  # of the source, not of the disk that shall hold the images
+            raise ValueError(str(error)) from error
+
+    if len(dataset):
+        yield read(0) if first is None else first.contiguous()
+    with ThreadPoolExecutor(min(16, max(1, threads))) as pool:
+        try:
+            for start in range(1, len(dataset), ahead):
                 yield from pool.map(read, range(start, min(start + ahead, len(dataset))))
         finally:
             pool.shutdown(cancel_futures=True)
@@ -117,39 +125,3 @@ def _prepared(dataset, pipeline, threads, first=None, ahead=256):
 def _decoded(pixels, shapes, original):
     sizes = shapes.prod(1)
     return Decoded(pixels, np.cumsum(sizes) - sizes, shapes, original)
-
-
-@contextlib.contextmanager
-def _writing(folder):
-    """Errors of writing become an OSError that names the folder and the mend."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            f"{folder}: cannot hold decoded images ({error.strerror}); free some space, or name "
-            "another folder by --cache-dir"
-        ) from error
-
-
-def _write(images, count, folder):
-    """Writes `count` images, one after the other, to a file without a name.
-
-    Returns (file, shapes (count,3)). Raises OSError for a full disk.
-    """
-    shapes = np.zeros((count, 3), np.int64)
-    with _writing(folder):
-        file = tempfile.TemporaryFile(dir=folder)
-    for i, image in enumerate(images):
-        shapes[i] = image.shape
-        with _writing(folder):
-            file.write(memoryview(image.numpy()))
-            file.flush()
-    return file, shapes
-
-
-def _mapped(path, shapes):
-    """The bytes of a file of such images, (M,) uint8; what is written to them stays here."""
-    size = int(shapes.prod(1).sum())
-    if not size:
-        return torch.empty(0, dtype=torch.uint8)
-    return torch.from_file(path, size=size, dtype=torch.uint8)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from readers.images import Joined, Members, Subset
+from readers.images import Joined, Members
 
 SAMPLE = 256  # images of a set whose content is read
 
@@ -41,19 +41,16 @@ def data_digest(**sets):
 
 
 def _names(reader):
-    """Arrays that name the images of a reader; those of a subset as places among the others."""
-    if isinstance(reader, Subset):
-        return [*_names(reader.reader), reader.indices]
+    """Arrays that name the images of a reader; some of others as places among these."""
     if isinstance(reader, Joined):
-        return [names for member in reader.readers for names in _names(member)]
+        names = [names for member in reader.readers for names in _names(member)]
+        return names if reader.chosen is None else [*names, reader.chosen]
     reader = reader.files if isinstance(reader, Members) else reader
     return [reader.names] if hasattr(reader, "names") else []
 
 
 def _content(reader, i):
     """Image i as it is stored: the bytes of its file, or else its pixels."""
-    if isinstance(reader, Subset):
-        return _content(reader.reader, reader.indices[i])
     if isinstance(reader, Joined):
         return _content(*reader.find(i))
     return reader.content(i) if hasattr(reader, "content") else reader(i, None).numpy()

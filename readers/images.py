@@ -41,23 +41,20 @@ def read_image(file, mode, size=None, name=None):
                 raise ValueError(f"{image.width} x {image.height} pixels, a decompression bomb?")
             if size:
                 image.draft(None, (2 * size, 2 * size))  # of all formats only JPEG has scales
-            pixels = torch.from_numpy(_to_uint8(image, mode))
+            deep = image.mode.startswith(("I", "F"))
+            pixels = np.array(image if deep or image.mode == mode else image.convert(mode))
+        if deep:
+            if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 65535:
+                raise ValueError("neither 8- nor 16-bit pixels")
+            pixels = np.rint(pixels / 257).astype(np.uint8)
+            pixels = pixels if mode == "L" else np.repeat(pixels[..., None], 3, axis=2)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name}: no such image") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "no known format" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"{name}: unreadable image ({reason}); mend or remove it") from error
+    pixels = torch.from_numpy(pixels)
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
-
-
-def _to_uint8(image, mode):
-    if not image.mode.startswith(("I", "F")):
-        return np.array(image if image.mode == mode else image.convert(mode))
-    pixels = np.asarray(image)
-    if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError("neither 8- nor 16-bit pixels")
-    grey = np.rint(pixels / 257).astype(np.uint8)
-    return grey if mode == "L" else np.repeat(grey[..., None], 3, axis=2)
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -102,11 +99,9 @@ class ImageDataset(torch.utils.data.Dataset):
     def subset(self, indices):
         """The same dataset with only these images: (M,) int, in this order, or (N,) bool."""
         indices = np.arange(len(self))[indices]
-        return self.replace(
-            reader=Subset(self.reader, indices),
-            labels=self.labels[indices],
-            groups=None if self.groups is None else self.groups[indices],
-        )
+        reader = Joined([self.reader], np.zeros(1, np.int64), indices)
+        groups = None if self.groups is None else self.groups[indices]
+        return self.replace(reader=reader, labels=self.labels[indices], groups=groups)
 
     def replace(self, **changes):
         """A copy with some attributes changed."""
@@ -126,8 +121,8 @@ def refuse_missing(dataset):
     missing = [i for i, (folder, _, file) in enumerate(places) if file not in listing(folder)]
     if missing:
         raise FileNotFoundError(
-            f"{dataset.where(missing[0])}: listed for {dataset.name} but missing "
-            f"({len(missing)} such); fetch it, or remove it from the list"
+            f"{dataset.where(missing[0])}: listed for {dataset.name} but missing ({len(missing)} "
+            "such); fetch it, or remove it from the list"
         )
 
 
@@ -221,14 +216,20 @@ class Members(NamedTuple):
 
 
 class Joined(NamedTuple):
-    """The images of several readers, one after the other: ends (R,), of each its last index + 1."""
+    """The images of several readers one after the other, or some of them.
+
+    starts (R,): of each reader its first index. chosen (M,): indices; None: all.
+    """
 
     readers: list
-    ends: np.ndarray
+    starts: np.ndarray
+    chosen: np.ndarray | None = None
 
     def find(self, i):
-        r = int(np.searchsorted(self.ends, i, side="right"))
-        return self.readers[r], i - (self.ends[r - 1] if r else 0)
+        """The reader that has image i, and its index there."""
+        i = i if self.chosen is None else self.chosen[i]
+        r = np.searchsorted(self.starts, i, side="right") - 1
+        return self.readers[r], i - self.starts[r]
 
     def __call__(self, i, size=None):
         reader, i = self.find(i)
@@ -237,19 +238,6 @@ class Joined(NamedTuple):
     def where(self, i):
         reader, i = self.find(i)
         return reader.where(i)
-
-
-class Subset(NamedTuple):
-    """Some images of another reader: indices (M,)."""
-
-    reader: Callable
-    indices: np.ndarray
-
-    def __call__(self, i, size=None):
-        return self.reader(self.indices[i], size)
-
-    def where(self, i):
-        return self.reader.where(self.indices[i])
 
 
 class Decoded(NamedTuple):
@@ -270,8 +258,6 @@ class Decoded(NamedTuple):
 
 def in_memory(reader):
     """Whether the images of a reader need no decoding."""
-    if isinstance(reader, Subset):
-        return in_memory(reader.reader)
     if isinstance(reader, Joined):
         return all(map(in_memory, reader.readers))
     return isinstance(reader, (Array, Decoded))

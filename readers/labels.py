@@ -38,7 +38,7 @@ def join(name, members, labels):
         dropped |= {f"{member.name}: {why}": count for why, count in member.dropped.items()}
     return ImageDataset(
         name,
-        Joined([member.reader for member in members], np.cumsum([len(m) for m in members])),
+        Joined([m.reader for m in members], np.cumsum([0, *map(len, members[:-1])])),
         np.concatenate(tables),
         classes,
         "multilabel",

@@ -1,11 +1,11 @@
 """Worker processes: those that read ahead of a loop, and those that share out all images once."""
 
 import atexit
+import functools
 import multiprocessing
 import os
 import signal
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -24,21 +24,8 @@ def available_cores():
 
 def loader(batches, start, stop, workers=0, device=CPU):
     """Iterator over batches[start:stop], read ahead by so many processes, or as `_loader` says."""
-    return iter(_loader(batches, range(start, stop), workers, device))
-
-
-class _Part(torch.utils.data.Dataset):
-    """[k] -> (rows (b,) int64, their images uint8 (b,C,H,W)): a rank's part of the k-th batch."""
-
-    def __init__(self, dataset, pipeline, batch_size, rank, ranks):
-        self.dataset, self.pipeline = dataset, pipeline
-        batches = np.split(np.arange(len(dataset)), range(batch_size, len(dataset), batch_size))
-        parts = (batch[rank::ranks] for batch in batches)
-        self.rows = [rows for rows in parts if len(rows)]
-
-    def __getitem__(self, k):
-        images = [self.pipeline.read(self.dataset, int(i)) for i in self.rows[k]]
-        return self.rows[k], torch.stack(images)
+    work = batches.__getitem__
+    return iter(_loader(work, range(start, stop), batches.dataset, workers, device))
 
 
 def in_order(dataset, pipeline, batch_size, rank=0, ranks=1, workers=0, device=CPU):
@@ -47,22 +34,29 @@ def in_order(dataset, pipeline, batch_size, rank=0, ranks=1, workers=0, device=C
 
     Of each `batch_size` images every `ranks`-th, so that one rank has each image; none is empty.
     """
-    part = _Part(dataset, pipeline, batch_size, rank, ranks)
-    return _loader(part, range(len(part.rows)), workers, device, keep=True)
+    starts = range(rank, len(dataset), batch_size) if rank < batch_size else ()
+    work = functools.partial(_part, dataset, pipeline, batch_size - rank, ranks)
+    return _loader(work, starts, dataset, workers, device, keep=True)
 
 
-def _loader(batches, sampler, workers, device, keep=False):
-    """workers None: 0 for a CPU and where the images are decoded in memory; for a GPU, which takes
-    thousands of images a second where a core reads hundreds, 8 or the process's share of the cores.
+def _part(dataset, pipeline, length, ranks, start):
+    rows = torch.arange(start, min(start + length, len(dataset)), ranks)
+    return rows, torch.stack([pipeline.read(dataset, i) for i in rows.tolist()])
+
+
+def _loader(work, keys, dataset, workers, device, keep=False):
+    """Yields work(key) of each key in turn. workers None: 0 for a CPU and where the images are
+    decoded in memory; for a GPU, which takes thousands of images a second where a core reads
+    hundreds, 8 or the process's share of the cores.
     """
     on_gpu = device.type == "cuda"
     if workers is None:
         share = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = min(8, share) if on_gpu and not in_memory(batches.dataset.reader) else 0
+        workers = min(8, share) if on_gpu and not in_memory(dataset.reader) else 0
     return torch.utils.data.DataLoader(
-        batches,
+        keys,
         batch_size=None,
-        sampler=sampler,
+        collate_fn=work,
         num_workers=workers,
         worker_init_fn=_ignore_signals,
         pin_memory=on_gpu,
@@ -85,22 +79,6 @@ def end_workers():
             process.kill()
 
 
-class _Chunks(torch.utils.data.Dataset):
-    """[start] -> [work(dataset, i), or the error that it raised] of CHUNK images from start on."""
-
-    def __init__(self, dataset, work):
-        self.dataset, self.work = dataset, work
-
-    def __getitem__(self, start):
-        results = []
-        for i in range(start, min(start + CHUNK, len(self.dataset))):
-            try:
-                results.append(self.work(self.dataset, i))
-            except (ValueError, OSError) as error:
-                results.append(error)
-        return results
-
-
 def each_image(dataset, work, title, workers=None, start=0):
     """Yields work(dataset, i), or its ValueError or OSError, for every image i from `start` on.
 
@@ -108,7 +86,18 @@ def each_image(dataset, work, title, workers=None, start=0):
     """
     starts = range(start, len(dataset), CHUNK)
     workers = min(workers or available_cores(), max(1, len(starts)))
+    chunk = functools.partial(_chunk, dataset, work)
     with tqdm(total=len(dataset), initial=start, desc=title, unit="image", disable=None) as bar:
-        for results in _loader(_Chunks(dataset, work), starts, workers, CPU):
+        for results in _loader(chunk, starts, dataset, workers, CPU):
             yield from results
             bar.update(len(results))
+
+
+def _chunk(dataset, work, start):
+    results = []
+    for i in range(start, min(start + CHUNK, len(dataset))):
+        try:
+            results.append(work(dataset, i))
+        except (ValueError, OSError) as error:
+            results.append(error)
+    return results

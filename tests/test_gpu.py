@@ -13,15 +13,13 @@ from conftest import ROOT, refuses
 from grids import call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import data
 import models
 import transfer
 from benchmarks.train import training_loop
 from engine import evaluate, grid, memory, processes
 from engine.optimizer import SGD_AGC
 from readers import workers
-from readers.images import Array, Decoded, Files, ImageDataset, Joined, Subset
-from readers.transforms import Pipeline, keep
+from readers.images import Array, Decoded, Files, ImageDataset, Joined
 
 CPU = processes.Env(0, 1, torch.device("cpu"), "fp32")
 CUDA = torch.device("cuda", 0)
@@ -267,19 +265,18 @@ def test_a_lost_device_ends_the_grid_and_no_other_error_does(error, lost):
 def test_a_gpu_has_images_read_ahead(cores, processes, expected, monkeypatch):
     monkeypatch.setattr(workers, "available_cores", lambda: cores)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda batches, **settings: settings)
+    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda keys, **settings: settings)
     files = Files("", np.array([b"a.png"]), "L")
     pixels = Decoded(torch.empty(0), np.zeros(1), np.zeros((1, 3)), files)
     array = Array("memory", np.zeros((1, 2, 2, 3), np.uint8))
     for reader, count in (
         (files, expected),
-        (Subset(Joined([files, files], np.array([1, 2])), np.arange(1)), expected),
-        (Subset(pixels, np.arange(1)), 0),
-        (Joined([array, pixels], np.array([1, 2])), 0),
+        (Joined([Joined([files, files], np.arange(2))], np.zeros(1, int), np.arange(1)), expected),
+        (Joined([pixels], np.zeros(1, int), np.arange(1)), 0),
+        (Joined([array, pixels], np.arange(2)), 0),
     ):
         dataset = ImageDataset("x", reader, np.zeros(1, np.int64), "a", "multiclass", "natural")
-        batches = data.Batches(dataset, Pipeline(keep, keep), 1)
         for device, wanted in ((CUDA, count), (CPU.device, 0)):
-            settings = workers._loader(batches, range(1), None, device)
+            settings = workers._loader(None, range(1), dataset, None, device)
             assert settings["num_workers"] == wanted
             assert settings["pin_memory"] == (device.type == "cuda")

@@ -198,7 +198,7 @@ def test_tar_members_that_are_no_images_of_the_class(one_tar):
 
 
 FIRST, LAST = member("a.JPEG", jpeg(1, 40, 40)), member("z.JPEG", jpeg(2))
-REMADE, MOVED = "make the tar anew", "move it out of the dataset"
+REMADE, MOVED = "make the tar anew", "move it away"
 
 
 DAMAGED = {
