@@ -54,6 +54,18 @@ def found():
     return results(Path("results"))
 
 
+@pytest.fixture
+def spy(monkeypatch):
+    """Notes the calls of a function of a module."""
+
+    def spied(module, name):
+        mock = Mock(wraps=getattr(module, name))
+        monkeypatch.setattr(module, name, mock)
+        return lambda place: [call.args[place] for call in mock.call_args_list]
+
+    return spied
+
+
 @pytest.mark.parametrize("method", ["finetune", "nearest-mean"])
 def test_a_failing_cell_stops_no_other(grid, monkeypatch, capsys, method):
     original = fewshot.METHODS[method]
@@ -149,9 +161,7 @@ def test_a_time_limit_stops_both_processes_in_one_line(folder, checkpoint, tmp_p
 
 
 @pytest.mark.parametrize("method", ["finetune", "linear"])
-def test_each_cell_reads_its_own_images_and_says_what_is_used(
-    grid, checkpoint, monkeypatch, method
-):
+def test_each_cell_reads_its_own_images_and_says_so(grid, checkpoint, monkeypatch, method):
     """Prepared for training, except that frozen features are of images prepared for testing."""
     cells = []
 
@@ -187,11 +197,10 @@ def test_each_cell_reads_its_own_images_and_says_what_is_used(
         assert record["layout"] == {"checkpoint": str(checkpoint / "model.pt"), "workers": None}
 
 
-def test_each_image_is_read_once_for_the_whole_grid(grid, folder, checkpoint, monkeypatch):
-    reads, original = [], images.read_image
-    note = lambda *args: reads.append(args[0]) or original(*args)  # noqa: E731
-    monkeypatch.setattr(images, "read_image", note)
+def test_each_image_is_read_once_for_the_whole_grid(grid, folder, checkpoint, spy):
+    read_image = spy(images, "read_image")
     assert grid(checkpoints=(checkpoint, "scratch")) == 0
+    reads = read_image(0)
     labels = data.load_dataset(f"folder:{folder}").labels
     chosen = {i for seed in (0, 1) for i in few_shot_indices(labels, 2, seed)}
     assert len(set(reads)) == 21 + 60 and sum("/test/" in where for where in reads) == 21
@@ -200,20 +209,18 @@ def test_each_image_is_read_once_for_the_whole_grid(grid, folder, checkpoint, mo
 
 
 @pytest.mark.parametrize("method", ["linear", "nearest-mean"])
-def test_frozen_features_classify_as_by_hand(grid, folder, checkpoint, monkeypatch, method):
+def test_frozen_features_classify_as_by_hand(grid, folder, checkpoint, spy, method):
     """Through the whole script, against features taken here; full: all training images."""
-    waits, passes, setup, predict = [], [], fewshot.setup, transfer.predict
-    monkeypatch.setattr(fewshot, "setup", lambda *args: waits.append(args[1]) or setup(*args))
-    monkeypatch.setattr(transfer, "predict", lambda *args: passes.append(args[3]) or predict(*args))
+    setup, predict = spy(fewshot, "setup"), spy(transfer, "predict")
     train, test = data.load_splits(f"folder:{folder}")
     cells = itertools.product((1, 2), (0, 1))
     chosen = {cell: few_shot_indices(train.labels, *cell) for cell in cells}
     few = len(set(np.concatenate(list(chosen.values()))))
     assert grid(method=method) == 0
-    assert sorted(passes) == sorted([few, 21, 60])  # 60: the sample of the distance
+    assert sorted(predict(3)) == sorted([few, 21, 60])  # 60: the sample of the distance
     assert grid(method=method, shots=(1, "full")) == 0
-    assert sorted(passes[3:]) == [21, 60, 60]
-    assert waits == [PATIENCE] * 2  # as one process may wait long for what another has to do
+    assert sorted(predict(3)[3:]) == [21, 60, 60]
+    assert setup(1) == [PATIENCE] * 2  # as one process may wait long for what another has to do
     assert grid() == 0 and len(found()) == 10  # another method, other files
     file, name = checkpoint / "model.pt", f"folder-{folder.name}"
     for (shots, seed), rows in (chosen | {(None, seed): range(60) for seed in (0, 1)}).items():
@@ -263,11 +270,8 @@ def padchest_root(tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", ["finetune", "linear", "nearest-mean"])
-def test_padchest_has_one_label_an_image(grid, padchest_root, monkeypatch, capsys, method):
-    used = []
-    for module, normalize in ((transfer, transfer.to_input), (evaluate, evaluate.to_input)):
-        note = lambda *args, run=normalize: used.append(args[1]) or run(*args)  # noqa: E731
-        monkeypatch.setattr(module, "to_input", note)
+def test_padchest_has_one_label_an_image(grid, padchest_root, spy, capsys, method):
+    training, testing = spy(transfer, "to_input"), spy(evaluate, "to_input")
     more = "--target", "padchest", "--data-dir", padchest_root, "--split-by", "image"
     assert grid(*more, method=method, shots=(1, 3), seeds=1) == 0
     said = "padchest: no training image shows Consolidation; no shots of it are drawn"
@@ -279,10 +283,11 @@ def test_padchest_has_one_label_an_image(grid, padchest_root, monkeypatch, capsy
         assert config["target_options"]["single_label"] is True
         assert consolidation["positives"] == 0 and consolidation["auc"] is None
         assert record["distance"]["images"] == config["train_images"]
+    used = training(1) + testing(1)
     assert len(found()) == 2 and set(used) == {transforms.NORMALIZATION["medical"]}
-    used.clear()
     grid(method=method, shots=(1,), seeds=1)
-    assert set(used) == {transforms.NORMALIZATION["natural"]}  # as the source's
+    assert testing(1)[-1] == transforms.NORMALIZATION["natural"]  # as the source's
+    assert len({*training(1)}) == (2 if method == "finetune" else 0)
 
 
 def test_all_of_padchest_with_one_label_or_with_27(padchest_root, checkpoint, capsys):
@@ -347,9 +352,7 @@ def test_features_that_cannot_be_had_are_tried_once(grid, monkeypatch, capsys):
     assert out.count("a.png: unreadable") == 4
 
 
-def test_a_dry_run_prints_the_grid_and_writes_nothing(
-    grid, checkpoint, monkeypatch, tmp_path, capsys
-):
+def test_a_dry_run_writes_nothing(grid, checkpoint, monkeypatch, tmp_path, capsys):
     grid(shots=(1,), seeds=1)
     before = set(tmp_path.rglob("*"))
     monkeypatch.setattr(transfer.Target, "decode", None)
