@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -31,12 +32,6 @@ from readers import images, transforms
 from readers.xrays import PADCHEST_CLASSES
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Where results/ is written."""
-    monkeypatch.chdir(tmp_path)
-
-
 def grid_args(folder, checkpoints, *more, method="finetune", shots=(1, 2), seeds=2):
     checkpoints = [checkpoints] if isinstance(checkpoints, (str, Path)) else checkpoints
     words = ("--checkpoint", *checkpoints, "--target", f"folder:{folder}", *QUICK)
@@ -44,17 +39,35 @@ def grid_args(folder, checkpoints, *more, method="finetune", shots=(1, 2), seeds
     return (*words, *(("--steps", 2, "--batch-size", 8) if method == "finetune" else ()), *more)
 
 
-def run_grid(*args, **more):
-    """Status of fewshot.py on these; see grid_args."""
-    return call(fewshot, *grid_args(*args, **more))
+@pytest.fixture(autouse=True)
+def grid(folder, checkpoint, tmp_path, monkeypatch):
+    """Runs fewshot.py on grid_args in a folder of its own; its status."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*more, folder=folder, checkpoints=checkpoint, **options):
+        return call(fewshot, *grid_args(folder, checkpoints, *more, **options))
+
+    return run
 
 
 def found():
     return results(Path("results"))
 
 
+@pytest.fixture
+def spy(monkeypatch):
+    """Notes the calls of a function of a module."""
+
+    def spied(module, name):
+        mock = Mock(wraps=getattr(module, name))
+        monkeypatch.setattr(module, name, mock)
+        return lambda place: [call.args[place] for call in mock.call_args_list]
+
+    return spied
+
+
 @pytest.mark.parametrize("method", ["finetune", "nearest-mean"])
-def test_a_failing_cell_stops_no_other(folder, checkpoint, monkeypatch, capsys, method):
+def test_a_failing_cell_stops_no_other(grid, monkeypatch, capsys, method):
     original = fewshot.METHODS[method]
 
     def fails(cell, *args):
@@ -63,7 +76,7 @@ def test_a_failing_cell_stops_no_other(folder, checkpoint, monkeypatch, capsys, 
         return original(cell, *args)
 
     monkeypatch.setitem(fewshot.METHODS, method, fails)
-    assert run_grid(folder, checkpoint, method=method) == 1
+    assert grid(method=method) == 1
     assert len(found()) == 3 and not any("2shot-seed1" in name for name in found())
     output = capsys.readouterr().out
     assert "1 cell failed" in output
@@ -71,35 +84,31 @@ def test_a_failing_cell_stops_no_other(folder, checkpoint, monkeypatch, capsys, 
     assert "2shot-seed1" in line and "no memory is left" in line
     assert re.search(r"\| 0\.\d{3} \(1\) +\|$", output, re.MULTILINE)  # two shots: one seed is left
     monkeypatch.setitem(fewshot.METHODS, method, original)
-    assert run_grid(folder, checkpoint, method=method) == 0 and len(found()) == 4
+    assert grid(method=method) == 0 and len(found()) == 4
     assert "4 cells, 3 finished already" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", ["finetune", "linear"])
-def test_a_failing_distance_fails_each_cell_with_its_reason(
-    folder, checkpoint, monkeypatch, capsys, method
-):
+def test_a_failing_distance_fails_each_cell(grid, monkeypatch, capsys, method):
     monkeypatch.setattr(distance, "compare", lambda *_: 1 // 0)
-    assert run_grid(folder, checkpoint, method=method) == 1 and not found()
+    assert grid(method=method) == 1 and not found()
     assert capsys.readouterr().out.count("json: integer division or modulo by zero") == 4
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_cells_of_other_data_are_refused_and_older_ones_know_nothing_of_it(
-    folder, checkpoint, tmp_path, capsys, split
-):
+def test_cells_of_other_data_are_refused_but_by_older_ones(grid, folder, tmp_path, capsys, split):
     images = shutil.copytree(folder, tmp_path / "images")
-    assert run_grid(images, checkpoint, method="nearest-mean", shots=(1,)) == 0
+    assert grid(folder=images, method="nearest-mean", shots=(1,)) == 0
     assert all(len(record["config"]["data"]) == 8 for record in found().values())
     shutil.copy(images / split / "red/00.png", images / split / "blue/01.png")
     said = f"1shot-seed0-nearest-mean.json was made of other data: {split} content changed since"
     with pytest.raises(ValueError, match=said):
-        run_grid(images, checkpoint, method="nearest-mean", shots=(1,), seeds=3)
+        grid(folder=images, method="nearest-mean", shots=(1,), seeds=3)
     for name, record in found().items():
         del record["config"]["data"]
         Path("results", name).write_text(json.dumps(record))
     capsys.readouterr()
-    assert run_grid(images, checkpoint, method="nearest-mean", shots=(1,), seeds=3) == 0
+    assert grid(folder=images, method="nearest-mean", shots=(1,), seeds=3) == 0
     assert "3 cells, 2 finished already" in capsys.readouterr().out
 
 
@@ -152,9 +161,7 @@ def test_a_time_limit_stops_both_processes_in_one_line(folder, checkpoint, tmp_p
 
 
 @pytest.mark.parametrize("method", ["finetune", "linear"])
-def test_each_cell_reads_its_own_images_and_says_what_is_used(
-    folder, checkpoint, monkeypatch, method
-):
+def test_each_cell_reads_its_own_images_and_says_so(grid, checkpoint, monkeypatch, method):
     """Prepared for training, except that frozen features are of images prepared for testing."""
     cells = []
 
@@ -164,7 +171,7 @@ def test_each_cell_reads_its_own_images_and_says_what_is_used(
 
     monkeypatch.setitem(fewshot.METHODS, method, note)
     more = ("--batch-size", 4) if method == "finetune" else ()
-    assert run_grid(folder, checkpoint, *more, method=method) == 0
+    assert grid(*more, method=method) == 0
     target, digest = cells[0].target, hashlib.sha256((checkpoint / "model.pt").read_bytes())
     rule = transfer.hyperrule(6, 32)._replace(resize=40, crop=32)
     training, testing = (transfer.choose_pipeline(target, rule, train) for train in (True, False))
@@ -190,12 +197,10 @@ def test_each_cell_reads_its_own_images_and_says_what_is_used(
         assert record["layout"] == {"checkpoint": str(checkpoint / "model.pt"), "workers": None}
 
 
-def test_each_image_is_read_once_for_the_whole_grid(folder, checkpoint, monkeypatch):
-    reads, original = [], images.read_image
-    monkeypatch.setattr(
-        images, "read_image", lambda *args: reads.append(args[0]) or original(*args)
-    )
-    assert run_grid(folder, (checkpoint, "scratch")) == 0
+def test_each_image_is_read_once_for_the_whole_grid(grid, folder, checkpoint, spy):
+    read_image = spy(images, "read_image")
+    assert grid(checkpoints=(checkpoint, "scratch")) == 0
+    reads = read_image(0)
     labels = data.load_dataset(f"folder:{folder}").labels
     chosen = {i for seed in (0, 1) for i in few_shot_indices(labels, 2, seed)}
     assert len(set(reads)) == 21 + 60 and sum("/test/" in where for where in reads) == 21
@@ -204,25 +209,19 @@ def test_each_image_is_read_once_for_the_whole_grid(folder, checkpoint, monkeypa
 
 
 @pytest.mark.parametrize("method", ["linear", "nearest-mean"])
-def test_frozen_features_classify_as_by_hand_and_are_taken_once(
-    folder, checkpoint, monkeypatch, method
-):
+def test_frozen_features_classify_as_by_hand(grid, folder, checkpoint, spy, method):
     """Through the whole script, against features taken here; full: all training images."""
-    waits, passes, setup, predict = [], [], fewshot.setup, transfer.predict
-    monkeypatch.setattr(fewshot, "setup", lambda *args: waits.append(args[1]) or setup(*args))
-    monkeypatch.setattr(transfer, "predict", lambda *args: passes.append(args[3]) or predict(*args))
+    setup, predict = spy(fewshot, "setup"), spy(transfer, "predict")
     train, test = data.load_splits(f"folder:{folder}")
-    chosen = {
-        (shots, seed): few_shot_indices(train.labels, shots, seed)
-        for shots, seed in itertools.product((1, 2), (0, 1))
-    }
+    cells = itertools.product((1, 2), (0, 1))
+    chosen = {cell: few_shot_indices(train.labels, *cell) for cell in cells}
     few = len(set(np.concatenate(list(chosen.values()))))
-    assert run_grid(folder, checkpoint, method=method) == 0
-    assert sorted(passes) == sorted([few, 21, 60])  # 60: the sample of the distance
-    assert run_grid(folder, checkpoint, method=method, shots=(1, "full")) == 0
-    assert sorted(passes[3:]) == [21, 60, 60]
-    assert waits == [PATIENCE] * 2  # as one process may wait long for what another has to do
-    assert run_grid(folder, checkpoint) == 0 and len(found()) == 10  # another method, other files
+    assert grid(method=method) == 0
+    assert sorted(predict(3)) == sorted([few, 21, 60])  # 60: the sample of the distance
+    assert grid(method=method, shots=(1, "full")) == 0
+    assert sorted(predict(3)[3:]) == [21, 60, 60]
+    assert setup(1) == [PATIENCE] * 2  # as one process may wait long for what another has to do
+    assert grid() == 0 and len(found()) == 10  # another method, other files
     file, name = checkpoint / "model.pt", f"folder-{folder.name}"
     for (shots, seed), rows in (chosen | {(None, seed): range(60) for seed in (0, 1)}).items():
         features = outputs(file, train, rows), train.labels[rows], outputs(file, test)
@@ -240,7 +239,7 @@ def test_frozen_features_classify_as_by_hand_and_are_taken_once(
         assert not set(record["config"]) & set(fewshot.TRAINING)
 
 
-def test_frozen_cells_stop_between_two(folder, checkpoint, monkeypatch):
+def test_frozen_cells_stop_between_two(grid, monkeypatch):
     """Asked in the middle of the first."""
     original = linear.CLASSIFIERS["nearest-mean"]
 
@@ -250,7 +249,7 @@ def test_frozen_cells_stop_between_two(folder, checkpoint, monkeypatch):
 
     monkeypatch.setitem(linear.CLASSIFIERS, "nearest-mean", asked)
     with pytest.raises(Stopped, match="SIGUSR1"):
-        run_grid(folder, checkpoint, method="nearest-mean")
+        grid(method="nearest-mean")
     assert len(found()) == 1
 
 
@@ -261,35 +260,20 @@ def padchest_root(tmp_path_factory):
     """
     trees = Trees(tmp_path_factory.mktemp("padchest"))
     texts = [f"['{cls.lower()}']" for cls in PADCHEST_CLASSES] + ["nan"]
-    rows = [
-        {"ImageID": f"{k}.png", "PatientID": f"{10**35 + k}", "Labels": text}
-        for k, text in enumerate(texts * 6)
-    ]
+    rows = []
+    for k, text in enumerate(texts * 6):
+        rows.append({"ImageID": f"{k}.png", "PatientID": f"{10**35 + k}", "Labels": text})
+        if text != "nan":
+            save(trees.padchest / f"{k}.png", trees.noise(10, 12, dtype=np.uint16))
     trees.write_padchest(rows)
-    for row in rows:
-        if row["Labels"] != "nan":
-            save(trees.padchest / row["ImageID"], trees.noise(10, 12, dtype=np.uint16))
     return trees.root
 
 
-@pytest.fixture
-def normalizations(monkeypatch):
-    """A list of all that are used."""
-    used = []
-    for module in (transfer, evaluate):
-        original = module.to_input
-        monkeypatch.setattr(
-            module, "to_input", lambda *args, run=original: used.append(args[1]) or run(*args)
-        )
-    return used
-
-
 @pytest.mark.parametrize("method", ["finetune", "linear", "nearest-mean"])
-def test_padchest_has_one_label_an_image_and_no_consolidation(
-    folder, padchest_root, checkpoint, normalizations, capsys, method
-):
+def test_padchest_has_one_label_an_image(grid, padchest_root, spy, capsys, method):
+    training, testing = spy(transfer, "to_input"), spy(evaluate, "to_input")
     more = "--target", "padchest", "--data-dir", padchest_root, "--split-by", "image"
-    assert run_grid(folder, checkpoint, *more, method=method, shots=(1, 3), seeds=1) == 0
+    assert grid(*more, method=method, shots=(1, 3), seeds=1) == 0
     said = "padchest: no training image shows Consolidation; no shots of it are drawn"
     assert capsys.readouterr().out.count(said) == 1
     for record in found().values():
@@ -299,13 +283,14 @@ def test_padchest_has_one_label_an_image_and_no_consolidation(
         assert config["target_options"]["single_label"] is True
         assert consolidation["positives"] == 0 and consolidation["auc"] is None
         assert record["distance"]["images"] == config["train_images"]
-    assert len(found()) == 2 and set(normalizations) == {transforms.NORMALIZATION["medical"]}
-    normalizations.clear()
-    run_grid(folder, checkpoint, method=method, shots=(1,), seeds=1)
-    assert set(normalizations) == {transforms.NORMALIZATION["natural"]}  # as the source's
+    used = training(1) + testing(1)
+    assert len(found()) == 2 and set(used) == {transforms.NORMALIZATION["medical"]}
+    grid(method=method, shots=(1,), seeds=1)
+    assert testing(1)[-1] == transforms.NORMALIZATION["natural"]  # as the source's
+    assert len({*training(1)}) == (2 if method == "finetune" else 0)
 
 
-def test_all_of_padchest_with_one_label_or_with_27(folder, padchest_root, checkpoint, capsys):
+def test_all_of_padchest_with_one_label_or_with_27(padchest_root, checkpoint, capsys):
     words = ("--checkpoint", checkpoint, "--target", "padchest", "--data-dir", padchest_root)
     words += ("--split-by", "image", *QUICK, "--steps", 2, "--batch-size", 8)
     for more, count in ((), 156), (["--no-single-label"], 162):
@@ -319,8 +304,8 @@ def test_all_of_padchest_with_one_label_or_with_27(folder, padchest_root, checkp
     assert "no training image" not in capsys.readouterr().out
 
 
-def test_scratch_is_trained_twice_with_scratch_steps(folder):
-    assert run_grid(folder, "scratch", "--scratch-steps", 5, shots=(1,), seeds=1) == 0
+def test_scratch_is_trained_twice_with_scratch_steps(grid):
+    assert grid("--scratch-steps", 5, checkpoints="scratch", shots=(1,), seeds=1) == 0
     steps = {r["source"]: (r["train"]["steps"], r["config"]["warmup"]) for r in found().values()}
     assert steps == {"scratch": (2, 0), "scratch-5steps": (5, 1)}
     for record in found().values():
@@ -328,8 +313,8 @@ def test_scratch_is_trained_twice_with_scratch_steps(folder):
         assert about == (None, 0, None) and record["layout"]["checkpoint"] == "scratch"
 
 
-def test_distance_of_a_result_is_that_of_its_features(folder, checkpoint):
-    run_grid(folder, checkpoint, method="nearest-mean", shots=(1,), seeds=1)
+def test_distance_of_a_result_is_that_of_its_features(grid, folder, checkpoint):
+    grid(method="nearest-mean", shots=(1,), seeds=1)
     (record,) = found().values()
     file = checkpoint / "model.pt"
     sample = torch.load(file, weights_only=True)["sample"]
@@ -343,9 +328,7 @@ def test_distance_of_a_result_is_that_of_its_features(folder, checkpoint):
 
 
 @pytest.mark.parametrize("method", ["finetune", "nearest-mean"])
-def test_a_distance_is_measured_once_for_network_and_target(
-    folder, checkpoint, monkeypatch, tmp_path, method
-):
+def test_a_distance_is_measured_once(grid, folder, checkpoint, monkeypatch, tmp_path, method):
     shutil.copytree(folder, tmp_path / "other")
     content = torch.load(checkpoint / "model.pt", weights_only=True)
     torch.save(content | {"source": "pets", "run": "pets-R14x0.5"}, tmp_path / "pets.pt")
@@ -353,31 +336,26 @@ def test_a_distance_is_measured_once_for_network_and_target(
     monkeypatch.setattr(distance, "compare", lambda *_: next(numbers))
     more = ("--target", f"folder:{folder}", f"folder:{tmp_path / 'other'}")
     both = checkpoint, tmp_path / "pets.pt"
-    assert run_grid(folder, both, *more, method=method, shots=(1,)) == 0
+    assert grid(*more, checkpoints=both, method=method, shots=(1,)) == 0
     by_pair = {}
     for record in found().values():
         by_pair.setdefault((record["source"], record["target"]), set()).add(record["distance"])
     assert len(found()) == 8 and sorted(map(list, by_pair.values())) == [[0], [1], [2], [3]]
 
 
-def test_features_that_cannot_be_had_are_tried_once(folder, checkpoint, monkeypatch, capsys):
-    calls = []
-    monkeypatch.setattr(fewshot, "extract", lambda *about: calls.append(1) or broken())
-
-    def broken():
-        raise ValueError("a.png: unreadable image")
-
-    assert run_grid(folder, checkpoint, method="linear", shots=(1, 2), seeds=2) == 1
+def test_features_that_cannot_be_had_are_tried_once(grid, monkeypatch, capsys):
+    extract = Mock(side_effect=ValueError("a.png: unreadable image"))
+    monkeypatch.setattr(fewshot, "extract", extract)
+    assert grid(method="linear", shots=(1, 2), seeds=2) == 1
     out = capsys.readouterr().out
-    assert len(calls) == 1 and "4 cells failed" in out and out.count("a.png: unreadable") == 4
+    assert extract.call_count == 1 and "4 cells failed" in out
+    assert out.count("a.png: unreadable") == 4
 
 
-def test_a_dry_run_prints_the_grid_and_writes_nothing(
-    folder, checkpoint, monkeypatch, tmp_path, capsys
-):
-    run_grid(folder, checkpoint, shots=(1,), seeds=1)
+def test_a_dry_run_writes_nothing(grid, checkpoint, monkeypatch, tmp_path, capsys):
+    grid(shots=(1,), seeds=1)
     before = set(tmp_path.rglob("*"))
     monkeypatch.setattr(transfer.Target, "decode", None)
-    assert not run_grid(folder, (checkpoint, "scratch"), "--dry-run", seeds=3)
+    assert not grid("--dry-run", checkpoints=(checkpoint, "scratch"), seeds=3)
     assert "12 cells, 1 finished already" in capsys.readouterr().out
     assert set(tmp_path.rglob("*")) == before

@@ -4,43 +4,38 @@ import signal
 
 import pytest
 from conftest import run
-from grids import results
-from interruption import Training, at_step, run_forked, send
+from grids import call, results
+from interruption import at_step, run_forked, send
 
 import fewshot
+import pretrain
 import transfer
 from engine.checkpoint import read_tensors
 
 SMALL = ("--precision", "fp32", "--image-size", 16, "--batch-size", 8)
 
 
-@pytest.fixture(scope="module")
-def networks(folder, nih_root, tmp_path_factory):
-    """The run folders of a natural and of a medical source."""
-    out = tmp_path_factory.mktemp("runs")
-    for more in ((), ("--source", "nih", "--data-dir", nih_root)):
-        Training(folder, out.parent, *more, "--epochs", 1, out=out).go()
-    return sorted(out.iterdir())
-
-
-def test_few_shot_grid(networks, folder, nih_root, tmp_path):
+def test_few_shot_grid(checkpoint, folder, nih_root, tmp_path):
     """2 targets x 3 networks x 2 shot counts, shared by two processes."""
+    medical = ("--source", "nih", "--data-dir", nih_root)
+    call(pretrain, *medical, *SMALL, "--epochs", 1, "--out", tmp_path / "runs")
+    networks = checkpoint, tmp_path / "runs" / "nih-R14x0.5"
     argv = ("fewshot.py", "--checkpoint", *networks, "scratch", "--target", f"folder:{folder}")
     argv += ("nih", "--data-dir", nih_root, "--shots", 1, 2, "--seeds", 1, "--steps", 4, *SMALL)
-    ((said, _), _) = run_forked(fewshot.main, (*argv, "--out", tmp_path), tmp_path, ranks=2)
-    assert len(results(tmp_path)) == 12
+    ((said, _), _) = run_forked(fewshot.main, (*argv, "--out", tmp_path / "out"), tmp_path, ranks=2)
+    assert len(results(tmp_path / "out")) == 12
     assert said.count("(1)") == 12  # the closing table
-    (record,) = results(tmp_path, "nih/folder*/1shot-seed0.json").values()
+    (record,) = results(tmp_path / "out", "nih/folder*/1shot-seed0.json").values()
     assert record["kind"] == "fewshot" and record["source_domain"] == "natural"
     assert record["target_domain"] == "medical" and record["method"] == "finetune"
     assert record["train"]["steps"] == 4 and 7 <= record["train"]["images"] <= 14
-    (record,) = results(tmp_path, "folder*/nih*/2shot-seed0.json").values()
+    (record,) = results(tmp_path / "out", "folder*/nih*/2shot-seed0.json").values()
     assert record["train"]["images"] == 6 and record["config"]["sampling"] == "shuffle"
 
 
 @pytest.mark.parametrize("ranks", (1, 2))
-def test_full_shot_transfer_continues(ranks, networks, folder, tmp_path):
-    argv = ("transfer.py", "--checkpoint", networks[0], "--target", f"folder:{folder}", *SMALL)
+def test_full_shot_transfer_continues(ranks, checkpoint, folder, tmp_path):
+    argv = ("transfer.py", "--checkpoint", checkpoint, "--target", f"folder:{folder}", *SMALL)
     argv += ("--steps", 40, "--log-every", 5, "--out")
     run_forked(transfer.main, (*argv, tmp_path / "a"), tmp_path, ranks=ranks)
     argv, stop = (*argv, tmp_path / "b"), at_step(20, send(signal.SIGTERM), ranks - 1)
