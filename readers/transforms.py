@@ -42,18 +42,12 @@ def keep(image, rng=None):
 
 def resize_shorter(image, size):
     """The shorter side becomes `size` pixels, antialiased bilinear (torchvision's Resize)."""
-    height, width = image.shape[-2:]
-    shorter = min(height, width)
-    return _resize(image, int(size * height / shorter), int(size * width / shorter))
+    return TF.resize(image, [size])
 
 
 def resize_square(image, size):
     """Both sides become `size` pixels whatever the aspect, antialiased bilinear."""
-    return _resize(image, size, size)
-
-
-def _resize(image, height, width):
-    return F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
+    return TF.resize(image, [size, size])
 
 
 def resize_center_crop(image, size):
