@@ -128,12 +128,10 @@ def refuse_missing(dataset):
 
 def need(name, *paths):
     """Raises FileNotFoundError unless all of these files and directories of a dataset exist."""
+    mend = "--data-dir must hold the dataset's own directory, which --download cannot fetch"
     for path in paths:
         if not path.exists():
-            raise FileNotFoundError(
-                f"{name}: no {path}; give the directory that holds the dataset's own as --data-dir "
-                "(its owner distributes it, --download cannot)"
-            )
+            raise FileNotFoundError(f"{name}: no {path}; {mend}")
 
 
 def encoded(texts):
@@ -202,9 +200,8 @@ class Members(NamedTuple):
     def content(self, i):
         if self.starts[i] < 0:
             return self.files.content(i)
-        with open(self._archive(i), "rb") as file:
-            file.seek(self.starts[i])
-            return file.read(self.sizes[i])
+        start, size = self.starts[i], self.sizes[i]
+        return np.fromfile(self._archive(i), np.uint8, size, offset=start).tobytes()
 
     def _archive(self, i):
         return os.path.join(self.files.folder, f"{self.classes[self.labels[i]]}.tar")

@@ -24,6 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from engine.console import locked, write_json
+from readers.archives import map_arrays, save_arrays
 from readers.digest import data_digest
 from readers.images import MODES, ImageDataset, read_image
 from readers.names import pack_folder, pack_of, without_place
@@ -32,6 +33,7 @@ from readers.workers import each_image
 
 PACK_SCHEMA = 1
 FLUSH = 2**26  # bytes of images that a stop may lose
+JOURNAL = np.dtype([("bytes", "<i8"), ("crc32", "<u4"), ("shape", "<i4", 3)])  # of each image
 
 
 class Packed(NamedTuple):
@@ -45,7 +47,7 @@ class Packed(NamedTuple):
     made: int  # when, in ns: a pack made anew in its place is another
 
     def __call__(self, i, size=None):
-        content, pack = self.content(i), self._arrays
+        content, pack = self.content(i), self.arrays
         if zlib.crc32(content) != pack["crc32"][i]:
             raise ValueError(f"{self.where(i)}: damaged; remove {self.folder} and pack it again")
         if self.codec == "jpeg":
@@ -53,16 +55,16 @@ class Packed(NamedTuple):
         return torch.from_numpy(content.copy()).view(*pack["shapes"][i].tolist())
 
     @property
-    def _arrays(self):
+    def arrays(self):
         return _mapped_pack(self.folder, self.split, self.made)
 
     @property
     def names(self):
-        return self._arrays["names"]
+        return self.arrays["names"]
 
     def content(self, i):
-        pack = self._arrays
-        return pack["images"][pack["offsets"][i] : pack["offsets"][i + 1]]
+        start, end = self.arrays["offsets"][i : i + 2]
+        return self.arrays["images"][start:end]
 
     def where(self, i):
         return f"{self.name} {self.split} image {i} ({os.fsdecode(self.names[i])})"
@@ -71,10 +73,9 @@ class Packed(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def _mapped_pack(folder, split, made):
     """The arrays of a pack's split, mapped once a process: {name: array}."""
-    arrays = {"images": np.asarray(np.memmap(Path(folder, f"{split}.images"), mode="r"))}
-    for path in Path(folder).glob(f"{split}.*.npy"):
-        arrays[path.name.split(".")[1]] = np.asarray(np.load(path, mmap_mode="r"))
-    return arrays
+    keys = [path.name.split(".")[1] for path in Path(folder).glob(f"{split}.*.npy")]
+    images = np.asarray(np.memmap(Path(folder, f"{split}.images"), mode="r"))
+    return map_arrays(f"{folder}/{split}.", keys) | {"images": images}
 
 
 def open_pack(name, root, split, **options):
@@ -85,53 +86,39 @@ def open_pack(name, root, split, **options):
     original, size = pack_of(name)
     folder = pack_folder(original, size, root)
     facts = _read_facts(folder, original, size)
-    for option in ("cache_dir", "download"):  # these shape nothing
-        options.pop(option, None)
     unsaid = {"domain": facts["domain"], "uncertain": "ignore", "blank": "ignore"}
     for option, value in json.loads(json.dumps(options)).items():
-        made_with = facts["options"].get(option, unsaid.get(option))
-        if value != made_with:
-            raise ValueError(
-                f"{folder} was packed with {option} = {made_with}, not {value}; leave the option "
-                "out, or pack it again into another --data-dir"
-            )
+        was = facts["options"].get(option, unsaid.get(option))
+        if value != was and option not in ("cache_dir", "download"):  # these shape nothing
+            mend = "leave the option out, or pack it again into another --data-dir"
+            raise ValueError(f"{folder} was packed with {option} = {was}, not {value}; {mend}")
     made = (folder / "pack.json").stat().st_mtime_ns
-    arrays = _mapped_pack(str(folder), split, made)
-    return ImageDataset(
-        name,
-        Packed(name, str(folder), split, facts["codec"], facts["mode"], made),
-        arrays["labels"],
-        facts["classes"],
-        facts["task"],
-        facts["domain"],
-        groups=arrays.get("groups"),
-        options=facts["options"],
-        dropped=facts["dropped"][split],
-    )
+    reader = Packed(name, str(folder), split, facts["codec"], facts["mode"], made)
+    labels, groups = reader.arrays["labels"], reader.arrays.get("groups")
+    about = facts["classes"], facts["task"], facts["domain"], groups
+    more = {"options": facts["options"], "dropped": facts["dropped"][split]}
+    return ImageDataset(name, reader, labels, *about, **more)
 
 
 def _read_facts(folder, original, size):
     """The content of pack.json. Raises ValueError or FileNotFoundError unless the pack is whole."""
     path, again = folder / "pack.json", f"remove {folder} and pack it again"
     if not path.exists():
-        raise FileNotFoundError(
-            f"{folder}: no whole pack; `python data.py pack {shlex.quote(original)} --size {size}` "
-            "makes or finishes it"
-        )
+        mend = f"`python data.py pack {shlex.quote(original)} --size {size}` makes or finishes it"
+        raise FileNotFoundError(f"{folder}: no whole pack; {mend}")
     try:
         facts = json.loads(path.read_text())
-        schema, files = facts["schema"], facts["files"]
-        found = facts["name"], facts["size"]
+        schema, files, found = facts["schema"], facts["files"], f"{facts['name']}@{facts['size']}"
         if schema == PACK_SCHEMA and facts.pop("crc32") != _crc32_of(facts):
             raise ValueError("its checksum is wrong")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged ({error}); {again}") from error
     if schema != PACK_SCHEMA:
         raise ValueError(f"{path}: of version {schema}, this program reads {PACK_SCHEMA}; {again}")
-    if found != (without_place(original), size):
-        raise ValueError(f"{path}: a pack of {found[0]}@{found[1]}; rename its directory so")
-    for name, (count, checksum) in files.items():
-        file = folder / name
+    if found != f"{without_place(original)}@{size}":
+        raise ValueError(f"{path}: a pack of {found}; rename its directory so")
+    for file, (count, checksum) in files.items():
+        file = folder / file
         if not file.exists() or file.stat().st_size != count:
             raise ValueError(f"{file}: missing or not of {count} bytes; {again}")
         if checksum is not None and zlib.crc32(np.memmap(file, mode="r")) != checksum:
@@ -143,9 +130,6 @@ def _crc32_of(facts):
     return zlib.crc32(json.dumps(facts, sort_keys=True).encode())
 
 
-JOURNAL = np.dtype([("bytes", "<i8"), ("crc32", "<u4"), ("shape", "<i4", 3)])  # of each image
-
-
 def pack(name, sets, size, target, codec="raw", quality=90, workers=None):
     """Decodes and resizes every image of a dataset once, into the directory `target`.
 
@@ -155,31 +139,10 @@ def pack(name, sets, size, target, codec="raw", quality=90, workers=None):
     bytes. Raises ValueError for a broken image or a pack begun with other settings, OSError when
     the disk is too small.
     """
-    facts = _facts(name, sets, size, codec, quality)
-    if target.exists():
-        if not (target / "pack.json").exists():
-            raise ValueError(f"{target}: holds no pack.json, so it is no pack; remove it")
-        return _refuse_other_facts(target, _read_facts(target, name, size), facts)
-    part = target.with_name(target.name + ".part")
-    with locked(part):
-        try:
-            _fill(part, sets, facts, workers)
-        except OSError as error:
-            if str(part) in str(error):
-                raise
-            raise OSError(
-                f"{part}: cannot be written ({error}); free space and run the same command again"
-            ) from error
-    part.rename(target)
-
-
-def _facts(name, sets, size, codec, quality):
-    """What pack.json says of a pack, beside its files."""
-    train = sets["train"]
-    digest = hashlib.sha256()
+    train, index = sets["train"], hashlib.sha256()
     for dataset in sets.values():
-        digest.update(np.ascontiguousarray(_names(dataset)))
-        digest.update(np.ascontiguousarray(dataset.labels))
+        index.update(np.ascontiguousarray(_names(dataset)))
+        index.update(np.ascontiguousarray(dataset.labels))
     facts = {
         "schema": PACK_SCHEMA,
         "name": without_place(name),
@@ -194,9 +157,23 @@ def _facts(name, sets, size, codec, quality):
         "dropped": {split: dataset.dropped for split, dataset in sets.items()},
         "images": {split: len(dataset) for split, dataset in sets.items()},
         **data_digest(**sets),
-        "index": digest.hexdigest(),
+        "index": index.hexdigest(),  # of packs that have no digests
     }
-    return json.loads(json.dumps(facts))  # as they are read back
+    facts = json.loads(json.dumps(facts))  # as they are read back
+    if target.exists():
+        if not (target / "pack.json").exists():
+            raise ValueError(f"{target}: holds no pack.json, so it is no pack; remove it")
+        return _refuse_other_facts(target, _read_facts(target, name, size), facts)
+    part = target.with_name(target.name + ".part")
+    with locked(part):
+        try:
+            _fill(part, sets, facts, workers)
+        except OSError as error:
+            if str(part) in str(error):
+                raise
+            mend = "free space and run the same command again"
+            raise OSError(f"{part}: cannot be written ({error}); {mend}") from error
+    part.rename(target)
 
 
 def _names(dataset):
@@ -209,10 +186,10 @@ def _refuse_other_facts(place, theirs, ours):
     """Raises ValueError for a fact that was another; an older pack may lack those of the data."""
     for key, value in ours.items():
         if theirs.get(key, value) != value:
-            was, now = (textwrap.shorten(str(fact), 100) for fact in (theirs.get(key), value))
+            facts = (textwrap.shorten(str(fact), 100) for fact in (theirs[key], value))
             raise ValueError(
-                f"{place} was packed from another {key} ({was}, now {now}); remove it, or give "
-                "another --out"
+                f"{place} was packed from another {key} ({', now '.join(facts)}); remove it, or "
+                "give another --out"
             )
 
 
@@ -263,23 +240,23 @@ def _refuse_small_disk(part, sets, encode):
     needed = -sum(file.stat().st_size for file in part.glob("*.images"))  # what is there already
     for dataset in sets.values():
         sample = np.unique(np.linspace(0, len(dataset) - 1, 32).astype(int))
-        sizes = [len(encode(dataset, i)[0]) for i in sample]
         index = JOURNAL.itemsize * 2 + dataset.labels[:1].nbytes + _names(dataset).itemsize
-        needed += len(dataset) * (np.mean(sizes) + index)
+        size = np.mean([len(encode(dataset, i)[0]) for i in sample])
+        needed += len(dataset) * (size + index)
     free = shutil.disk_usage(part).free
     if needed > free:
         raise OSError(
-            f"{part}: packing needs about {needed / 1e9:.3g} GB more, the disk has "
-            f"{free / 1e9:.3g} GB free; give another --out, a smaller --size, or --codec jpeg"
+            f"{part}: packing needs about {needed / 1e9:.3g} GB more, {free / 1e9:.3g} GB free are "
+            "there; give another --out, a smaller --size, or --codec jpeg"
         )
 
 
 def _write_images(part, split, dataset, encode, workers):
     """Appends the images that are not there yet; the journal knows those that are on the disk."""
-    journal_path = part / f"{split}.journal"
-    with open(part / f"{split}.images", "ab") as images, open(journal_path, "ab") as journal:
+    path = part / f"{split}.journal"
+    with open(part / f"{split}.images", "ab") as images, open(path, "ab") as journal:
         # Both are cut back to the images that both have whole.
-        ends = np.cumsum(np.fromfile(journal_path, JOURNAL)["bytes"])
+        ends = np.cumsum(np.fromfile(path, JOURNAL)["bytes"])
         done = int(np.searchsorted(ends, os.fstat(images.fileno()).st_size, side="right"))
         journal.truncate(done * JOURNAL.itemsize)
         images.truncate(int(ends[done - 1]) if done else 0)
@@ -294,11 +271,10 @@ def _write_images(part, split, dataset, encode, workers):
                 records.append((len(content), zlib.crc32(content), shape))
                 pending += len(content)
                 if pending > FLUSH or number == len(dataset):
-                    images.flush()
-                    os.fsync(images.fileno())
-                    journal.write(np.array(records, JOURNAL).tobytes())
-                    journal.flush()
-                    os.fsync(journal.fileno())
+                    for file, rest in ((images, b""), (journal, np.array(records, JOURNAL))):
+                        file.write(rest)
+                        file.flush()
+                        os.fsync(file.fileno())
                     records, pending = [], 0
 
 
@@ -310,22 +286,11 @@ def _write_index(part, split, dataset):
     for i in tqdm(range(len(records)), f"{split} verified", unit="image", disable=None):
         if zlib.crc32(images[offsets[i] : offsets[i + 1]]) != records["crc32"][i]:
             raise ValueError(f"{part}: image {i} of {split} was not written well; remove it")
-    arrays = {
-        "offsets": offsets,
-        "shapes": records["shape"],
-        "crc32": records["crc32"],
-        "labels": dataset.labels,
-        "names": _names(dataset),
-    }
-    if dataset.groups is not None:
-        arrays["groups"] = dataset.groups
-    files = {}
-    for key, values in arrays.items():
-        path = part / f"{split}.{key}.npy"
-        with open(path, "wb") as file:
-            np.save(file, values)
-            file.flush()
-            os.fsync(file.fileno())
-        files[path.name] = [path.stat().st_size, zlib.crc32(np.memmap(path, mode="r"))]
-    files[f"{split}.images"] = [images.size, None]  # each image has its own checksum
-    return files
+    arrays = {"offsets": offsets, "shapes": records["shape"], "crc32": records["crc32"]}
+    arrays |= {"labels": dataset.labels, "names": _names(dataset)}
+    arrays |= {} if dataset.groups is None else {"groups": dataset.groups}
+    save_arrays(f"{part}/{split}.", arrays)
+    files = {f"{split}.{key}.npy": part / f"{split}.{key}.npy" for key in arrays}
+    for name, path in files.items():
+        files[name] = [path.stat().st_size, zlib.crc32(np.memmap(path, mode="r"))]
+    return files | {f"{split}.images": [images.size, None]}  # each image has its own checksum

@@ -252,19 +252,11 @@ def fibrosis(chest, u):
 
 
 # Each returns the share of the air that gives way to tissue, up to 1; negative where there is more.
-FINDINGS = {
-    "Atelectasis": atelectasis,
-    "Cardiomegaly": cardiomegaly,
-    "Consolidation": consolidation,
-    "Edema": edema,
-    "Effusion": effusion,
-    "Nodule": nodule,
-    "Pneumothorax": pneumothorax,
-    "Tuberculosis": tuberculosis,
-    "Mass": mass,
-    "Abscess": abscess,
-    "Fibrosis": fibrosis,
-}
+FINDINGS = (
+    *(atelectasis, cardiomegaly, consolidation, edema, effusion, nodule, pneumothorax),
+    *(tuberculosis, mass, abscess, fibrosis),
+)
+FINDINGS = {finding.__name__.capitalize(): finding for finding in FINDINGS}
 
 
 def paint_chest(findings, size, rng):

@@ -13,6 +13,7 @@ An image is a pure function of (name, split, seed, index, size, gap): the key an
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,26 +26,23 @@ from readers.scenes import FINDINGS, SHAPES, TEXTURES, paint_background, paint_c
 
 # The targets pair what the source never pairs; NEW ones it never shows at all.
 # Shape and texture are crossed, so that neither alone tells the class (in the last, shape does).
+NEW = {"gridded", "hourglass", "square", "ell"}
 TARGET_OBJECTS = (
-    *((t, s) for t in ("striped", "dotted") for s in ("disc", "triangle", "cross", "hourglass")),
-    ("gridded", "disc"),
-    ("gridded", "cross"),
-)
-NEW = ("gridded", "hourglass", "square", "ell")
-SOURCE_OBJECTS = tuple(
-    (texture, shape)
-    for texture in TEXTURES
-    for shape in SHAPES
-    if texture not in NEW and shape not in NEW and (texture, shape) not in TARGET_OBJECTS
+    *itertools.product(("striped", "dotted"), ("disc", "triangle", "cross", "hourglass")),
+    *itertools.product(("gridded",), ("disc", "cross")),
 )
 OBJECTS = {
-    "synthetic-natural": SOURCE_OBJECTS,
+    "synthetic-natural": tuple(
+        pair
+        for pair in itertools.product(TEXTURES, SHAPES)
+        if pair not in TARGET_OBJECTS and not NEW & set(pair)
+    ),
     "synthetic-natural-target": TARGET_OBJECTS,
     "synthetic-natural-target2": tuple(
-        (t, s) for t in ("checked", "ringed", "zigzag", "spoked") for s in ("hourglass", "square")
+        itertools.product(("checked", "ringed", "zigzag", "spoked"), ("hourglass", "square"))
     ),
     "synthetic-natural-target3": tuple(
-        (t, s) for t in ("striped", "dotted", "gridded") for s in ("square", "ell")
+        itertools.product(("striped", "dotted", "gridded"), ("square", "ell"))
     ),
     "synthetic-natural-target4": tuple(
         ("gridded", s) for s in ("ring", "triangle", "star", "crescent", "heart", "hourglass")
@@ -62,46 +60,37 @@ DISTRACTORS = ("Cardiomegaly", "Effusion")  # shown by both classes of a target,
 
 
 class World(NamedTuple):
-    """One row per dataset; counts and size are defaults."""
+    """One row per dataset; the counts of images are defaults."""
 
     domain: str  # "natural" | "medical"
     task: str  # "multiclass" | "multilabel"
     classes: tuple[str, ...]
-    train: int  # training images
-    test: int  # test images
-    size: int  # side in pixels
-
-
-def natural(name, train, test):
-    """The World of OBJECTS[name]."""
-    classes = tuple(map(" ".join, OBJECTS[name]))
-    return World("natural", "multiclass", classes, train, test, 32)
-
-
-def xray_target(name):
-    """The World of a target of one finding."""
-    return World("medical", "multiclass", ("Normal", TARGET_FINDING[name]), 1000, 500, 32)
+    train: int
+    test: int
 
 
 # A row's place names its random numbers: new rows come last.
 WORLDS = {
-    "synthetic-natural": natural("synthetic-natural", 8000, 1000),
-    "synthetic-xray": World("medical", "multilabel", XRAY_CLASSES, 8000, 1000, 32),
-    "synthetic-natural-target": natural("synthetic-natural-target", 2000, 500),
-    "synthetic-xray-target": xray_target("synthetic-xray-target"),
+    "synthetic-natural": None,
+    "synthetic-xray": World("medical", "multilabel", XRAY_CLASSES, 8000, 1000),
+    "synthetic-natural-target": None,
+    "synthetic-xray-target": None,
 }
-WORLDS |= {name: natural(name, 2000, 500) for name in list(OBJECTS)[2:]}
-WORLDS |= {name: xray_target(name) for name in list(TARGET_FINDING)[1:]}
+for name, objects in OBJECTS.items():
+    counts = (8000, 1000) if name == "synthetic-natural" else (2000, 500)
+    WORLDS[name] = World("natural", "multiclass", tuple(map(" ".join, objects)), *counts)
+for name, finding in TARGET_FINDING.items():
+    WORLDS[name] = World("medical", "multiclass", ("Normal", finding), 1000, 500)
+SIZE = 32  # pixels, the default
 # The other world's share is the gap to this power: distances grow with the square of a small shift
 # and fade with a large one, and so equal steps of the gap make steps of distance that tell apart.
 EVEN_STEPS = {"natural": 0.65, "medical": 0.5}
-SPLITS = ("train", "test")
 DRAWS = 8  # label draws per image: one for each finding of the source, the last for the class
 
 
 def generator(name, split, seed, counter):
     """The random stream of one split, from a place in it that counter (4 words) names."""
-    stream = list(WORLDS).index(name) * len(SPLITS) + SPLITS.index(split)
+    stream = 2 * list(WORLDS).index(name) + (split == "test")
     key, counter = np.array((stream, seed), np.uint64), np.array(counter, np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
@@ -120,21 +109,18 @@ def present(name, draws):
     return draws < [0.25] * len(XRAY_CLASSES) + [0]
 
 
-def labels_from(name, draws):
-    if name in OBJECTS:
-        return (draws[:, -1] * len(OBJECTS[name])).astype(np.int64)
-    if WORLDS[name].task == "multilabel":
-        return present(name, draws)[:, : len(XRAY_CLASSES)].astype(np.float32)
-    return present(name, draws)[:, -1].astype(np.int64)
-
-
 def labels(name, split, num_images, seed=0):
     """Labels of the first num_images images of a split ("train" or "test").
 
     Returns (num_images,) int64 class indices, or for a multi-label world (num_images, classes)
     float32 in {0, 1}. Fewer images give a prefix.
     """
-    return labels_from(name, label_draws(name, split, seed, 0, num_images))
+    draws = label_draws(name, split, seed, 0, num_images)
+    if name in OBJECTS:
+        return (draws[:, -1] * len(OBJECTS[name])).astype(np.int64)
+    if WORLDS[name].task == "multilabel":
+        return present(name, draws)[:, : len(XRAY_CLASSES)].astype(np.float32)
+    return present(name, draws)[:, -1].astype(np.int64)
 
 
 def render(name, split, index, size, seed=0, gap=0.0):
@@ -148,7 +134,7 @@ def render(name, split, index, size, seed=0, gap=0.0):
     scene = functools.partial(generator, name, split, seed, (0, index, 1, 0))
     other = functools.partial(generator, name, split, seed, (0, index, 2, 0))
     if name in OBJECTS:
-        texture, shape = OBJECTS[name][labels_from(name, draws)[0]]
+        texture, shape = OBJECTS[name][int(draws[0, -1] * len(OBJECTS[name]))]
         moved = (share, paint_chest((), size, other())) if gap else ()
         image = paint_object(texture, shape, size, scene(), *moved)
     else:
@@ -189,13 +175,10 @@ def dataset(name, root, split, seed=0, size=None, gap=None):
         if not 0 <= gap <= 1 or "~" in name:
             raise ValueError(f"{name}: gap {gap} must be 0 to 1, and not in the name (~) too")
         name = f"{name}~{np.format_float_positional(gap, trim='-')}"
-    gap, base = gap_of(name), base_name(name)
-    world = WORLDS[base]
-    size = size or world.size
+    gap, base, size = gap_of(name), base_name(name), size or SIZE
+    world, options = WORLDS[base], {} if gap is None else {"gap": gap}
     paint = functools.partial(render, base, split, size=size, seed=seed, gap=gap or 0.0)
-    marks = labels(base, split, getattr(world, split), seed)
     reader = Painted(f"{name} {split}", paint)
-    options = {} if gap is None else {"gap": gap}
-    return ImageDataset(
-        name, reader, marks, world.classes, world.task, world.domain, size=size, options=options
-    )
+    marks = labels(base, split, getattr(world, split), seed)
+    about = world.classes, world.task, world.domain
+    return ImageDataset(name, reader, marks, *about, size=size, options=options)

@@ -42,18 +42,12 @@ def keep(image, rng=None):
 
 def resize_shorter(image, size):
     """The shorter side becomes `size` pixels, antialiased bilinear (torchvision's Resize)."""
-    height, width = image.shape[-2:]
-    shorter = min(height, width)
-    return _resize(image, int(size * height / shorter), int(size * width / shorter))
+    return TF.resize(image, [size])
 
 
 def resize_square(image, size):
     """Both sides become `size` pixels whatever the aspect, antialiased bilinear."""
-    return _resize(image, size, size)
-
-
-def _resize(image, height, width):
-    return F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
+    return TF.resize(image, [size, size])
 
 
 def resize_center_crop(image, size):
@@ -72,26 +66,21 @@ def area_resize(image, size):
 
     image: uint8 (C,H,H). An image smaller than `size` is enlarged bilinearly.
     """
-    side = image.shape[-1]
+    side, channels = image.shape[-1], []
     if side == size:
         return image
     if side < size:
         return resize_square(image, size)
-    return torch.stack([_area_means(channel, size) for channel in image])
-
-
-def _area_means(pixels, size):
-    sums = _area_sums(pixels, size, torch.float32)  # below 2^24: exact up to 65,793 pixels
-    sums = _area_sums(sums.t().contiguous(), size, torch.float64).t()
-    return (sums / len(pixels) ** 2).round_().to(torch.uint8)
-
-
-def _area_sums(pixels, size, dtype):
-    """Sums over `size` equal intervals of the rows, in units of 1/size pixel: (size,W)."""
-    rows, weights = _area_weights(len(pixels), size)
-    groups, _, taps = weights.shape
-    rows = pixels.index_select(0, rows).view(groups, taps, -1)
-    return (weights.to(dtype) @ rows.to(dtype)).flatten(0, 1)[:size]
+    pixels, weights = _area_weights(side, size)
+    for sums in image:
+        # Sums over the rows, then the columns, in units of 1/size pixel. The first lie below 2^24:
+        # they are exact up to 65,793 pixels.
+        for dtype in (torch.float32, torch.float64):
+            taken = sums.contiguous().index_select(0, pixels).to(dtype)
+            taken = taken.unflatten(0, (len(weights), -1))
+            sums = (weights.to(dtype) @ taken).flatten(0, 1)[:size].t()
+        channels.append((sums / side**2).round_().to(torch.uint8))
+    return torch.stack(channels)
 
 
 @functools.lru_cache(maxsize=256)
@@ -128,7 +117,7 @@ def random_resized_crop_flip(image, rng, size):
     """
     top, left, height, width = _resized_crop_window(*image.shape[-2:], rng)
     crop = image[..., top : top + height, left : left + width]
-    return random_flip(_resize(crop, size, size), rng)
+    return random_flip(resize_square(crop, size), rng)
 
 
 def _resized_crop_window(height, width, rng):
