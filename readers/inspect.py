@@ -79,34 +79,33 @@ def check(name, sets, report=None, workers=None):
     """
     refuse_unwritable("--report", report)
     found = {"missing": [], "broken": [], "duplicated": [], "in train and test": []}
-    prints, firsts = {}, {}  # by split: each fingerprint once, and the first image that has it
-    dark = []
+    once, dark = [], []  # of each split: its fingerprints and the first image that has each
     for split, dataset in sets.items():
-        every, good = np.zeros(len(dataset), np.uint64), np.ones(len(dataset), bool)
-        brightest = np.zeros(len(dataset), np.uint8)
-        results = each_image(dataset, _fingerprint, split, workers)
-        with contextlib.closing(results):  # the bar ends above any message
+        prints, brightest = np.zeros(len(dataset), np.uint64), np.zeros(len(dataset), np.uint8)
+        good = np.ones(len(dataset), bool)
+        # The bar ends above any message.
+        with contextlib.closing(each_image(dataset, _fingerprint, split, workers)) as results:
             for i, result in enumerate(results):
                 if isinstance(result, Exception):
                     good[i] = False
                     kind = "missing" if isinstance(result, FileNotFoundError) else "broken"
                     found[kind].append(f"{split}: {result}")
                 else:
-                    every[i], brightest[i] = result
+                    prints[i], brightest[i] = result
         places = np.flatnonzero(good)
         if len(places) and np.median(brightest[places]) <= 16:
             dark.append(f"{split}: half of the images have no pixel above 16 of 255")
-        prints[split], first, inverse = np.unique(
-            every[places], return_index=True, return_inverse=True
-        )
-        firsts[split] = places[first]
-        originals = firsts[split][inverse]
-        for k in np.flatnonzero(places != originals):
-            same = f"{dataset.where(places[k])} is the same as {dataset.where(originals[k])}"
+        prints, first, inverse = np.unique(prints[places], return_index=True, return_inverse=True)
+        once.append((prints, places[first]))
+        originals = places[first][inverse]
+        again = places != originals
+        for i, original in zip(places[again], originals[again]):
+            same = f"{dataset.where(i)} is the same as {dataset.where(original)}"
             found["duplicated"].append(f"{split}: {same}")
-    train, test = sets["train"], sets["test"]
-    _, a, b = np.intersect1d(prints["train"], prints["test"], return_indices=True)
-    for i, j in zip(firsts["train"][a], firsts["test"][b]):
+    (prints, firsts), (others, other_firsts) = once
+    _, a, b = np.intersect1d(prints, others, return_indices=True)
+    train, test = sets.values()
+    for i, j in zip(firsts[a], other_firsts[b]):
         found["in train and test"].append(f"{train.where(i)} is the same as {test.where(j)}")
 
     if dark:  # 4095 of 65535 is 16 of 255
