@@ -68,15 +68,6 @@ def test_legal_spellings(place, text, name):
     assert len(test) == 1 and train.groups.tolist() == [0, 0, 2]
 
 
-def test_a_hundred_findings(place):
-    header = "path,split," + ",".join(f"finding {k}" for k in range(100))
-    rows = [f"img/{i}.png,{'test' if i == 3 else 'train'}" for i in range(4)]
-    rows = [row + "".join(f",{int(k % 4 == i)}" for k in range(100)) for i, row in enumerate(rows)]
-    train, test = load(place, "\n".join([header, *rows]))
-    assert train.labels.shape == (3, 100) and len(train.classes) == 100
-    assert np.flatnonzero(test.labels[0]).tolist() == list(range(3, 100, 4))
-
-
 def changed(old, new, text=MANY):
     assert old in text
     return text.replace(old, new, 1)

@@ -14,18 +14,9 @@ from pandas._libs.parsers import STR_NA_VALUES
 from trees import lines, read, write
 
 from readers import tables
-from readers.tables import (
-    NUMBER,
-    TEXT,
-    may_be_missing,
-    one_of,
-    positions,
-    read_list,
-    read_table,
-    refuse_repeats,
-)
+from readers.tables import NUMBER, TEXT, read_table
 
-MARK = one_of({"": np.nan, "0": 0, "1.0": 1}, np.float32)
+MARK = tables.one_of({"": np.nan, "0": 0, "1.0": 1}, np.float32)
 COLUMNS = {"name": TEXT, "number": NUMBER, "mark": MARK}
 HEADER = "unread,name,number,view,mark"
 ROWS = ("x,a 1.png,10000032,PA,1.0", "x,é,0,,", ",b.png,12,L,0", "1,b.png,999999999999999999,PA,")
@@ -120,23 +111,11 @@ def test_equals_pandas(tmp_path, rng):
 
 
 def test_what_is_missing_is_what_pandas_takes_as_missing(tmp_path):
-    texts = [
-        "",
-        *STR_NA_VALUES,
-        "Nan",
-        "NONE",
-        "none",
-        " nan",
-        "NA ",
-        "na",
-        "-",
-        "?",
-        "['nan']",
-        "0",
-    ]
+    odd = ["", "Nan", "NONE", "none", " nan", "NA ", "na", "-", "?", "['nan']", "0"]
+    texts = [*odd, *STR_NA_VALUES]
     write(tmp_path / "x.csv", lines("text,n", [f'"{text}",1' for text in texts]))
     reference = pandas.read_csv(tmp_path / "x.csv")["text"].fillna("")
-    (text,) = read_table(tmp_path / "x.csv", {"text": may_be_missing(TEXT)})
+    (text,) = read_table(tmp_path / "x.csv", {"text": tables.may_be_missing(TEXT)})
     assert [value.decode() for value in text] == reference.tolist()
     assert (text == b"").sum() == len(STR_NA_VALUES) + 1
 
@@ -246,26 +225,30 @@ def test_many_rows(table):
 def test_lists(tmp_path):
     path = tmp_path / "list.txt"
     path.write_bytes(b"\xef\xbb\xbfb.png\r\n\r\n  a b.png \n\t\n\xc3\xa9.png")
-    assert read_list(path) == [(1, "b.png"), (3, "a b.png"), (5, "é.png")]
+    assert tables.read_list(path) == [(1, "b.png"), (3, "a b.png"), (5, "é.png")]
     path.write_text("\n \r\n")
-    refuses(ValueError, partial(read_list, path), path, "no image")
+    refuses(ValueError, partial(tables.read_list, path), path, "no image")
     path.write_bytes("Zoë.png\n".encode("latin-1"))
-    refuses(ValueError, partial(read_list, path), path, "UTF-8")
+    refuses(ValueError, partial(tables.read_list, path), path, "UTF-8")
 
 
 def test_repeats():
-    refuse_repeats(np.array([3, 1, 2]), "x.csv")
-    refuse_repeats(np.array([], "S1"), "x.csv")
-    call = partial(refuse_repeats, np.array(["é".encode(), b"a", "é".encode()]), "x.csv")
+    tables.refuse_repeats(np.array([3, 1, 2]), "x.csv")
+    tables.refuse_repeats(np.array([], "S1"), "x.csv")
+    call = partial(tables.refuse_repeats, np.array(["é".encode(), b"a", "é".encode()]), "x.csv")
     refuses(ValueError, call, "x.csv: é occurs more than once; keep one")
 
 
 def test_positions(rng):
     values = rng.permutation(1000)
-    assert positions(values, values, "x").tolist() == list(range(1000))
+    assert tables.positions(values, values, "x").tolist() == list(range(1000))
     keys = rng.integers(-200, 1200, size=5000)
     reference = {value: place for place, value in enumerate(values.tolist())}
-    assert positions(keys, values, "x").tolist() == [reference.get(k, -1) for k in keys.tolist()]
+    assert tables.positions(keys, values, "x").tolist() == [
+        reference.get(k, -1) for k in keys.tolist()
+    ]
     texts = np.array([b"b", b"a", b"cc"])
-    assert positions(np.array([b"cc", b"c", b"b"]), texts, "x").tolist() == [2, -1, 0]
-    refuses(ValueError, partial(positions, keys, np.array([1, 2, 1]), "x.csv"), "x.csv: 1 occurs")
+    assert tables.positions(np.array([b"cc", b"c", b"b"]), texts, "x").tolist() == [2, -1, 0]
+    refuses(
+        ValueError, partial(tables.positions, keys, np.array([1, 2, 1]), "x.csv"), "x.csv: 1 occurs"
+    )
