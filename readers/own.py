@@ -30,7 +30,7 @@ def table(name, root, split, domain="natural", uncertain="ignore", blank="ignore
     known = {"path": tables.BELOW, "split": tables.one_of({"train": False, "test": True}, bool)}
     known |= {"patient": patient, "label": label}
     mark, choices = tables.finding(uncertain, blank)
-    header = tables.header_of(path)
+    _, header = next(tables.rows(path), (0, []))
     for place, column in enumerate(header, 1):
         if not column.strip():
             raise ValueError(f"{path}: column {place} of its header has no name; name it")

@@ -15,18 +15,16 @@ import numpy as np
 ROWS_AT_ONCE = 2**8  # of more, most of the time goes into Python's search for cycles among them
 
 
-class Column(NamedTuple):
-    """How the texts of a table's column are read.
-
-    convert: a list of N texts -> an array of N; raises one of NOT_VALID where a text is not as it
-    `must` be, which completes the error "COLUMN 'text' must ...".
-    """
-
-    convert: Callable
-    must: str
-
-
 NOT_VALID = (ValueError, KeyError, OverflowError)
+
+
+class Column(NamedTuple):
+    """How the texts of a table's column are read."""
+
+    convert: Callable  # N texts -> an array of N, or one of NOT_VALID
+    must: str  # completes the error "COLUMN 'text' must ..."
+
+
 # Texts that pandas takes as missing (version 3.1), with which the study read its tables.
 MISSING = frozenset(
     ",nan,-nan,NaN,-NaN,NA,N/A,n/a,<NA>,#NA,#N/A,#N/A N/A,null,NULL,None,1.#IND,-1.#IND,1.#QNAN,"
@@ -114,7 +112,7 @@ class Names:
 def rows(path):
     """Yields (the line in which it ends, texts) of each row of a CSV file that is not blank.
 
-    Bytes that are no UTF-8 come as surrogates. Raises ValueError where the file is damaged.
+    Bytes that are no UTF-8 come as surrogates. Raises ValueError for a damaged file.
     """
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -128,11 +126,6 @@ def rows(path):
             raise ValueError(f"{path}: {after} ({error}); mend it") from error
 
 
-def header_of(path):
-    """The names of a table's columns."""
-    return next(rows(path), (0, []))[1]
-
-
 def line_of(path, row):
     """In which line of the file that row of a table ends, the first below the header being 0."""
     return next(itertools.islice(rows(path), row + 1, None))[0]
@@ -144,7 +137,8 @@ def read_table(path, columns, optional=()):
     columns: {name: Column}. optional: names of columns that may be missing; their array is None.
     Lines of blanks are passed over. Raises ValueError naming the file and, of a row, its line.
     """
-    header = header_of(path)
+    below = rows(path)
+    _, header = next(below, (0, []))
     for name in columns:
         if name not in header and name not in optional:
             has = f"has no column {name!r}, only: {', '.join(header)} (is it separated by commas?)"
@@ -152,7 +146,6 @@ def read_table(path, columns, optional=()):
         if header.count(name) > 1:
             raise ValueError(f"{path}: has {header.count(name)} columns {name!r}; keep one")
     parts = {name: [] for name in columns if name in header}
-    below = itertools.islice(rows(path), 1, None)
     while chunk := list(itertools.islice(below, ROWS_AT_ONCE)):
         try:
             by_column = zip(*(row for _, row in chunk), strict=True)
@@ -170,9 +163,9 @@ def read_table(path, columns, optional=()):
 def _refuse_bad_row(path, header, columns, chunk):
     """Raises ValueError naming the first of these rows that is not as its columns must be."""
     for line, row in chunk:
-        if len(row) != len(header):
-            has = f"{len(row)} columns, the header has {len(header)}"
-            raise ValueError(f"{path}, line {line}: {has}")
+        count, of = len(row), len(header)
+        if count != of:
+            raise ValueError(f"{path}, line {line}: {count} columns, the header has {of}")
         for name, text in zip(header, row):
             try:
                 if name in columns:

@@ -87,9 +87,10 @@ def _of_views(name, table, found, views):
     return np.isin(found, [view.encode() for view in views]), f"views other than {', '.join(views)}"
 
 
-def _xray(name, reader, labels, classes, groups, **about):
-    """An X-ray dataset; multi-class when its labels are (N,) int."""
+def _xray(name, folder, names, labels, classes, groups, **about):
+    """An X-ray dataset of files below a folder; multi-class when its labels are (N,) int."""
     task = "multilabel" if labels.ndim == 2 else "multiclass"
+    reader = Files(str(folder), names, "L")
     return ImageDataset(name, reader, labels, classes, task, "medical", groups, **about)
 
 
@@ -147,10 +148,10 @@ def chexpert(name, root, split, views=("PA", "AP"), uncertain="ignore", blank="i
     labels, devices = _finding_labels(*findings)
     paths, labels = paths[kept], labels[kept]
     tables.refuse_repeats(paths, table)
-    options |= {"views": list(views)}
-    dropped = {other: int((~kept).sum()), DEVICES: int(devices[kept].sum())}
-    reader, about = Files(str(folder), paths, "L"), {"options": options, "dropped": dropped}
-    return _xray(name, reader, labels, CHEXPERT_CLASSES, _chexpert_patients(paths), **about)
+    about = {"options": options | {"views": list(views)}}
+    about["dropped"] = {other: int((~kept).sum()), DEVICES: int(devices[kept].sum())}
+    patients = _chexpert_patients(paths)
+    return _xray(name, folder, paths, labels, CHEXPERT_CLASSES, patients, **about)
 
 
 def chexpert_test(name, root, split):
@@ -172,8 +173,8 @@ def chexpert_test(name, root, split):
             raise FileNotFoundError(f"{folder / study}: no frontal image, listed in {table}")
         names += [f"{study}/{file}" for file in found]
         rows += [row] * len(found)
-    labels, reader = _finding_labels(*findings)[0][rows], Files(str(folder), encoded(names), "L")
-    return _xray(name, reader, labels, CHEXPERT_CLASSES, _chexpert_patients(reader.names))
+    labels, names = _finding_labels(*findings)[0][rows], encoded(names)
+    return _xray(name, folder, names, labels, CHEXPERT_CLASSES, _chexpert_patients(names))
 
 
 def packed_or_not(path):
@@ -194,9 +195,9 @@ def mimic(name, root, split, views=("PA", "AP"), uncertain="ignore", blank="igno
         b"p%d/p%d/s%d/%s.jpg" % (int(str(subject)[:2]), subject, study, dicom)
         for subject, study, dicom in zip(subjects.tolist(), studies.tolist(), dicoms.tolist())
     ]
+    names, files = np.array(names), folder / "files"
     about = {"options": options | {"views": list(views)}, "dropped": dropped}
-    reader = Files(str(folder / "files"), np.array(names), "L")
-    return _xray(name, reader, labels, CHEXPERT_CLASSES, subjects, **about)
+    return _xray(name, files, names, labels, CHEXPERT_CLASSES, subjects, **about)
 
 
 def mimic_rows(name, folder, split, views, finding):
@@ -257,8 +258,8 @@ def nih(name, root, split, views=None):
         about["options"] = {"views": list(views)}
         about["dropped"] = {other: int((~kept[rows]).sum())}
         rows = rows[kept[rows]]
-    reader = Files(str(folder / "images"), names[rows], "L")
-    return _xray(name, reader, labels[rows], NIH_CLASSES, patients[rows], **about)
+    names, labels, patients = names[rows], labels[rows], patients[rows]
+    return _xray(name, folder / "images", names, labels, NIH_CLASSES, patients, **about)
 
 
 @functools.lru_cache(maxsize=2**16)
@@ -280,11 +281,11 @@ def padchest(name, root, split, views=VIEWS["padchest"], split_by="patient"):
     need(name, table)
     if split_by not in ("patient", "image"):
         raise ValueError(f"--split-by {split_by}: must be patient or image")
-    read = Column(lambda texts: np.array([*map(_padchest_row, texts)], np.float32), "be text")
+    labelled = Column(lambda texts: np.array([*map(_padchest_row, texts)], np.float32), "be text")
     columns = {"ImageID": TEXT, "PatientID": TEXT, "Projection": VIEW}
-    columns |= {"Labels": may_be_missing(read), "ImageDir": may_be_missing(TEXT)}
-    arrays = tables.read_table(table, columns, optional=("ImageDir",))
-    names, patients, found, labels, folders = arrays
+    columns |= {"Labels": may_be_missing(labelled), "ImageDir": may_be_missing(TEXT)}
+    read = tables.read_table(table, columns, optional=("ImageDir",))
+    names, patients, found, labels, folders = read
     tables.refuse_repeats(names, table)
     found = np.where(found == b"AP_horizontal", b"AP Supine", found)
     kept, other = _of_views(name, table, found, views)
@@ -302,14 +303,14 @@ def padchest(name, root, split, views=VIEWS["padchest"], split_by="patient"):
     rows = rows[train if split == "train" else ~train]
 
     # Images lie in the folder that ImageDir names, or beside the table.
-    used = [] if folders is None else [part for part in np.unique(folders) if part]
-    if any((folder / os.fsdecode(part)).is_dir() for part in used):
+    used = [] if folders is None else filter(None, map(os.fsdecode, np.unique(folders)))
+    if any((folder / part).is_dir() for part in used):
         names = np.char.add(np.where(folders != b"", np.char.add(folders, b"/"), b""), names)
-    reader, groups = Files(str(folder), names[rows], "L"), patients[rows]
     left_out = {other: ~kept, "no labels": unlabelled, "known broken": broken}
     about = {"dropped": {why: int(images.sum()) for why, images in left_out.items()}}
     about["options"] = {"views": list(views), "split_by": split_by}
-    return _xray(name, reader, labels[rows], PADCHEST_CLASSES, groups, **about)
+    names, labels, patients = names[rows], labels[rows], patients[rows]
+    return _xray(name, folder, names, labels, PADCHEST_CLASSES, patients, **about)
 
 
 def covidx(name, root, split):
@@ -326,9 +327,9 @@ def covidx(name, root, split):
             raise ValueError(f"{path}, line {number}: {line!r} must {must}")
         rows.append((patient, fields[0], classes.index(fields[1])))
     patients, names, labels = zip(*rows)
-    reader = Files(str(folder / split), encoded(names), "L")
-    tables.refuse_repeats(reader.names, path)
-    return _xray(name, reader, np.array(labels, np.int64), classes, encoded(patients))
+    names, labels, patients = encoded(names), np.array(labels, np.int64), encoded(patients)
+    tables.refuse_repeats(names, path)
+    return _xray(name, folder / split, names, labels, classes, patients)
 
 
 def tuberculosis(name, root, split):
@@ -349,5 +350,4 @@ def tuberculosis(name, root, split):
         chosen = files[:count] if split == "train" else files[count:]
         names += [str(file.relative_to(folder)) for file in chosen]
     labels = np.array([int(file[-len("0.png")]) for file in names], np.int64)
-    reader = Files(str(folder), encoded(names), "L")
-    return _xray(name, reader, labels, ("normal", "tuberculosis"), None)
+    return _xray(name, folder, encoded(names), labels, ("normal", "tuberculosis"), None)

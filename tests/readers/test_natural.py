@@ -76,8 +76,7 @@ def test_cifar(tmp_path, rng, monkeypatch, name, key):
             np.testing.assert_array_equal(dataset.read(i), expected)
 
 
-@pytest.fixture
-def flowers(tmp_path, rng, monkeypatch):
+def test_flowers(tmp_path, rng, monkeypatch):
     whole(monkeypatch, torchvision.datasets.flowers102)
     base = tmp_path / "flowers-102"
     for image in range(1, 8):
@@ -86,18 +85,14 @@ def flowers(tmp_path, rng, monkeypatch):
     scipy.io.savemat(base / "imagelabels.mat", {"labels": labels})
     sets = {"trnid": [[2, 1]], "valid": [[7, 5]], "tstid": [[6, 3, 4]]}
     scipy.io.savemat(base / "setid.mat", {name: np.array(ids) for name, ids in sets.items()})
-    return tmp_path
-
-
-def test_flowers(flowers):
-    train, test = (load_dataset("flowers102", flowers, split) for split in ("train", "test"))
+    train, test = (load_dataset("flowers102", tmp_path, split) for split in ("train", "test"))
     # The study's rule: the official test list is trained on, train + validation is tested on.
     assert train.labels.tolist() == [49, 101, 2] and test.labels.tolist() == [0, 76, 1, 2]
     assert train.labels.dtype == np.int64
     for dataset, images in ((train, (6, 3, 4)), (test, (2, 1, 7, 5))):
         assert len(dataset.classes) == 102 and dataset.classes[76] == "passion flower"
         for i, image in enumerate(images):
-            path = flowers / "flowers-102" / "jpg" / f"image_{image:05d}.jpg"
+            path = base / "jpg" / f"image_{image:05d}.jpg"
             np.testing.assert_array_equal(dataset.read(i), pixels_of(path))
 
 

@@ -42,42 +42,36 @@ def is_expected(path):
 # What is legal
 
 
-def noted(note):
-    """A new first column of that text in each row."""
-
-    def change(text):
-        header, *rows = text.splitlines()
-        return lines(f"Note,{header}", [f"{note},{row}" for row in rows])
-
-    return change
+def noted(note, text):
+    """A new first column of that note in each row."""
+    header, *rows = text.splitlines()
+    return lines(f"Note,{header}", [f"{note},{row}" for row in rows])
 
 
-def rewritten(change_rows=list, **dialect):
+def rewritten(text, change_rows=list, quoting=csv.QUOTE_MINIMAL):
     """The same table, its list of rows changed, by the csv module's writer."""
-
-    def change(text):
-        out = io.StringIO()
-        writer = csv.writer(out, **{"lineterminator": "\n"} | dialect)
-        writer.writerows(change_rows(csv.reader(text.splitlines())))
-        return out.getvalue()
-
-    return change
+    out = io.StringIO()
+    writer = csv.writer(out, quoting=quoting, lineterminator="\n")
+    writer.writerows(change_rows(csv.reader(text.splitlines())))
+    return out.getvalue()
 
 
 LEGAL = {
     "as it is": str,
     "CR": lambda text: text.replace("\n", "\r"),
-    "BOM, CRLF, quotes": lambda text: "\ufeff" + rewritten(quoting=1)(text).replace("\n", "\r\n"),
+    "BOM, CRLF, quotes": lambda t: "\ufeff" + rewritten(t, quoting=1).replace("\n", "\r\n"),
     "lines of blanks": lambda text: text.replace("\n", "\n  \n\t\n"),
-    "all quoted": rewritten(quoting=csv.QUOTE_ALL),
-    "quoted commas": noted('"CHEST (PA, LAT), 2 views"'),
-    "quoted quotes": noted('"a ""b"", c"'),
-    "quoted CRLF": lambda text: noted('"a\r\nb"')(text).replace("\n", "\r\n"),
-    "quoted blank lines": noted('"a\n\nb, c\n"'),
+    "all quoted": partial(rewritten, quoting=csv.QUOTE_ALL),
+    "quoted commas": partial(noted, '"CHEST (PA, LAT), 2 views"'),
+    "quoted quotes": partial(noted, '"a ""b"", c"'),
+    "quoted CRLF": lambda text: noted('"a\r\nb"', text).replace("\n", "\r\n"),
+    "quoted blank lines": partial(noted, '"a\n\nb, c\n"'),
     "a quoted line end in the header": lambda text: text.replace("unread", '"un\nread"'),
-    "not ASCII": noted("Zoë 𝄞 読影"),
-    "columns in another order": rewritten(lambda rows: [row[::-1] for row in rows]),
-    "an unknown column twice": lambda text: noted("1")(noted("2")(text)),
+    "not ASCII": partial(noted, "Zoë 𝄞 読影"),
+    "columns in another order": partial(
+        rewritten, change_rows=lambda rows: [row[::-1] for row in rows]
+    ),
+    "an unknown column twice": lambda text: noted("1", noted("2", text)),
     "blanks around a number": lambda text: text.replace(",12,", ", 12 ,"),
 }
 
@@ -123,17 +117,12 @@ def test_what_is_missing_is_what_pandas_takes_as_missing(tmp_path):
 # What is not
 
 
-def replaced(column, text):
-    """A change of the table's fourth line."""
-
-    def change(table):
-        rows = table.splitlines()
-        fields = rows[3].split(",")
-        fields[HEADER.split(",").index(column)] = text
-        rows[3] = ",".join(fields)
-        return lines(rows[0], rows[1:])
-
-    return change
+def replaced(column, text, table):
+    """The table with that text in its fourth line."""
+    rows = table.splitlines()
+    fields = rows[3].split(",")
+    fields[HEADER.split(",").index(column)] = text
+    return lines(rows[0], [*rows[1:3], ",".join(fields), *rows[4:]])
 
 
 BAD = [
@@ -153,15 +142,15 @@ BAD = [
     (lambda t: t.replace("x,é", '"x,é'), ["line ", "1 columns"]),  # an open quote
     (lambda t: t + "x" * 200_000, ["line 6", "field limit", "mend"]),
     *(
-        (replaced("mark", text), [f"line 4: mark {text!r} must be one of , 0, 1.0"])
+        (partial(replaced, "mark", text), [f"line 4: mark {text!r} must be one of , 0, 1.0"])
         for text in ("2", "nan", " 1", "01", "é")
     ),
     *(
-        (replaced("number", text), [f"line 4: number {text!r} must be a whole number"])
+        (partial(replaced, "number", text), [f"line 4: number {text!r} must be a whole number"])
         for text in ("", "p10", "1.0", "-5", "9" * 19, "1e3", "1_000", "１", "²")
     ),
     *(
-        (replaced("name", text), ["line 4: name", "must be UTF-8 of less than 256 bytes"])
+        (partial(replaced, "name", text), ["line 4: name", "must be UTF-8 of less than 256 bytes"])
         for text in ("x" * 256, "é" * 128, "Zo\udceb")
     ),
 ]
@@ -176,7 +165,7 @@ def test_bad_tables(table, change, words):
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="csv itself refuses a NUL before 3.11")
 def test_a_nul_is_no_text(table):
     """numpy would drop it at the end of a text."""
-    write(table, replaced("name", "1.0\0")(read(table)))
+    write(table, replaced("name", "1.0\0", read(table)))
     refuses(ValueError, partial(read_table, table, COLUMNS), table, "line 4: name '1.0\\x00' must")
 
 

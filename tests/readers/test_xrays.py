@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import refuses
 from PIL import Image
-from trees import MIMIC_ROWS, Trees, lines, luma, marks, noise, pixels_of, read, save, write
+from trees import MIMIC_ROWS, Trees, lines, marks, noise, pixels_of, read, save, write
 
 import data
 from data import load_dataset
@@ -161,14 +161,12 @@ def test_chexpert(trees, release):
 )
 def test_how_uncertain_and_blank_marks_are_read(trees, uncertain, blank, expected):
     """Patients 2, 3 and 5; with No Finding all are absent whichever way."""
-    trees.write_chexpert("train", CHEXPERT_TRAIN)
     dataset = trees.load("chexpert", uncertain=uncertain, blank=blank)
     np.testing.assert_array_equal(dataset.labels[[1, 4, 5]], marks(*expected))
     assert not dataset.labels[[0, 3]].any()
     chosen = {"uncertain": uncertain, "blank": blank}
     chosen = {key: value for key, value in chosen.items() if value != "ignore"}
     assert dataset.options == {"views": ["PA", "AP"]} | chosen
-    trees.write_mimic()
     usual, dataset = trees.load("mimic"), trees.load("mimic", uncertain=uncertain, blank=blank)
     assert dataset.options == {"views": ["PA", "AP"]} | chosen
     known = ~np.isnan(usual.labels)
@@ -414,11 +412,7 @@ def test_nih(chests):
     assert [np.flatnonzero(row).tolist() for row in train.labels] == [[1, 4], [], [0, 11, 13]]
     assert np.flatnonzero(test.labels[0]).tolist() == [7]
     assert set(np.unique(train.labels)) == {0, 1}
-    grey, deep, rgba = (chests.pixels[f"0000000{n}.png"] for n in ("1_000", "1_001", "3_000"))
-    for i, expected in enumerate((grey, (deep.astype(int) + 128) // 257, luma(rgba))):
-        image = train.read(i)
-        assert image.dtype == torch.uint8 and image.shape == (1, 9, 8)
-        np.testing.assert_array_equal(image[0], expected)
+    assert_grey(train)  # of which one has 16 bits, one colours
     image, label = test[0]
     np.testing.assert_array_equal(image[0], chests.pixels["00000002_000.png"])
     assert label.dtype == torch.float32 and label.tolist() == test.labels[0].tolist()
@@ -651,19 +645,12 @@ COVIDX_TRAIN = (
 COVIDX_TEST = ("MIDRC-RICORD-1C-419639-000082 0034.jpg positive ricord", "7 7.png negative rsna")
 
 
-@pytest.fixture
-def covidx(tmp_path):
-    """(its folder, load)."""
-    folder = tmp_path / "COVIDx-CXR2"
+def test_covidx(tmp_path, rng):
+    folder, load = tmp_path / "COVIDx-CXR2", partial(load_dataset, "covidx", tmp_path)
     for split, rows in (("train", COVIDX_TRAIN), ("test", COVIDX_TEST)):
         write(folder / f"{split}.txt", "\n".join(rows) + "\n")
-        for seed, line in enumerate(filter(None, rows)):
-            save(folder / split / line.split()[-3], noise(np.random.default_rng(seed), 8, 9))
-    return folder, partial(load_dataset, "covidx", tmp_path)
-
-
-def test_covidx(covidx):
-    folder, load = covidx
+        for line in filter(None, rows):
+            save(folder / split / line.split()[-3], noise(rng, 8, 9))
     train, test = load(), load(split="test")
     for split, dataset in (("train", train), ("test", test)):
         assert_xrays(dataset, "covidx", ("negative", "positive"), "multiclass")
@@ -678,67 +665,49 @@ def test_covidx(covidx):
     assert groups(test) == ["MIDRC-RICORD-1C-419639-000082", "7"]
     image, label = test[1]
     assert image.shape == (1, 8, 9) and label.dtype == torch.int64 and label == 0
-
-
-@pytest.mark.parametrize(
-    "row", ["379 x.png COVID-19 cohen", "379 x.png 1 cohen", "x.png positive c"]
-)
-def test_covidx_refuses(covidx, row):
-    folder, load = covidx
-    write(folder / "test.txt", "\n".join([COVIDX_TRAIN[0], "", row]))
-    refuses(ValueError, partial(load, split="test"), f"{folder}/test.txt, line 3", row, "positive")
+    for row in ("379 x.png COVID-19 cohen", "379 x.png 1 cohen", "x.png positive c"):
+        write(folder / "test.txt", "\n".join([COVIDX_TRAIN[0], "", row]))
+        words = f"{folder}/test.txt, line 3", row, "positive"
+        refuses(ValueError, partial(load, split="test"), *words)
     write(folder / "train.txt", "\n".join([*COVIDX_TRAIN, "9 0034.jpg negative cohen"]))
     refuses(ValueError, load, folder / "train.txt", "0034.jpg", "more than once")
 
 
 # Tuberculosis
 
-MONTGOMERY = "Tuberculosis_dataset/Montgomery/MontgomerySet/CXR_png"
-# In the real sets, too, all normal images come before the others.
-LUNGS = {
+LUNGS = {  # in the real sets, too, all normal images come before the others
     "Tuberculosis_dataset/ChinaSet_AllFiles/ChinaSet_AllFiles/CXR_png": [
         f"CHNCXR_{k:04d}_{int(k > 20)}.png" for k in range(1, 35)
     ],
-    MONTGOMERY: [f"MCUCXR_{k:04d}_{int(k > 8)}.png" for k in range(1, 14)],
+    "Tuberculosis_dataset/Montgomery/MontgomerySet/CXR_png": [
+        f"MCUCXR_{k:04d}_{int(k > 8)}.png" for k in range(1, 14)
+    ],
 }
 
 
-@pytest.fixture
-def lungs(tmp_path):
-    """(root, load, {split: files}): 34 and 13 images, of which int(28.9) and int(11.05) train."""
-    expected = {"train": [], "test": []}
-    for (part, files), count in zip(LUNGS.items(), (28, 11)):
+def test_tuberculosis(tmp_path, rng):
+    """34 and 13 images, of which int(28.9) and int(11.05) train."""
+    expected, load = {"train": [], "test": []}, partial(load_dataset, "tuberculosis", tmp_path)
+    for (part, listed), count in zip(LUNGS.items(), (28, 11)):
         # A directory lists its files in no order: they are not written in the sorted one.
-        for name in sorted(files, key=lambda name: name[::-1]):
-            grey = int(name[7:11]) + 100 * (part == MONTGOMERY)
-            save(tmp_path / part / name, np.full((3, 4), grey, np.uint8))
-        order = [f"{part}/{files[i]}" for i in study_order(len(files))]
+        for name in sorted(listed, key=lambda name: name[::-1]):
+            save(tmp_path / part / name, noise(rng, 3, 4))
+        for other in ("Thumbs.db", f"._{listed[0]}"):  # which macOS unpacks beside each file
+            write(tmp_path / part / other, "no image")
+        order = [f"{part}/{listed[i]}" for i in study_order(len(listed))]
         expected["train"] += order[:count]
         expected["test"] += order[count:]
-    return tmp_path, partial(load_dataset, "tuberculosis", tmp_path), expected
-
-
-def test_tuberculosis(lungs):
-    root, load, expected = lungs
     for split, paths in expected.items():
         dataset = load(split=split)
         assert_xrays(dataset, "tuberculosis", ("normal", "tuberculosis"), "multiclass")
-        assert files(dataset, root) == paths and dataset.groups is None and dataset.options == {}
+        assert files(dataset, tmp_path) == paths
+        assert dataset.groups is None and dataset.options == {}
         assert dataset.labels.tolist() == [int(path[-5]) for path in paths]
-        for i, path in enumerate(paths):
-            grey, image = int(path[-10:-6]) + 100 * path.startswith(MONTGOMERY), dataset.read(i)
-            assert image.shape == (1, 3, 4) and image.unique().tolist() == [grey]
-
-
-@pytest.mark.parametrize("part", LUNGS)
-def test_tuberculosis_other_files(lungs, part):
-    """An archive that macOS unpacks has a hidden ._NAME beside each file."""
-    root, load, expected = lungs
-    for other in ("Thumbs.db", f"._{LUNGS[part][0]}"):
-        write(root / part / other, "no image")
-    assert files(load(), root) == expected["train"]
-    save(root / part / "CHNCXR_0001_0_mask.png", np.zeros((2, 2), np.uint8))
-    refuses(ValueError, load, root / part / "CHNCXR_0001_0_mask.png", "_0", "_1")
-    for file in (root / part).iterdir():
-        file.unlink()
-    refuses(ValueError, load, root / part, "no .png")
+        assert_grey(dataset)
+    for part in reversed(LUNGS):
+        mask = tmp_path / part / "CHNCXR_0001_0_mask.png"
+        save(mask, np.zeros((2, 2), np.uint8))
+        refuses(ValueError, load, mask, "_0", "_1")
+        for file in (tmp_path / part).iterdir():
+            file.unlink()
+        refuses(ValueError, load, tmp_path / part, "no .png")
