@@ -27,11 +27,9 @@ def join(name, members, labels):
         raise ValueError(f"{name}: no label is common to all; --labels union keeps all ({have})")
     tables, options, dropped = [], {"labels": labels}, {}
     for member in members:
-        table = np.full((len(member), len(classes)), np.nan, np.float32)
-        for column, label in enumerate(classes):
-            if label in member.classes:
-                table[:, column] = member.labels[:, member.classes.index(label)]
-        tables.append(table)
+        places = {label: place for place, label in enumerate(member.classes)}
+        with_nan = np.pad(member.labels, ((0, 0), (0, 1)), constant_values=np.nan)
+        tables.append(with_nan[:, [places.get(label, -1) for label in classes]])
         options |= {member.name: member.options} if member.options else {}
         dropped |= {f"{member.name}: {why}": count for why, count in member.dropped.items()}
     reader = Joined([member.reader for member in members], np.cumsum([len(m) for m in members]))
@@ -53,12 +51,10 @@ def keep_single_label(dataset):
     kept = positives.sum(1) == 1
     if not kept.any():
         raise ValueError(f"{dataset.name}: no image has exactly one positive label")
-    return dataset.subset(kept).replace(
-        labels=positives[kept].argmax(1),
-        task="multiclass",
-        options=dataset.options | {"single_label": True},
-        dropped=dataset.dropped | {"not exactly one positive label": int((~kept).sum())},
-    )
+    changes = {"labels": positives[kept].argmax(1), "task": "multiclass"}
+    changes["options"] = dataset.options | {"single_label": True}
+    left_out = {"not exactly one positive label": int((~kept).sum())}
+    return dataset.subset(kept).replace(dropped=dataset.dropped | left_out, **changes)
 
 
 def shared_classes(name, classes, task, dataset):

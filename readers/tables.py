@@ -71,11 +71,9 @@ def one_of(values, dtype, must=None):
 
 def may_be_missing(column):
     """The Column to which each text of MISSING is the empty one."""
-
-    def convert(texts):
-        return column.convert(["" if text in MISSING else text for text in texts])
-
-    return Column(convert, column.must)
+    return column._replace(
+        convert=lambda texts: column.convert(["" if text in MISSING else text for text in texts])
+    )
 
 
 def finding(uncertain="ignore", blank="ignore"):
