@@ -55,9 +55,9 @@ def info(name, sets, sheet=None):
         print(f"wrote {sheet}")
 
 
-def contact_sheet(dataset, columns=8, rows=20, side=96):
-    """A PIL image: the first images of each of the first classes, a row a class."""
-    rows = min(rows, len(dataset.classes))
+def contact_sheet(dataset):
+    """A PIL image: the first images of each of the first 20 classes, a row a class."""
+    columns, rows, side = 8, min(20, len(dataset.classes)), 96
     sheet = Image.new("RGB", (180 + columns * side, rows * side), "white")
     draw = ImageDraw.Draw(sheet)
     for row, label in enumerate(dataset.classes[:rows]):
