@@ -65,9 +65,9 @@ DATASETS = {
     "covidx": Known("medical", xrays.covidx, "COVIDx-CXR2", listed=True),
     "tuberculosis": Known("medical", xrays.tuberculosis, "Tuberculosis_dataset"),
 }
-
-
 TEST_ALONE = ("chexpert-test",)  # without training images, for --eval-only
+NAMES = f"{', '.join(DATASETS)}, folder:PATH, table:FILE.csv, NAME@SIZE (a pack), NAME+NAME "
+NAMES += "(a union), NAME~GAP (a synthetic one towards the other world)"
 
 
 def load_dataset(
@@ -82,20 +82,15 @@ def load_dataset(
     validation=None,
     **options,
 ):
-    """The dataset of that name.
+    """The dataset of that name, one of NAMES, below the directory root. split: "train" or "test".
 
-    name: a key of DATASETS, folder:PATH, table:FILE.csv, NAME@SIZE (a pack), NAME~GAP (a synthetic
-    dataset towards the other world), or several joined by "+" (a union). root: directory that holds
-    the real datasets. split: "train" or "test". verify: refuse one of which a listed file is
-    missing.
-    single_label: of a multi-label dataset keep the images with exactly one positive label, as a
-    multi-class one. fraction: of the training images, in (0,1]; a smaller one lies inside a larger
-    one of the same fraction_seed. validation: the part of the training images, in (0,1), that is
-    held out (`subsets.hold_out`) and "test" then means; the test set is not opened. options: those
-    of the dataset (`dataset_options`), e.g. views, split_by, labels, cache_dir, download, and of
-    the synthetic worlds seed, size (pixels) and gap.
-    Raises ValueError for an unknown name, split, option, column or label, FileNotFoundError for a
-    missing directory or file; each names it and the mend.
+    verify: refuse one of which a listed file is missing. single_label: keep the images with exactly
+    one positive label, as a multi-class dataset. fraction: of the training images, in (0,1]; a
+    smaller one lies inside a larger one of the same fraction_seed. validation: the part of the
+    training images, in (0,1), that is held out (`subsets.hold_out`) and "test" then means; the test
+    set is not opened. options: of the dataset (`dataset_options`), e.g. views, split_by, labels,
+    cache_dir, download, and of the synthetic worlds seed, size (pixels) and gap. Raises ValueError
+    for an unknown name, split, option, column or label, FileNotFoundError for what is missing.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
@@ -105,10 +100,9 @@ def load_dataset(
         raise ValueError(f"--fraction {fraction}: must be above 0 and at most 1")
     name = canonical(name)
     takes = dataset_options(name)
-    for option in options:
-        if option not in takes:
-            known = ", ".join(takes) or "none"
-            raise ValueError(f"{name} takes no option {option}; it takes: {known}")
+    for option in options.keys() - takes:
+        known = ", ".join(takes) or "none"
+        raise ValueError(f"{name} takes no option {option}; it takes: {known}")
     opened = "train" if validation else split
     if len(parts_of(name)) > 1:
         dataset = _union(name, Path(root), opened, verify, **options)
@@ -128,10 +122,8 @@ def load_dataset(
     share = fraction if split == "train" else 1
     images = round(share * len(dataset))
     if not images:
-        of = f"--fraction {share:g} of " if share < 1 else ""
-        raise ValueError(
-            f"{name}: no image of the {split} split is left by {of}the options {dataset.options}"
-        )
+        by = f"--fraction {share:g} of " * (share < 1) + f"the options {dataset.options}"
+        raise ValueError(f"{name}: no image of the {split} split is left by {by}")
     if share < 1:
         order = generator(fraction_seed, Stream.FRACTION).permutation(len(dataset))
         dataset = dataset.subset(np.sort(order[:images])).replace(
@@ -167,11 +159,7 @@ def _builder(name):
     near = difflib.get_close_matches(name.lower(), DATASETS, n=1, cutoff=0)[0]
     if "/" in name or name.startswith(("~", ".")):
         near = f"table:{name}" if name.endswith((".csv", ".csv.gz")) else f"folder:{name}"
-    raise ValueError(
-        f"unknown dataset {name!r}; did you mean {near!r}? "
-        f"known: {', '.join(DATASETS)}, folder:PATH, table:FILE.csv, NAME@SIZE (a pack), "
-        "NAME+NAME (a union), NAME~GAP (a synthetic one towards the other world)"
-    )
+    raise ValueError(f"unknown dataset {name!r}; did you mean {near!r}? known: {NAMES}")
 
 
 def dataset_name(text):
@@ -198,8 +186,7 @@ def source_domain(name):
 
 def dataset_slug(name):
     """The name as a part of a path: folder:/a/b becomes folder-b."""
-    parts = parts_of(without_place(name))
-    slug = "+".join(part.replace(":", "-", 1) for part in parts)
+    slug = "+".join(part.replace(":", "-", 1) for part in parts_of(without_place(name)))
     if Path(slug).name != slug:
         raise ValueError(f"{name!r}: a dataset's name with / in it names a place; leave it out")
     return slug
@@ -252,9 +239,7 @@ def refuse_options(names, args):
             raise ValueError(f"--{flag} means nothing for {', '.join(names)}; leave it out")
 
 
-# ------------------------------------------------------------------------------------------------
-# Which images: the global batch of a step (few-shot subsets: readers/subsets.py)
-# ------------------------------------------------------------------------------------------------
+# ---- Which images: the global batch of a step (few-shot subsets: readers/subsets.py) -------------
 
 
 _ORDER = {}  # {(images, seed, epoch): order}, of one epoch: every worker of every rank holds it
@@ -339,9 +324,7 @@ class Batches(torch.utils.data.Dataset):
         return augment(image, rng)
 
 
-# ------------------------------------------------------------------------------------------------
-# Command line: python data.py list | info | check | pack | download
-# ------------------------------------------------------------------------------------------------
+# ---- Command line: python data.py list | info | check | pack | download --------------------------
 
 
 def _load(args, **options):
@@ -423,7 +406,6 @@ def main(argv=None):
     """Runs the command line; returns the exit status, 2 after a line that says what is wrong."""
     parser = Parser("Lists, describes, checks, packs and downloads datasets.", prog="data.py")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    names = f"{', '.join(DATASETS)}, folder:PATH, table:FILE.csv, NAME@SIZE, NAME~GAP, NAME+NAME"
     changes = {
         "size": {"required": True},
         "workers": options.whole(1, 256) | {"help": "(default: one a core)"},
@@ -433,7 +415,7 @@ def main(argv=None):
         words = function.__doc__
         subparser = commands.add_parser(command, help=words, description=words)
         if command != "list":
-            subparser.add_argument("name", type=dataset_name, help=names)
+            subparser.add_argument("name", type=dataset_name, help=NAMES)
         options.add(subparser, f"--data-dir --cache-dir {flags}", **changes)
 
     def run():

@@ -23,13 +23,11 @@ from engine.weights import PUBLISHED, VTAB, our_names, published_path, read_weig
 
 
 class Size(NamedTuple):
-    """blocks: units of each stage. width: factor of the channels, a power of 2 or multiple of 0.5.
-    size_class: pre-trained like the "small" networks (R50x1) or the "large" ones (R152x4).
-    """
+    """Of a network."""
 
-    blocks: tuple
-    width: float
-    size_class: str
+    blocks: tuple  # units of each stage
+    width: float  # factor of the channels, a power of 2 or multiple of 0.5
+    size_class: str  # pre-trained like the "small" networks (R50x1) or the "large" ones (R152x4)
 
 
 # Those below R50x1 are ours, for tests and laptops; 16 channels make 16 groups of a norm, not 32.
@@ -47,9 +45,7 @@ MODELS = {
 }
 
 
-# ------------------------------------------------------------------------------------------------
-# Network
-# ------------------------------------------------------------------------------------------------
+# ---- Network -------------------------------------------------------------------------------------
 
 
 def standardize(weight):
@@ -238,9 +234,7 @@ def place(model, device):
     return model.to(device, memory_format=LAYOUT[torch.device(device).type])
 
 
-# ------------------------------------------------------------------------------------------------
-# Weights
-# ------------------------------------------------------------------------------------------------
+# ---- Weights -------------------------------------------------------------------------------------
 
 
 def load_weights(model, path, content=None, head=True):
@@ -272,10 +266,9 @@ def matching_state(model, path, content=None, head=True):
         if state[key].shape != own[key].shape:
             differences.append(f"{key} is {tuple(state[key].shape)} for {tuple(own[key].shape)}")
     if differences:
-        raise ValueError(
-            f"{path}: weights of another network ({len(differences)} differences: "
-            f"{'; '.join(differences[:3])}); give the --model that they were trained as"
-        )
+        found = f"{len(differences)} differences: {'; '.join(differences[:3])}"
+        mend = "give the --model that they were trained as"
+        raise ValueError(f"{path}: weights of another network ({found}); {mend}")
     return state
 
 

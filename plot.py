@@ -118,7 +118,7 @@ def save(folder, stem, figure, **texts):
     contents |= {ending: text.encode() for ending, text in texts.items()}
     contents = {folder / f"{stem}.{ending}": content for ending, content in contents.items()}
     for path, content in contents.items():
-        console.write_atomically(path, lambda beside, content=content: beside.write_bytes(content))
+        console.write_atomically(path, lambda file, content=content: file.write(content))
     return list(contents)
 
 

@@ -29,27 +29,22 @@ from readers.cache import preload
 from readers.digest import data_digest
 from readers.workers import in_order, loader
 
-# ------------------------------------------------------------------------------------------------
-# Recipes (the study's, arXiv:2106.00116, section 3 and appendix)
-# ------------------------------------------------------------------------------------------------
+# ---- Recipes (the study's, arXiv:2106.00116, section 3 and appendix) -----------------------------
 
 
 class Recipe(NamedTuple):
-    """lr: at a batch of 256, scaled linearly with the batch. warmup: epochs. clipping: of AGC, or
-    None for plain SGD. worker_batch: the warm-up rises from the learning rate that this batch would
-    have to that of batch_size. augment: of transforms.AUGMENTATIONS, for natural images.
-    """
+    """How to pre-train."""
 
-    lr: float
-    clipping: float | None
-    warmup: float
+    lr: float  # at a batch of 256, scaled linearly with the batch
+    clipping: float | None  # of AGC, None for plain SGD
+    warmup: float  # epochs
     epochs: float
-    schedule: str = "step"
+    schedule: str = "step"  # of SCHEDULES
     batch_size: int = 256
-    worker_batch: int = 32
+    worker_batch: int = 32  # the warm-up starts at the learning rate of such a batch
     image_size: int | None = 224
     weight_decay: float = 1e-4
-    augment: str = "crop"
+    augment: str = "crop"  # of transforms.AUGMENTATIONS, for natural images
 
 
 WORLD = Recipe(0.12, None, 0.3, 6, "cosine", 64, image_size=None)
@@ -120,9 +115,8 @@ def choose_pipeline(source, size, train, augment="crop"):
     transforms.AUGMENTATIONS; to test, ImageNet's central crop.
     """
     if source.size is not None:
-        return transforms.Pipeline(
-            transforms.keep, transforms.random_shift_flip if train else transforms.keep
-        )
+        augment = transforms.random_shift_flip if train else transforms.keep
+        return transforms.Pipeline(transforms.keep, augment)
     if source.domain == "medical":
         return transforms.xray_pipeline(size, train)
     if train:
@@ -132,9 +126,7 @@ def choose_pipeline(source, size, train, augment="crop"):
     return transforms.Pipeline(prepare, transforms.keep, round(size * 256 / 224))
 
 
-# ------------------------------------------------------------------------------------------------
-# Options
-# ------------------------------------------------------------------------------------------------
+# ---- Options -------------------------------------------------------------------------------------
 
 FLAGS = """--epochs --warmup --schedule --weight-decay --clipping --fraction --accumulate
     --checkpoint-activations --keep --dry-run"""
@@ -173,10 +165,8 @@ def make_config(args, env, source):
     if not 0 <= warmup < epochs:
         raise ValueError(f"--warmup {warmup:g} is not within --epochs {epochs:g}")
     if config["batch_size"] < env.ranks * args.accumulate:
-        raise ValueError(
-            f"--batch-size {config['batch_size']} is less than {env.ranks} processes x "
-            f"--accumulate {args.accumulate}"
-        )
+        parts = f"{env.ranks} processes x --accumulate {args.accumulate}"
+        raise ValueError(f"--batch-size {config['batch_size']} is less than {parts}")
     size = config["image_size"] or source.size
     as_given = ("source", "model", "fraction", "single_label", "seed", "compile")
     config |= {option: getattr(args, option) for option in as_given}
@@ -194,9 +184,7 @@ def make_config(args, env, source):
     }
 
 
-# ------------------------------------------------------------------------------------------------
-# The run
-# ------------------------------------------------------------------------------------------------
+# ---- The run -------------------------------------------------------------------------------------
 
 
 def run_name(config, source):

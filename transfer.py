@@ -37,18 +37,16 @@ from readers.digest import data_digest
 from readers.labels import shared_classes
 from readers.workers import in_order, loader
 
-# ------------------------------------------------------------------------------------------------
-# Recipes
-# ------------------------------------------------------------------------------------------------
+# ---- Recipes -------------------------------------------------------------------------------------
 
 
 class HyperRule(NamedTuple):
-    """resize, crop: pixels. mixup: alpha, 0 for none. warmup, decays, steps: in steps."""
+    """How to fine-tune, by the number and size of the images (arXiv:1912.11370, section 3.3)."""
 
-    resize: int
+    resize: int  # pixels
     crop: int
-    mixup: float
-    warmup: int
+    mixup: float  # alpha, 0 for none
+    warmup: int  # steps
     decays: tuple[int, ...]
     steps: int
 
@@ -71,21 +69,17 @@ def hyperrule(num_examples, image_size):
 
 
 class Recipe(NamedTuple):
-    """clipping: of AGC, or None. nesterov: of the momentum 0.9. zero_head: the classifier starts at
-    0, else at PyTorch's default. square: training images are resized to a square, else by their
-    shorter side. steps: in place of the rule's number. micro_batch: sets that are smaller are drawn
-    with replacement (None: than a batch). autocast: else --precision auto is fp32, TF32 on GPUs.
-    """
+    """How to fine-tune, beside what the HyperRule says."""
 
     batch_size: int
     lr: float
-    clipping: float | None
-    nesterov: bool = True
-    zero_head: bool = False
-    square: bool = False
-    steps: int | None = None
-    micro_batch: int | None = None
-    autocast: bool = True
+    clipping: float | None  # of AGC
+    nesterov: bool = True  # of the momentum 0.9
+    zero_head: bool = False  # the classifier starts at 0, else at PyTorch's default
+    square: bool = False  # training images are resized to a square, else by their shorter side
+    steps: int | None = None  # in place of the rule's number
+    micro_batch: int | None = None  # smaller sets are drawn with replacement (None: than a batch)
+    autocast: bool = True  # else --precision auto is fp32, TF32 on GPUs
 
 
 RECIPES = {
@@ -140,9 +134,7 @@ DEFAULTS = {
 }
 
 
-# ------------------------------------------------------------------------------------------------
-# Networks and targets
-# ------------------------------------------------------------------------------------------------
+# ---- Networks and targets ------------------------------------------------------------------------
 
 
 def open_network(path, args):
@@ -259,9 +251,7 @@ def make_cell(network, target, shots, seed, indices, args, env):
     return Cell(*about, args.out, data.dataset_slug(target.name), tuple(args.save or ()))
 
 
-# ------------------------------------------------------------------------------------------------
-# The runs
-# ------------------------------------------------------------------------------------------------
+# ---- The runs ------------------------------------------------------------------------------------
 
 
 def main():

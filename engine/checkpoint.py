@@ -15,21 +15,12 @@ import torch.distributed as dist
 
 from engine.console import one_line, write_atomically
 from engine.memory import peak_flops
-from engine.processes import Stopped
-
-# ------------------------------------------------------------------------------------------------
-# Files
-# ------------------------------------------------------------------------------------------------
+from engine.processes import Stopped, gathered
 
 
 def save_tensors(path, state):
     """torch.save, atomically. Equal states give equal files: none names its temporary path."""
-
-    def write(temporary):
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-
-    write_atomically(path, write)
+    write_atomically(path, lambda file: torch.save(state, file))
 
 
 # A NumPy number in a file is a call of this function, which either major version names otherwise,
@@ -42,25 +33,28 @@ NUMPY_NUMBERS = [
 
 
 def load_plain(path):
-    """torch.load on the CPU, of tensors, numbers (also NumPy's) and strings alone.
-
-    Raises zipfile.BadZipFile where a checksum is wrong: torch.load does not look at them.
-    """
-    with open(path, "rb") as file:
-        zipped = file.read(2) == b"PK"
-    if zipped:
-        with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-            # torch.load reads whatever its memory holds for a record marked as a directory.
-            marked = (r.filename for r in records if r.external_attr & 0x10 and r.file_size)
-            damaged = next(marked, None)
-            # torch.serialization.set_crc32_options(False) makes files without checksums.
-            if not damaged and any(record.CRC for record in records):
-                damaged = archive.testzip()
-        if damaged:
-            raise zipfile.BadZipFile(f"the checksum of its record {damaged} is wrong")
+    """torch.load on the CPU, of tensors, numbers (also NumPy's) and strings alone."""
     with torch.serialization.safe_globals(NUMPY_NUMBERS):
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def refuse_damaged(path):
+    """Raises ValueError for a zip file, as weights are, whose checksums are wrong, at which neither
+    torch.load nor NumPy looks, or that would unpack to far more than weights do.
+    """
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        unpacked = sum(record.file_size for record in records)
+        if unpacked > 20 * Path(path).stat().st_size + 2**20:  # weights hardly shrink
+            raise ValueError(f"it would unpack to {unpacked:,} bytes")
+        # torch.load reads whatever its memory holds for a record marked as a directory.
+        marked = (r.filename for r in records if r.external_attr & 0x10 and r.file_size)
+        damaged = next(marked, None)
+        # torch.serialization.set_crc32_options(False) makes files without checksums.
+        if not damaged and any(record.CRC for record in records):
+            damaged = archive.testzip()
+    if damaged:
+        raise ValueError(f"the checksum of its record {damaged} is wrong")
 
 
 def read_tensors(path, load=load_plain):
@@ -71,24 +65,18 @@ def read_tensors(path, load=load_plain):
     if not Path(path).is_file():
         raise FileNotFoundError(f"no weights at {path}")
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                unpacked = sum(member.file_size for member in archive.infolist())
-            if unpacked > 20 * Path(path).stat().st_size + 2**20:  # weights hardly shrink
-                raise ValueError(f"it would unpack to {unpacked:,} bytes")
+        with open(path, "rb") as file:
+            zipped = file.read(2) == b"PK"
+        if zipped:
+            refuse_damaged(path)
         return load(path)
     except pickle.UnpicklingError as error:
+        reason = "it holds code or is no checkpoint (torch.load(weights_only=True) reads neither)"
         if "omegaconf" in str(error):  # as the study's code for fine-tuning saves them
-            raise ValueError(
-                f"{path}: refused, it holds OmegaConf objects beside the weights; if you trust it, "
-                "save the weights alone where omegaconf is installed: "
-                f"torch.save({{'model': torch.load({str(path)!r}, weights_only=False)['model']}}, "
-                "'weights.pth')"
-            ) from error
-        raise ValueError(
-            f"{path}: refused, it is not plain weights: it holds code or is no checkpoint "
-            "(only tensors, numbers and strings are read, torch.load(weights_only=True))"
-        ) from error
+            weights = f"torch.load({str(path)!r}, weights_only=False)['model']"
+            reason = "it holds OmegaConf objects beside the weights; if you trust it, save those "
+            reason += f"where omegaconf is: torch.save({{'model': {weights}}}, 'weights.pth')"
+        raise ValueError(f"{path}: refused, {reason}") from error
     except Exception as error:  # of damaged files they raise many kinds
         raise ValueError(f"{path}: damaged or not a weight file ({str(error)[:100]})") from error
 
@@ -129,9 +117,8 @@ def read_result(path, kind, config=None):
                 if value is not None and not 0 <= value <= (1 if name != "loss" else 1e300):
                     raise ValueError(f"{name} is {value}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"{path}: not a result file ({error!r:.60}); remove it, or give another --out"
-        ) from error
+        mend = "remove it, or give another --out"
+        raise ValueError(f"{path}: not a result file ({error!r:.60}); {mend}") from error
     if found != (kind, 1):
         raise ValueError(f"{path}: a result of kind and schema {found}, not {(kind, 1)}")
     if config is not None:
@@ -150,10 +137,8 @@ def finished_run(folder, config, kind):
         try:
             read_tensors(Path(folder, "model.pt"))
         except (ValueError, FileNotFoundError) as error:
-            raise ValueError(
-                f"{error}, though {path} says that it is finished; remove {path}, and the same "
-                "command goes on from checkpoint.pt"
-            ) from error
+            mend = f"remove {path}, and the same command goes on from checkpoint.pt"
+            raise ValueError(f"{error}, though {path} says that it is finished; {mend}") from error
     return record
 
 
@@ -177,22 +162,14 @@ def check_same_config(path, theirs, ours):
     """
     theirs, ours = json.loads(json.dumps([theirs, ours]))  # tuples become lists, as in the file
     then, now = theirs.pop("data", None) or {}, ours.pop("data", None) or {}
+    mend = "give another --out, or remove it"
     for key in sorted(ours):
         if theirs.get(key) != ours[key] and (key in theirs or ours[key]):
-            raise ValueError(
-                f"{path} was made with {key} = {theirs.get(key)}, not {ours[key]}; "
-                "use the same options, give another --out, or remove it"
-            )
+            was = f"{path} was made with {key} = {theirs.get(key)}, not {ours[key]}"
+            raise ValueError(f"{was}; use the same options, {mend}")
     if changed := [part for part in now if then.get(part, now[part]) != now[part]]:
-        raise ValueError(
-            f"{path} was made of other data: {', '.join(changed)} changed since; use the same "
-            "data, give another --out, or remove it"
-        )
-
-
-# ------------------------------------------------------------------------------------------------
-# A training under way
-# ------------------------------------------------------------------------------------------------
+        was = f"{path} was made of other data: {', '.join(changed)} changed since"
+        raise ValueError(f"{was}; use the same data, {mend}")
 
 
 class Run:
@@ -214,18 +191,15 @@ class Run:
                 model.load_state_dict(state["model"])
                 optimizer.load_state_dict(state["optimizer"])
                 self.step, self.seconds = state["step"], state["seconds"]
-                steps, seconds = type(self.step) is int, 0 <= self.seconds < math.inf
-                if not (steps and seconds and 0 <= self.step <= last):
+                good = type(self.step) is int and 0 <= self.step <= last
+                if not (good and 0 <= self.seconds < math.inf):
                     raise ValueError(f"{self.seconds} s, step {self.step} of {last}")
             except Exception as error:
                 reason = one_line(error)[:100]
                 raise ValueError(f"{path}: of another training ({reason}); remove it") from error
             refuse_nonsense(path, state["model"])
-        if env.ranks > 1:
-            steps = [None] * env.ranks
-            dist.all_gather_object(steps, self.step)
-            if len(set(steps)) > 1:
-                raise ValueError(f"the ranks would continue after steps {steps}: share --out")
+        if len(set(steps := gathered(self.step, env))) > 1:
+            raise ValueError(f"the ranks would continue after steps {steps}: share --out")
 
     def save(self, wait=True):
         """Writes the checkpoint, on the main rank; the one before is kept until it is whole.

@@ -23,11 +23,6 @@ MAIN_METRIC = {"natural": "accuracy", "medical": "mean_auc"}
 EXIT_BAD_INPUT, EXIT_STOPPED = 2, 75  # 75 is EX_TEMPFAIL: run the same command again
 
 
-# ------------------------------------------------------------------------------------------------
-# Options
-# ------------------------------------------------------------------------------------------------
-
-
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Adds "(default: …)" to every option whose help does not say it already."""
 
@@ -44,9 +39,8 @@ class Parser(argparse.ArgumentParser):
     """argparse that states every default in --help; a mistake is a ValueError, as elsewhere."""
 
     def __init__(self, description=None, **settings):
-        super().__init__(
-            description=description, allow_abbrev=False, formatter_class=HelpFormatter, **settings
-        )
+        settings |= {"allow_abbrev": False, "formatter_class": HelpFormatter}
+        super().__init__(description=description, **settings)
 
     def error(self, message):
         if message.startswith("unrecognized arguments"):
@@ -89,11 +83,6 @@ def not_empty(text):
     return text
 
 
-# ------------------------------------------------------------------------------------------------
-# Lines
-# ------------------------------------------------------------------------------------------------
-
-
 def say(env, text):
     """Prints a line above any progress bar, on the main rank only."""
     if env.main:
@@ -105,15 +94,9 @@ say_once = functools.lru_cache(say)
 
 def progress_bar(env, total, start=0, title="", unit="step"):
     """A tqdm bar; disabled off a terminal, on the other ranks, and with TQDM_DISABLE set."""
-    hidden = not env.main or bool(os.environ.get("TQDM_DISABLE"))
-    return tqdm(
-        total=total,
-        initial=start,
-        desc=title,
-        unit=unit,
-        dynamic_ncols=True,
-        disable=hidden or None,
-    )
+    hidden = not env.main or bool(os.environ.get("TQDM_DISABLE")) or None
+    about = {"desc": title, "unit": unit, "dynamic_ncols": True, "disable": hidden}
+    return tqdm(total=total, initial=start, **about)
 
 
 class Stopped(Exception):
@@ -121,10 +104,10 @@ class Stopped(Exception):
 
     def __init__(self, message, status=EXIT_STOPPED):
         super().__init__(message, status)
-        self.message, self.status = message, status
+        self.status = status
 
     def __str__(self):
-        return self.message
+        return self.args[0]
 
 
 def exit_status(main):
@@ -140,6 +123,7 @@ def exit_status(main):
     if hasattr(sys.stdout, "reconfigure"):  # not of a notebook
         # A log file shows each line when it is said; what a terminal cannot show becomes "?".
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    rank = os.environ.get("RANK", "0")
     try:
         return main() or 0
     except Stopped as asked:
@@ -149,8 +133,16 @@ def exit_status(main):
     except Exception as error:
         if isinstance(error, BrokenPipeError) and nobody_reads():
             return 128 + signal.SIGPIPE
-        return complain(error)
-    if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("TRACEBACK"):
+            raise
+        text, status = one_line(error), EXIT_BAD_INPUT
+        if not isinstance(error, (ValueError, OSError)):  # those are raised where the mend is known
+            text = f"{type(error).__name__}: {text}; TRACEBACK=1 shows where"
+            if re.search("memory|allocate|DataLoader worker", text, re.IGNORECASE):
+                less = "fewer --workers, a smaller --batch-size or --image-size"
+                text += f"; less is needed with {less}"
+        text = "error" + (f" (rank {rank})" if rank != "0" else "") + f": {text}"
+    if rank == "0" or status == EXIT_BAD_INPUT:
         print(text, file=sys.stderr)
     return status
 
@@ -165,29 +157,11 @@ def nobody_reads():
     return False
 
 
-def complain(error):
-    """Says in one line what is wrong and returns the exit status; TRACEBACK=1 shows where."""
-    if os.environ.get("TRACEBACK"):
-        raise error
-    rank, text = os.environ.get("RANK", "0"), one_line(error)
-    if not isinstance(error, (ValueError, OSError)):  # those are raised where the mend is known
-        text = f"{type(error).__name__}: {text}; TRACEBACK=1 shows where"
-        if re.search("memory|allocate|DataLoader worker", text, re.IGNORECASE):
-            text += "; less is needed with fewer --workers, a smaller --batch-size or --image-size"
-    print("error" + (f" (rank {rank})" if rank != "0" else ""), text, sep=": ", file=sys.stderr)
-    return EXIT_BAD_INPUT
-
-
 def one_line(error):
     """The message of an error, in one line."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
     # An error of a worker process comes with its whole traceback; its last line says it.
     return lines[-1].partition(": ")[2] if "Caught " in lines[0] else " ".join(lines)
-
-
-# ------------------------------------------------------------------------------------------------
-# Tables and files
-# ------------------------------------------------------------------------------------------------
 
 
 def table(rows, header):
@@ -199,19 +173,18 @@ def table(rows, header):
     return "\n".join(f"| {line} |" for line in lines)
 
 
+def print_table(rows, header):
+    print(table(rows, header))
+
+
 def counted(number, word):
     """1 cell, 2 cells."""
     return f"{number:,} {word}" + ("s" if number != 1 else "")
 
 
-def print_table(rows, header):
-    """Prints a Markdown table with aligned columns."""
-    print(table(rows, header))
-
-
 @contextlib.contextmanager
 def writing(path):
-    """Errors of writing become an OSError that names the file."""
+    """Errors of writing become an OSError that names the file and the mend."""
     try:
         yield
     # torch.save says so with a RuntimeError when the disk is full.
@@ -219,10 +192,8 @@ def writing(path):
         reasons = (error, error.__context__)
         full = any(getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for e in reasons)
         reason = "the disk is full" if full else " ".join(str(error).split())
-        raise OSError(
-            f"{path}: cannot be written ({reason}); free some space or give another --out, and "
-            "run the same command again"
-        ) from error
+        mend = "free some space or give another --out, and run the same command again"
+        raise OSError(f"{path}: cannot be written ({reason}); {mend}") from error
 
 
 def refuse_unwritable(option, *paths):
@@ -242,7 +213,7 @@ def refuse_unwritable(option, *paths):
 
 
 def write_atomically(path, write, replace=True):
-    """Calls write(temporary path) and renames it to `path`: whole or not at all.
+    """Calls write(a binary file), which then gets its name: whole or not at all.
 
     No two writers share a temporary file. replace=False: a file that is there stays, also one that
     another process put there meanwhile, and the answer is False; else True. Raises OSError naming
@@ -256,10 +227,11 @@ def write_atomically(path, write, replace=True):
             with contextlib.suppress(OSError):  # another process removes it too
                 if time.time() - left.lstat().st_mtime > 3600:
                     left.unlink()
-        temporary.touch(exist_ok=False)  # O_EXCL: through no symbolic link either
+        file = open(temporary, "xb")  # through no symbolic link
         try:
-            write(temporary)
-            with open(temporary, "rb") as file:
+            with file:
+                write(file)
+                file.flush()
                 os.fsync(file.fileno())
             if not replace:
                 return _link(temporary, path)
@@ -285,12 +257,7 @@ def _link(temporary, path):
 def write_json(path, record, replace=True):
     """One JSON file: strict (no NaN), whole or not at all; replace: as of write_atomically."""
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
-    return write_atomically(path, lambda temporary: temporary.write_text(text), replace)
-
-
-# ------------------------------------------------------------------------------------------------
-# Locks
-# ------------------------------------------------------------------------------------------------
+    return write_atomically(path, lambda file: file.write(text.encode()), replace)
 
 
 @contextlib.contextmanager
@@ -314,9 +281,8 @@ def locked(folder, main=True):
         while (file := _lock(path)) is None and time.monotonic() < deadline:
             time.sleep(1)
     if file is None:
-        raise ValueError(
-            f"{folder}: another process is writing there; wait for its end, or give another --out"
-        )
+        mend = "wait for its end, or give another --out"
+        raise ValueError(f"{folder}: another process is writing there; {mend}")
     try:
         for left in folder.glob(".*.tmp"):
             left.unlink()
@@ -341,8 +307,8 @@ def _lock(path):
             os.close(file)
             return None
         except OSError as error:
-            place, reason = path.parent, error.strerror
-            print(f"{place}: cannot be locked ({reason}); start no second process", file=sys.stderr)
+            reason = f"cannot be locked ({error.strerror}); start no second process"
+            print(f"{path.parent}: {reason}", file=sys.stderr)
             return file
         if os.fstat(file).st_nlink:  # else its holder has just removed it
             return file

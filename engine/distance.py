@@ -4,19 +4,13 @@
 measures. A projected sample of the source takes 262 kB whatever the source and the network, and so
 travels with the weights.
 
-The two distances differ in kind. The Fréchet distance (Dowson & Landau 1982; as FID: Heusel et al.
-2017, arXiv:1706.08500) sees mean and covariance, and has no upper end. The energy coefficient
-(Székely & Rizzo 2013, "Energy statistics") sees any difference of distributions, has neither
-bandwidth nor model to choose, and lies in [0, 1]. A domain classifier's error (the proxy A-distance
-of Ben-David et al. 2007) tells nothing more once the domains separate; centroids of classes (Cui et
-al. 2018, arXiv:1806.06193) need labels.
-
-Both are measured in coordinates in which the source has unit covariance, those of the Mahalanobis
-distance (Lee et al. 2018, arXiv:1807.03888). Classes make a network's features vary most, so that
-without it a target with other classes, or more of one, is far away, and a change of appearance,
-which moves the features where the source's hardly vary, goes unseen. In plain coordinates the ranks
-of synthetic targets correlated with their gap by 0.60 to 0.94, in these by 0.97 to 0.99 (four
-networks; `python -m benchmarks distance` measures it).
+The Fréchet distance (Dowson & Landau 1982; as FID: Heusel et al. 2017, arXiv:1706.08500) sees mean
+and covariance, and has no upper end. The energy coefficient (Székely & Rizzo 2013, "Energy
+statistics") sees any difference of distributions and lies in [0, 1]. Both are measured where the
+source has unit covariance, as the Mahalanobis distance (Lee et al. 2018, arXiv:1807.03888): classes
+make features vary most, so that elsewhere other classes would be far, and a change of appearance
+near. Ranks of synthetic targets correlate with their gap by 0.97 to 0.99 so, and by 0.60 to 0.94 in
+plain coordinates (docs/speed.md).
 """
 
 import functools
@@ -61,45 +55,34 @@ def compare(source, target):
 
     Returns {"frechet": squared distance, in the source's standard deviations and with the bias of
     finite samples, "frechet_relative": that in units of the source's distance from itself (1: no
-    further), "energy": energy coefficient, without bias, and therefore sometimes a little below 0,
-    "images": n}. Fewer target images than m / 2 meet as many of the source, and what they lie
-    further is counted in the same unit, that of whole halves; it goes with 1 / m. The distances are
-    None where the source's features do not vary. Raises ValueError for less than 4 images of the
-    source or 2 of the target, and for features that are not finite.
+    further), "energy": energy coefficient, without bias, and so sometimes a little below 0,
+    "images": m}. Fewer target images than n / 2 meet as many of the source, in the same unit, that
+    of whole halves. None where the source's features do not vary. Raises ValueError for less than 4
+    images of the source or 2 of the target, and for features that are not finite.
     """
     source, target = source.double(), target.double()
     half = len(source) // 2
     count = min(half, len(target))
     if half < 2 or count < 2:
-        raise ValueError(
-            f"a distance needs 4 images of the source and 2 of the target, not {len(source)} and "
-            f"{len(target)}"
-        )
+        found = f"{len(source)} and {len(target)}"
+        raise ValueError(f"a distance needs 4 images of the source, 2 of the target, not {found}")
     if not (source.isfinite().all() and target.isfinite().all()):
         raise ValueError("a distance needs finite features; has the network diverged?")
     if not (source != source[0]).any():
         return {"frechet": None, "frechet_relative": None, "energy": None, "images": len(target)}
-    rounds = [_round(source, target, half, count, seed) for seed in range(ROUNDS)]
-    unit, own, other, coefficient = np.mean(rounds, axis=0).tolist()
-    relative = 1 + (other - own) / unit
-    return {
-        "frechet": other,
-        "frechet_relative": relative,
-        "energy": coefficient,
-        "images": len(target),
-    }
-
-
-def _round(source, target, half, count, seed):
-    """Of one split: Fréchet distances of a half, of `count` of it and of the target; energy."""
-    rng = np.random.default_rng(seed)
-    first, second = torch.from_numpy(rng.permutation(len(source))[: 2 * half]).view(2, half)
-    drawn = torch.from_numpy(rng.permutation(len(target))[:count])
-    mean, scale = whitening(source[first])
-    own, other = ((x - mean) @ scale for x in (source[second], target[drawn]))
-    unit = frechet(own)
-    near = unit if count == half else frechet(own[:count])
-    return unit, near, frechet(other), energy(own, other)
+    rounds = []
+    for seed in range(ROUNDS):
+        rng = np.random.default_rng(seed)
+        first, second = torch.from_numpy(rng.permutation(len(source))[: 2 * half]).view(2, half)
+        drawn = torch.from_numpy(rng.permutation(len(target))[:count])
+        mean, scale = whitening(source[first])
+        own, other = ((x - mean) @ scale for x in (source[second], target[drawn]))
+        unit = frechet(own)
+        near = unit if count == half else frechet(own[:count])
+        rounds.append((unit, near, frechet(other), energy(own, other)))
+    unit, near, far, coefficient = np.mean(rounds, axis=0).tolist()
+    about = {"energy": coefficient, "images": len(target)}
+    return {"frechet": far, "frechet_relative": 1 + (far - near) / unit, **about}
 
 
 def whitening(x):

@@ -20,8 +20,7 @@ def fetch(url, path, check, env):
     on from, also by a later call, while the server has the same version of the file.
 
     check: called with the path of the whole before it gets its name; raises ValueError for what is
-    not meant, which is removed. Raises OSError or ValueError naming the URL, ValueError naming the
-    folder while another process writes there.
+    not meant, which is removed. Raises OSError or ValueError naming the URL or the folder.
     """
     part = path.with_name(f"part-of-{path.name}")
     note = path.with_name(f"part-of-{path.name}.json")  # the version that it is of, and its length
@@ -58,8 +57,8 @@ def _until_whole(url, file, note, bar):
         tries = 0 if file.tell() > most else tries + 1
         most = max(most, file.tell())
         if tries == TRIES:
-            after = f"{url}: cut off after {file.tell():,} bytes ({reason})"
-            raise OSError(f"{after}; the same command goes on from there")
+            cut = f"cut off after {file.tell():,} bytes ({reason})"
+            raise OSError(f"{url}: {cut}; the same command goes on from there")
         time.sleep(PAUSE * tries)
 
 

@@ -27,10 +27,8 @@ def _statistics(normalization, device):
 @torch.inference_mode()
 def predict(forward, width, stream, num_images, env, normalization):
     """forward(image) of every image, in order, on every rank: (num_images, width) float32, on the
-    device.
-
-    forward: (B,3,H,W) -> (B, width), of a network in eval mode. stream: (rows (B,), images uint8
-    (B,C,H,W)) of this rank's part; one of the ranks has each row.
+    device. forward: (B,3,H,W) -> (B, width), of a network in eval mode. stream: (rows (B,), images
+    uint8 (B,C,H,W)) of this rank's part; one of the ranks has each row.
     """
     outputs = torch.zeros(num_images, width, device=env.device)
     for rows, images in stream:
@@ -66,9 +64,9 @@ def evaluate(model, stream, labels, classes, env, normalization, groups=None, ke
             keep(logits)
         metrics = compute_metrics(logits, labels, classes, env, groups)
     else:
-        text = f"{len(labels):,} images x {len(classes):,} classes, above {MAX_SCORES:,} scores"
-        text = f"AUC and average precision are left out: {text} or {MAX_CLASSES:,} classes"
-        say_once(env, text)
+        found = f"{len(labels):,} images x {len(classes):,} classes, above {MAX_SCORES:,} scores"
+        found += f" or {MAX_CLASSES:,} classes"
+        say_once(env, f"AUC and average precision are left out: {found}")
         metrics = _sum_by_batches(model, stream, labels, len(classes), env, normalization)
     model.train()
     return metrics
@@ -94,12 +92,6 @@ def _sum_by_batches(model, stream, labels, num_classes, env, normalization):
     right, in_top5, loss, bad = sums.tolist()
     refuse_nonfinite(bad == 0)
     count = int((~labels.isnan()).sum()) if task == "multilabel" else len(labels)
-    return {
-        "accuracy": right / count,
-        "top5": in_top5 / count if top5 else None,
-        "mean_auc": None,
-        "mean_ap": None,
-        "loss": loss / count,
-        "intervals": None,
-        "per_class": None,
-    }
+    found = {"accuracy": right / count, "top5": in_top5 / count if top5 else None}
+    found |= {"mean_auc": None, "mean_ap": None, "loss": loss / count}
+    return found | {"intervals": None, "per_class": None}

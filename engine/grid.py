@@ -23,7 +23,7 @@ from engine.evaluate import can_hold
 from engine.memory import flops_per_second
 from engine.metrics import Diverged
 from engine.outputs import ENDINGS
-from engine.processes import Stopped, environment
+from engine.processes import Stopped, environment, gathered
 from engine.weights import PUBLISHED, find_published
 
 # A process whose share of the cells is done may wait long for the last ones of the others.
@@ -31,22 +31,18 @@ PATIENCE = datetime.timedelta(days=30)
 
 
 class Network(NamedTuple):
-    """A network to transfer. name: SOURCE-MODEL. path: of its weights, None for scratch; digest: of
-    that file. domain, images: of its source; None where unknown. steps: of fine-tuning, in place of
-    the recipe's. sample: projected features of the source (distance.project), or None. classes,
-    task, image_size, recipe, seed: of its training, None where the file does not say.
-    """
+    """A network to transfer; None: unknown."""
 
-    name: str
+    name: str  # SOURCE-MODEL
     source: str
     model: str
-    domain: str | None = None
-    images: int | None = 0
-    path: str | None = None
-    digest: str | None = None
+    domain: str | None = None  # of its source
+    images: int | None = 0  # of its source
+    path: str | None = None  # of its weights, None for scratch
+    digest: str | None = None  # of that file
     normalization: tuple | None = None
-    sample: torch.Tensor | None = None
-    steps: int | None = None
+    sample: torch.Tensor | None = None  # projected features of the source (distance.project)
+    steps: int | None = None  # of fine-tuning, in place of the recipe's
     classes: tuple | None = None
     task: str | None = None
     image_size: int | None = None
@@ -55,20 +51,16 @@ class Network(NamedTuple):
 
 
 def open_networks(args, open_network, env=None):
-    """The networks that --checkpoint names: run folders, weight files, those of weights.PUBLISHED,
-    "scratch", "statistics".
-
-    None named: every finished run below runs/, and scratch (which has no features to classify).
-    open_network: (path, args) -> Network; every file is opened, so that a wrong one is refused
-    before any training. Raises ValueError or FileNotFoundError.
+    """The networks that --checkpoint names; none named: every finished run below runs/, and scratch
+    (which has no features to classify). open_network: (path, args) -> Network; every file is
+    opened, so that a wrong one is refused before any training: ValueError, FileNotFoundError.
     """
     frozen, checkpoints = args.method != "finetune", args.checkpoint
     if not checkpoints:
         checkpoints = sorted(str(path.parent) for path in Path("runs").glob("[!.]*/model.pt"))
         if not checkpoints:
-            raise FileNotFoundError(
-                "no pre-trained network in runs/; run pretrain.py first, or give --checkpoint"
-            )
+            mend = "run pretrain.py first, or give --checkpoint"
+            raise FileNotFoundError(f"no pre-trained network in runs/; {mend}")
         checkpoints += [] if frozen else ["scratch"]
     if frozen and "scratch" in checkpoints:
         raise ValueError(f"--method {args.method}: scratch has no features; leave it out")
@@ -76,48 +68,41 @@ def open_networks(args, open_network, env=None):
         raise ValueError("--scratch-steps: name scratch among --checkpoint too")
     if not frozen and "statistics" in checkpoints:
         raise ValueError("--checkpoint statistics: nothing to fine-tune; add --method linear")
-    files = [path for path in checkpoints if path not in ("scratch", "statistics")]
     networks = []
-    for path in files:
+    for path in checkpoints:
         if str(path).startswith(("bit:", "study:")):
             file, known = find_published(path, args, env), PUBLISHED[path]
             about = {"source": known.source, "model": known.model}
             networks.append(open_network(file, argparse.Namespace(**vars(args) | about)))
-        else:
+        elif path not in ("scratch", "statistics"):
             networks.append(open_network(path, args))
     if "statistics" in checkpoints:  # of pixels from 0 to 1
         unchanged = (0.0,) * 3, (1.0,) * 3
         networks.append(Network(*["statistics"] * 3, normalization=unchanged))
     if "scratch" in checkpoints:
-        found = sorted({network.model for network in networks}) or ["R14x0.5"]
-        for model in [args.model] if args.model else found:
+        found, steps = sorted({network.model for network in networks}), args.scratch_steps
+        for model in [args.model] if args.model else found or ["R14x0.5"]:
             networks.append(Network(f"scratch-{model}", "scratch", model))
-            if args.scratch_steps:
-                source, steps = f"scratch-{args.scratch_steps}steps", args.scratch_steps
+            if steps:
+                source = f"scratch-{steps}steps"
                 networks.append(Network(f"{source}-{model}", source, model, steps=steps))
     return networks
 
 
 class Cell(NamedTuple):
-    """One run: which network, to which target, on how many shots (None: all images).
-
-    target: has name, train_set, test_set, data (digests) and distances. indices: its training
-    images among the target's, sorted (M,) int64. settings: of the method. flops: of an image's
-    forward pass. out: folder of all results; folder: of the target's below it. save: keys of
-    outputs.ENDINGS.
-    """
+    """One run of a network on a target."""
 
     network: Network
-    target: object
-    shots: int | None
+    target: object  # has name, train_set, test_set, data (digests) and distances
+    shots: int | None  # None: all images
     seed: int
     method: str
-    indices: np.ndarray
-    settings: dict
-    flops: int
-    out: str
-    folder: str
-    save: tuple = ()
+    indices: np.ndarray  # its training images among the target's, sorted (M,) int64
+    settings: dict  # of the method
+    flops: int  # of an image's forward pass
+    out: str  # folder of all results
+    folder: str  # of the target's below it
+    save: tuple = ()  # keys of outputs.ENDINGS
 
     @property
     def path(self):
@@ -181,10 +166,8 @@ def unfinished(cells, out, env):
     """
     for path, times in collections.Counter(cell.path for cell in cells).items():
         if times > 1:
-            raise ValueError(
-                f"two checkpoints or targets would write {path}; run them apart, one with another "
-                "--out"
-            )
+            mend = "run them apart, one with another --out"
+            raise ValueError(f"two checkpoints or targets would write {path}; {mend}")
     todo, results = [], {}
     for cell in cells:
         test_set = cell.target.test_set
@@ -201,17 +184,12 @@ def unfinished(cells, out, env):
             load_checkpoint(cell.checkpoint, cell.config)
             todo.append(cell)
     console.refuse_unwritable("--out", *(cell.path for cell in todo))
-    if env.ranks > 1:
-        lists = [None] * env.ranks
-        dist.all_gather_object(lists, [str(cell.path) for cell in todo])
-        if any(one != lists[0] for one in lists):
-            raise ValueError(
-                f"--out {out}: the processes find different results there; name a folder that all "
-                "nodes share"
-            )
-    console.say(
-        env, f"{console.counted(len(cells), 'cell')}, {len(cells) - len(todo)} finished already"
-    )
+    first, *others = gathered([str(cell.path) for cell in todo], env)
+    if any(other != first for other in others):
+        mend = "name a folder that all nodes share"
+        raise ValueError(f"--out {out}: the processes find different results there; {mend}")
+    count = console.counted(len(cells), "cell")
+    console.say(env, f"{count}, {len(cells) - len(todo)} finished already")
     return todo, results
 
 
@@ -267,7 +245,7 @@ class Grid:
         self.env, self.together, self.results = env, together, results
         self.cells = [cell for job in self.jobs for cell in job]
         self.places = {cell.path: place for place, cell in enumerate(self.cells, 1)}
-        self.failures, self.stopped = {}, None
+        self.failures, self.stopped, self.taken = {}, None, 0
 
     def __iter__(self):
         if self.together:
@@ -276,21 +254,19 @@ class Grid:
         ends = np.cumsum([operations(job) for job in self.jobs])
         self.began = self.ended = time.monotonic()
         with console.progress_bar(self.env, len(self.cells), 0, "cells", "cell") as bar:
-            for number in self._numbers():
+            while (number := self._taken(1) - 1) < len(self.jobs):
                 self.ahead = ends[-1] / ends[number] - 1  # work that is left to work that is done
                 for cell in self.jobs[number]:
                     if not self.stopped:
                         yield cell
                 bar.update(self.places[self.jobs[number][-1].path] - bar.n)  # of all processes
 
-    def _numbers(self):
-        """The numbers of the jobs, each on one rank alone, the next to whichever comes free."""
-        if self.env.ranks == 1:
-            yield from range(len(self.jobs))
-            return
-        store = dist.distributed_c10d._get_default_store()
-        while (number := store.add("jobs", 1) - 1) < len(self.jobs):
-            yield number
+    def _taken(self, more):
+        """How many jobs all processes together have taken, with so many more for this one."""
+        if self.env.ranks > 1:
+            return dist.distributed_c10d._get_default_store().add("jobs", more)
+        self.taken += more
+        return self.taken
 
     @contextlib.contextmanager
     def tolerating(self, cell):
@@ -308,16 +284,15 @@ class Grid:
             if self.together or self.env.ranks == 1:
                 raise
             self.stopped = stop
-            dist.distributed_c10d._get_default_store().add("jobs", len(self.jobs))
+            self._taken(len(self.jobs))  # so that none is left
         except tolerated as error:
             if os.environ.get("TRACEBACK"):
                 raise
+            reason = console.one_line(error)
             if lost_device(error):
-                raise ValueError(
-                    f"{cell}: the device is lost ({console.one_line(error)}); the same command "
-                    "runs what is unfinished"
-                ) from error
-            self.failures[str(cell.path)] = console.one_line(error)
+                lost = f"the device is lost ({reason}); the same command runs what is unfinished"
+                raise ValueError(f"{cell}: {lost}") from error
+            self.failures[str(cell.path)] = reason
 
     def title(self, cell):
         """Which of how many it is, and what."""
@@ -330,28 +305,23 @@ class Grid:
             return
         seconds, self.ended = time.monotonic() - self.ended, time.monotonic()
         left = tqdm.format_interval((self.ended - self.began) * self.ahead)
-        clear = (
-            "" if self.env.main or not sys.stdout.isatty() else "\r\x1b[K"
-        )  # the main rank's bar
         score = f"{cell.metric} {'undefined' if value is None else f'{value:.3f}'}"
         score = score if metrics else "written"
         # In one piece: unbuffered processes would glue their lines together.
-        line = f"{clear}{self.title(cell)}: {score}, {seconds:.1f} s, {left} left\n"
-        tqdm.write(line, end="")
+        line = f"{self.title(cell)}: {score}, {seconds:.1f} s, {left} left\n"
+        clear = "" if self.env.main or not sys.stdout.isatty() else "\r\x1b[K"  # the main one's bar
+        tqdm.write(clear + line, end="")
 
     def finish(self, cells):
         """Once every process is through: raises Stopped on all if one was stopped. Prints the table
         of all cells, and those that failed with their reasons; returns the exit status.
         """
-        if self.env.ranks > 1:
-            found = [None] * self.env.ranks
-            stop = self.stopped and self.stopped.args
-            dist.all_gather_object(found, (self.results, self.failures, stop))
-            for results, failures, stop in found:
-                self.results |= results
-                self.failures |= failures
-                if stop:
-                    raise Stopped(*stop)
+        found = self.results, self.failures, self.stopped and self.stopped.args
+        for results, failures, stop in gathered(found, self.env):
+            self.results |= results
+            self.failures |= failures
+            if stop:
+                raise Stopped(*stop)
         if not self.env.main:
             return 0
         if any(cell.kind != "features" for cell in cells):
@@ -364,11 +334,8 @@ class Grid:
         return int(bool(self.failures))
 
     def dry_run(self, cells, create_model):
-        """Prints all cells, and how long what is unfinished would take: a training step of each
-        network is timed. Decoding is not counted, and processes that share cores are slower than
-        one alone.
-
-        create_model: name -> a network on the device.
+        """Prints all cells, and how long what is unfinished would take without decoding: a training
+        step of each network is timed. create_model: name -> a network on the device.
         """
 
         @functools.cache

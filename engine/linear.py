@@ -28,11 +28,6 @@ TEMPERATURE = 2.0  # of the nearest mean
 CHUNK = 8192  # test images whose features are held in 64 bits at a time
 
 
-# ------------------------------------------------------------------------------------------------
-# Logistic regression
-# ------------------------------------------------------------------------------------------------
-
-
 def linear(train_features, train_labels, test_features, num_classes, seed=0):
     """Logistic regression whose L2 strength is chosen on held-out training images.
 
@@ -50,14 +45,11 @@ def linear(train_features, train_labels, test_features, num_classes, seed=0):
     if folds is not None:
         l2, held_out, start = _choose_strength(space, labels, known, folds)
     weights, iterations, gradient = _fit(space, labels, known, l2, start)
-    chosen = {
-        "l2": l2,
-        "folds": 0 if folds is None else len(folds),
-        "held_out": held_out,
-        "iterations": iterations,
-        "gradient": gradient,
-    }
-    return _logits(test_features, *in_features(space, weights)), chosen
+    chosen = {"l2": l2, "folds": 0 if folds is None else len(folds), "held_out": held_out}
+    chosen |= {"iterations": iterations, "gradient": gradient}
+    weights, bias = in_features(space, weights)
+    chunks = test_features.split(CHUNK)
+    return torch.cat([(chunk.double() @ weights.T + bias).float() for chunk in chunks]), chosen
 
 
 def fit(features, labels, num_classes, l2):
@@ -96,10 +88,9 @@ def held_out_folds(labels, seed=0):
 def _choose_strength(space, labels, known, folds):
     """(strength of the least held-out cross-entropy, that loss, mean weights of its folds).
 
-    All folds are fitted at once, from the strongest penalty to the weakest, each fit starting
-    where the two before it point. Beyond the least loss weak penalties are slow and of no use: the
-    search ends where the loss lies 1 % above the least. Held-out losses need no last digit: 32 bits
-    and a gradient of 0.001 sqrt(l2) keep them within 2e-4 of those of converged fits.
+    All folds are fitted at once, from the strongest penalty to the weakest, each fit starting where
+    the two before it point, until the loss lies 1 % above the least: weaker ones are slow. 32 bits
+    and a gradient of 0.001 sqrt(l2) keep held-out losses within 2e-4 of those of converged fits.
     """
     folds = torch.from_numpy(folds).to(space.points.device)
     points, spread = space.points.float(), space.spread.float()
@@ -112,7 +103,11 @@ def _choose_strength(space, labels, known, folds):
         ahead = weights + 0.7 * (weights - before)
         before = weights
         weights, _, _ = minimise(points, labels, known_in, l2, ahead, spread, 0.001 * l2**0.5)
-        losses = _cross_entropy(_scores(weights, points), labels)
+        scores = _scores(weights, points)  # and from them the loss of each image, (P,1,N)
+        if scores.shape[1] > 1:
+            losses = -(scores.log_softmax(1) * labels).sum(1, keepdim=True)
+        else:
+            losses = F.binary_cross_entropy_with_logits(scores, labels, reduction="none")
         loss = float((losses * known_out).sum() / known_out.sum())
         if best is None or loss < best[1]:
             best = l2, loss, weights
@@ -131,18 +126,15 @@ def _fit(space, labels, known, l2, start=None):
 
 
 class Space(NamedTuple):
-    """Training features in coordinates that make the fit short; nothing of them is lost.
-
-    points (N,Q) float64: centred (the free bias takes that up), mean squared length 1, and a last
-    column of ones for the bias. spread (Q,): about the mean square of each coordinate. points are
-    (features - mean) / scale, and where axes (D,Q-1) is not None, that times axes.
+    """Training features in coordinates that make the fit short; nothing of them is lost: points are
+    (features - mean) / scale, and where there are axes, that times these.
     """
 
-    points: torch.Tensor
-    spread: torch.Tensor
+    points: torch.Tensor  # (N,Q) float64 of mean squared length 1, and ones for the bias at the end
+    spread: torch.Tensor  # (Q,): about the mean square of each coordinate
     mean: torch.Tensor
     scale: torch.Tensor
-    axes: torch.Tensor | None
+    axes: torch.Tensor | None  # (D,Q-1)
 
 
 def make_space(features):
@@ -212,33 +204,15 @@ def _probabilities(scores):
     return scores.softmax(1) if scores.shape[1] > 1 else scores.sigmoid()
 
 
-def _cross_entropy(scores, labels):
-    """(P,1,N): of each image."""
-    if scores.shape[1] > 1:
-        return -(scores.log_softmax(1) * labels).sum(1, keepdim=True)
-    return F.binary_cross_entropy_with_logits(scores, labels, reduction="none")
-
-
-def _logits(features, weights, bias):
-    chunks = features.split(CHUNK)
-    return torch.cat([(chunk.double() @ weights.T + bias).float() for chunk in chunks])
-
-
-# ------------------------------------------------------------------------------------------------
-# L-BFGS on many linear problems at once
-# ------------------------------------------------------------------------------------------------
-
-
 def minimise(points, labels, known, l2, weights, spread, tolerance):
     """Minimises P separate regularised cross-entropies by L-BFGS (Nocedal & Wright, alg. 7.4).
 
     points (N,Q), the last column ones; labels (P,K,N); known (P,1,N) in {0,1}; weights (P,K,Q),
     where to start; spread (Q,). Each problem has its own step and history; one whose gradient is
     shorter than `tolerance`, or that knows no two labels that differ, stays where it is. The
-    metric is the Hessian's diagonal as it were if all images had the mean curvature p (1 - p):
-    along principal axes there is little else. torch.optim.LBFGS would take one step length and one
-    history for all problems, and compute scores anew at each trial of the line search: along a
-    line they are linear.
+    metric is the Hessian's diagonal as it were if all images had the mean curvature p (1 - p).
+    torch.optim.LBFGS would take one step length and one history for all problems, and compute
+    scores anew at each trial of the line search, along which they are linear.
 
     Returns (weights, iterations, the longest gradient).
     """
@@ -265,7 +239,10 @@ def minimise(points, labels, known, l2, weights, spread, tolerance):
         moved, last = step * direction, gradient
         weights = weights + moved
         gradient = _gradient(residuals, points, penalty, weights)
-        history = [*history[1 - HISTORY :], _pair(moved, gradient - last)]
+        change = gradient - last
+        product = _dot(moved, change)
+        inverse = torch.where(product > 0, 1 / product, 0)  # 0 where the problem rests
+        history = [*history[1 - HISTORY :], (moved, change, inverse)]
 
 
 def _shares(labels, known):
@@ -284,12 +261,6 @@ def _gradient(residuals, points, penalty, weights):
 
 def _dot(a, b):
     return (a * b).sum((1, 2), keepdim=True)
-
-
-def _pair(moved, change):
-    """A step of L-BFGS's history; 1 / (moved . change) is 0 where the problem rests."""
-    product = _dot(moved, change)
-    return moved, change, torch.where(product > 0, 1 / product, 0)
 
 
 def _precondition(gradient, metric, history):
@@ -328,23 +299,14 @@ def _line_search(scores, along, labels, share, slope, penalty_slopes):
     return step, residuals
 
 
-# ------------------------------------------------------------------------------------------------
-# Nearest class mean
-# ------------------------------------------------------------------------------------------------
-
-
 def nearest_mean(train_features, train_labels, test_features, num_classes):
     """The nearest class mean (Mensink et al. 2013; the prototypes of Snell et al. 2017).
 
     Features are centred by the training mean and brought to length 1, as SimpleShot's CL2N (Wang
-    et al. 2019, arXiv:1911.04623): without it, the direction that all images share and the lengths
-    of the features decide, which one image a class cannot tell.
-
-    Returns logits (M,C) float32: -2 times the squared distance to the mean of class c; for
-    multi-label 2 times (that to the mean without the label - that to the mean with it). The factor
-    changes no decision; 1 leaves the loss of many images too near that of guessing, 10 makes that
-    of one image a class worse than guessing. A class without images is as far away as can be; a
-    label of which one value only is known gets the constant of `linear`.
+    et al. 2019, arXiv:1911.04623). Returns logits (M,C) float32: -2 times the squared distance to
+    the mean of class c; for multi-label 2 times (that to the mean without the label - that to the
+    mean with it); the factor changes the loss alone. A class without images is as far away as can
+    be; a label of which one value only is known gets the constant of `linear`.
     """
     mean = train_features.mean(0, dtype=torch.float64)
     train, test = (F.normalize(features - mean) for features in (train_features, test_features))

@@ -66,7 +66,7 @@ class Log:
         self.count, self.rates[step] = self.count + count, lr
         self.bar.update()
         if read or step % self.every == 0:
-            self._write(step, lr, self._read())
+            self._report(step, lr)
             self._begin()
 
     def finite(self):
@@ -80,44 +80,38 @@ class Log:
         step = float(self.bad)
         if math.isfinite(step):
             fp32 = ", or give --precision fp32," if self.env.precision == "bf16" else ""
-            raise Diverged(
-                f"loss or gradient is not finite at step {step - 1:.0f}, learning rate "
-                f"{self.rates[int(step)]:g}; lower --lr{fp32} and give another --out (the last "
-                "checkpoint is from before)"
-            )
+            where = f"at step {step - 1:.0f}, learning rate {self.rates[int(step)]:g}"
+            mend = f"lower --lr{fp32} and give another --out (the last checkpoint is from before)"
+            raise Diverged(f"loss or gradient is not finite {where}; {mend}")
 
-    def _write(self, step, lr, readings):
-        self._append({"step": step, "lr": lr, **readings})
-        if not self.title:
-            return
-        loss, speed = readings["loss"], readings["images_per_second"]
-        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.4g}, {speed:.0f} images/s")
-        if self.bar.disable:
-            pace = (time.monotonic() - self.began) / max(step - self.start, 1)
-            left = tqdm.format_interval(pace * (self.last - step))
-            text = f"loss {loss:.4f}  lr {lr:.4g}  {speed:.0f} images/s  {left} left"
-            say(self.env, f"{self.title}  step {step}/{self.last}  {text}")
+    def _report(self, step, lr):
+        """Means over the steps since the last report; waits for the device.
 
-    def _read(self):
-        """Means over the steps since the last reading; waits for the device.
-
-        Returns {"loss", "grad_norm" (before clipping), "clipped" (share of the units that AGC
-        scales, None without), "images_per_second" of all ranks, "data_wait" (share of the time
-        that the host waited for a batch), "memory" (bytes, the peak of this process)}.
+        grad_norm: before clipping. clipped: share of the units that AGC scales, None without.
+        images_per_second: of all ranks. data_wait: share of the time that the host waited for a
+        batch. memory: bytes, the peak of this process.
         """
         self.refuse_nonfinite()
         if self.env.ranks > 1:
             dist.all_reduce(self.loss)
         steps, clipped = len(self.rates), float(self.clipped)
-        seconds = time.monotonic() - self.since
-        return {
-            "loss": float(self.loss) / max(self.count, 1),
+        loss, seconds = float(self.loss) / max(self.count, 1), time.monotonic() - self.since
+        speed = steps * self.batch_size / seconds
+        readings = {
+            "loss": loss,
             "grad_norm": float(self.norm) / steps,
             "clipped": None if math.isnan(clipped) else clipped / steps,
-            "images_per_second": steps * self.batch_size / seconds,
+            "images_per_second": speed,
             "data_wait": self.waited / seconds,
             "memory": memory.peak_memory(self.env.device),
         }
+        self._append({"step": step, "lr": lr, **readings})
+        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.4g}, {speed:.0f} images/s")
+        if self.title and self.bar.disable:
+            pace = (time.monotonic() - self.began) / max(step - self.start, 1)
+            left = tqdm.format_interval(pace * (self.last - step))
+            text = f"loss {loss:.4f}  lr {lr:.4g}  {speed:.0f} images/s  {left} left"
+            say(self.env, f"{self.title}  step {step}/{self.last}  {text}")
 
     def evaluation(self, step, metrics):
         """A line of test metrics; the clock of the readings starts anew."""
@@ -143,28 +137,24 @@ def trim_log(env, path, step):
     if not (env.main and path.exists()):
         return
     kept = []
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            continue  # cut by a kill
+    *lines, _ = path.read_bytes().split(b"\n")  # a last line that a kill cut is dropped
+    for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
             if record["step"] < step + ("loss" in record):  # the evaluation is made again
-                kept.append(line)
+                kept.append(line + b"\n")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: damaged; remove that line") from error
-    write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
+    write_atomically(path, lambda file: file.writelines(kept))
 
 
 def print_result(record):
     """The closing table of a pre-training."""
     metrics, train = record["metrics"], record["train"]
-    shown = ("accuracy", "top5", "mean_auc", "mean_ap", "loss")
-    rows = [[name, f"{metrics[name]:.4f}"] for name in shown if metrics.get(name) is not None]
-    rows += [
-        ["seconds", f"{train['seconds']:.0f}"],
-        ["images/s", f"{train['images_per_second']:.0f}"],
-        ["GFLOP/s", f"{train['flops_per_second'] / 1e9:.1f}"],
-        ["share of the device's peak", f"{train['peak_share']:.3f}"],
-    ]
+    rows = [[key, f"{value:.4f}"] for key, value in metrics.items() if isinstance(value, float)]
+    rows.append(["seconds", f"{train['seconds']:.0f}"])
+    rows.append(["images/s", f"{train['images_per_second']:.0f}"])
+    rows.append(["GFLOP/s", f"{train['flops_per_second'] / 1e9:.1f}"])
+    rows.append(["share of the device's peak", f"{train['peak_share']:.3f}"])
     part = "validation" if record["kind"].endswith("-validation") else "test"
     print_table(rows, [f"{record['source']} {record['model']} ({part})", "value"])

@@ -35,10 +35,9 @@ PEAKS = {
 
 @functools.lru_cache
 def peak_flops(device, precision):
-    """Of the maker for bf16 and TF32 on a GPU in PEAKS; elsewhere, and for fp32, the best of five
-    products (8192 x 8192 on a GPU, 1024 x 1024 on a CPU) in that precision.
-
-    precision: "fp32", "tf32" or "bf16".
+    """Floating-point operations a second: of the maker for bf16 and TF32 on a GPU in PEAKS, else
+    the best of five products (8192 x 8192 on a GPU, 1024 x 1024 on a CPU). precision: "fp32",
+    "tf32" or "bf16".
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((peak for known, peak in PEAKS.items() if known in name), None)
@@ -48,7 +47,6 @@ def peak_flops(device, precision):
 
 
 def measured_flops(device, precision):
-    """The best of five products, in floating-point operations a second."""
     side, best = 8192 if device.type == "cuda" else 1024, 0.0
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     matrix = torch.ones(side, side, dtype=dtype, device=device)
@@ -83,10 +81,15 @@ def free_memory(device):
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
     if not os.path.exists("/proc/meminfo"):
-        raise ValueError(
-            "this system does not tell its memory; give --batch-size and --accumulate as numbers"
-        )
+        mend = "give --batch-size and --accumulate as numbers"
+        raise ValueError(f"this system does not tell its memory; {mend}")
     return proc_bytes("/proc/meminfo", "MemAvailable")
+
+
+def room(device):
+    """What this process may take: four fifths of what is free, which on CPUs all share."""
+    shared = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
+    return 0.8 * free_memory(device) / shared
 
 
 def proc_bytes(path, field):
@@ -107,7 +110,7 @@ def largest_batch(model, image_size, limit, env):
     """The largest power of two of images, up to `limit`, whose training step fits on every rank.
 
     Found by doing it: on CUDA until memory runs out, else until twice as many would take more than
-    four fifths of what is available. A tenth is left free, and room for the momentum.
+    there is `room`. Room for the momentum is left.
     """
     momentum = [torch.empty_like(p).zero_() for p in model.parameters()]
     fits, batch = 1, 1
@@ -123,19 +126,8 @@ def largest_batch(model, image_size, limit, env):
     return fits
 
 
-def parts_that_fit(model, image_size, batch_size, env):
-    """In how many parts each rank computes its share of a batch: the fewest that fit."""
-    share = math.ceil(batch_size / env.ranks)
-    fits = largest_batch(model, image_size, share, env)
-    say(env, f"--batch-size auto: {fits} images at a time on each process")
-    return math.ceil(share / fits)
-
-
 def _step_fits(model, image_size, batch, env):
-    """Whether forward and backward of so many images leave a fifth of the memory free."""
-    free = free_memory(env.device)
-    if env.device.type == "cpu":  # which all processes of the machine share
-        free /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    most = room(env.device)
     reset_peak_memory(env.device)
     before, failed = peak_memory(env.device), False
     try:
@@ -145,7 +137,15 @@ def _step_fits(model, image_size, batch, env):
     if failed:  # out of the handler, whose traceback holds the activations
         model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
-    return not failed and peak_memory(env.device) - before < 0.8 * free
+    return not failed and peak_memory(env.device) - before < most
+
+
+def parts_that_fit(model, image_size, batch_size, env):
+    """In how many parts each rank computes its share of a batch: the fewest that fit."""
+    share = math.ceil(batch_size / env.ranks)
+    fits = largest_batch(model, image_size, share, env)
+    say(env, f"--batch-size auto: {fits} images at a time on each process")
+    return math.ceil(share / fits)
 
 
 def images_at_once(size):
@@ -180,11 +180,9 @@ def estimate_parts(model, image_size, share, env):
     """
     if env.device.type == "cpu" and not os.path.exists("/proc/meminfo"):
         return 1
-    room = 0.8 * free_memory(env.device) - 16 * sum(p.numel() for p in model.parameters())
-    if env.device.type == "cpu":
-        room /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    left = room(env.device) - 16 * sum(p.numel() for p in model.parameters())
     kept = activation_bytes(model, image_size, env.precision)
-    return min(share, max(1, math.ceil(share * kept / max(room, 1))))
+    return min(share, max(1, math.ceil(share * kept / max(left, 1))))
 
 
 PARTS = {}  # {(network, pixels, images): in how many parts such a batch fits}
@@ -201,28 +199,20 @@ def in_parts(work, create, image_size, share, env, wanted=None):
     if wanted or key not in PARTS:
         with torch.device("meta"):
             PARTS[key] = wanted or estimate_parts(create(), image_size, share, env)
-    parts = PARTS[key]
-    result, PARTS[key] = halving_parts(work, parts, share, env)
-    if PARTS[key] > parts:
-        print(f"{key[0]} at {image_size} pixels: out of memory, now in {PARTS[key]} parts")
-    return result
-
-
-def halving_parts(work, parts, most, env):
-    """(what work(parts) returns, parts), with twice as many parts when memory runs out, to `most`.
-
-    Raises OutOfMemoryError where the smallest part does not fit, or several ranks work together:
-    one alone cannot choose.
-    """
+    before = PARTS[key]
     while True:
         try:
-            return work(parts), parts
+            result = work(PARTS[key])
+            break
         except torch.OutOfMemoryError:
-            if parts >= most or env.ranks > 1:
+            if PARTS[key] >= share or env.ranks > 1:
                 raise
         # Out of the handler, whose traceback holds the activations.
         torch.cuda.empty_cache()
-        parts = min(2 * parts, most)
+        PARTS[key] = min(2 * PARTS[key], share)
+    if PARTS[key] > before:
+        print(f"{key[0]} at {image_size} pixels: out of memory, now in {PARTS[key]} parts")
+    return result
 
 
 def flops_per_second(model, batch, image_size, flops, env):
@@ -239,11 +229,8 @@ def flops_per_second(model, batch, image_size, flops, env):
 
 
 def print_estimate(model, config, steps, parts, flops, env):
-    """Prints the numbers of a training, and by steps that are tried its memory and time, without
-    reading images and evaluations.
-
-    config: of them batch_size and image_size. parts: in which a rank computes its share of a batch.
-    flops: of one image's forward pass.
+    """Prints the numbers of a training, config, and by steps that are tried its memory and time,
+    reading and evaluations aside. parts: of a rank's share of a batch. flops: as above.
     """
     share = math.ceil(config["batch_size"] / env.ranks / parts)
     reset_peak_memory(env.device)

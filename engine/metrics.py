@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from engine.intervals import auc_influence, auc_interval, unit_numbers, wilson
+from engine.processes import gathered
 
 CHUNK = 4096  # images whose scores are computed in 64 bits at a time
 
@@ -62,9 +62,8 @@ def average_precision(scores, targets):
 def compute_metrics(logits, labels, classes, env=None, groups=None):
     """Metrics of a whole test set as fractions; what is undefined is None.
 
-    logits: (N,C). labels: (N,) int64 for multi-class, (N,C) in {0,1,nan} for multi-label. env: of
-    processes.Env; its ranks, which all have the same logits, share out the classes. groups: (N,)
-    patients of the images, or None.
+    logits: (N,C). labels: (N,) int64 for multi-class, (N,C) in {0,1,nan} for multi-label. env: its
+    ranks, which all have the same logits, share out the classes. groups: (N,) patients, or None.
     accuracy: share of right answers (multi-label: of right yes/no answers over all valid labels,
     at probability 0.5). mean_auc, mean_ap: means over the classes for which they are defined, one
     against the rest. loss: mean over valid labels. intervals, auc_interval: of 95 % over images, or
@@ -96,8 +95,7 @@ def compute_metrics(logits, labels, classes, env=None, groups=None):
         influences[valid] += influence
         found[c]["auc_interval"] = auc_interval(found[c]["auc"], influence, units[valid])
     if ranks > 1:
-        parts = [None] * ranks
-        dist.all_gather_object(parts, (found, influences))
+        parts = gathered((found, influences), env)
         found = {c: values for part, _ in parts for c, values in part.items()}
         influences = sum(part for _, part in parts)
     if task == "multiclass":
@@ -125,9 +123,8 @@ def compute_metrics(logits, labels, classes, env=None, groups=None):
 def refuse_nonfinite(finite):
     """Raises Diverged unless all outputs of the network are finite."""
     if not finite:
-        raise Diverged(
-            "the network's outputs are not finite; a smaller --lr or --precision fp32 may mend it"
-        )
+        mend = "a smaller --lr or --precision fp32 may mend it"
+        raise Diverged(f"the network's outputs are not finite; {mend}")
 
 
 def answers(logits, labels):

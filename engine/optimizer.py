@@ -14,14 +14,7 @@ class SGD_AGC(torch.optim.SGD):
     """
 
     def __init__(
-        self,
-        params,
-        lr,
-        momentum=0.9,
-        weight_decay=0.0,
-        nesterov=True,
-        clipping=0.01,
-        eps=1e-3,
+        self, params, lr, momentum=0.9, weight_decay=0.0, nesterov=True, clipping=0.01, eps=1e-3
     ):
         settings = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
         super().__init__(params, **settings)
@@ -51,10 +44,8 @@ class SGD_AGC(torch.optim.SGD):
         """One update. Leaves grad_norm (of all gradients, before clipping) and clipped (the share
         of units that were scaled, nan without clipping) as tensors on the device.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = closure() if closure else None
         norms, scales = [], []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]

@@ -145,11 +145,9 @@ def parse(description, flags, **changes):
 def seeds(given, first):
     """The seeds that --seeds means, of which one number says how many, from `first` on."""
     words = "--seeds " + " ".join(map(str, given))
-    if given == [0]:
-        raise ValueError(f"{words}: one number is how many; for seed 0 alone give --seeds 1")
-    if len(given) == 1 and given[0] > 10_000:
-        raise ValueError(f"{words}: one number is how many, at most 10000")
     if len(given) == 1:
+        if not 1 <= given[0] <= 10_000:
+            raise ValueError(f"{words}: one number is how many (1 to 10000), from --seed on")
         return list(range(first, first + given[0]))
     if len(set(given)) < len(given):
         raise ValueError(f"{words}: a seed is named twice")

@@ -16,12 +16,7 @@ ENDINGS = {"predictions": ".npz", "model": ".pt", "features": ".npz"}
 
 def save_arrays(path, **arrays):
     """One .npz without pickled objects, whole or not at all."""
-
-    def write(temporary):
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
-
-    write_atomically(path, write)
+    write_atomically(path, lambda file: np.savez(file, **arrays))
 
 
 def image_names(dataset):
@@ -31,7 +26,7 @@ def image_names(dataset):
 
 def save_predictions(cell, logits, labels=None, classes=None):
     """Where the cell is to: logits (N,C) float32 of its test set, the labels (N,) int64 or (N,C)
-    float32 in {0,1,nan}, the names of the images (N,) and of the classes (C,).
+    float32 in {0,1,nan}, and the names of the images (N,) and of the classes (C,).
 
     labels, classes: where they are not all of the test set's.
     """

@@ -33,11 +33,9 @@ def run_script(main):
             return main()
         except (Exception, KeyboardInterrupt) as error:
             lost = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
-            if lost or isinstance(error, (Stopped, KeyboardInterrupt)):
-                if _said(False):
-                    return EXIT_BAD_INPUT
-            else:
-                _said(True)
+            waiting = lost or isinstance(error, (Stopped, KeyboardInterrupt))
+            if _said(now=not waiting) and waiting:
+                return EXIT_BAD_INPUT
             raise
 
     status = exit_status(said_once)
@@ -54,19 +52,13 @@ def run_script(main):
 def _said(now):
     """Whether a process has said its error: from now on, or before."""
     # A store of rank 0's own ends with it, and then says so in many lines.
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return False
-    with contextlib.suppress(Exception):
-        store = dist.distributed_c10d._get_default_store()
-        if now:
-            store.set("said", "")
-        return store.check(["said"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        with contextlib.suppress(Exception):
+            store = dist.distributed_c10d._get_default_store()
+            if now:
+                store.set("said", "")
+            return store.check(["said"])
     return False
-
-
-# ------------------------------------------------------------------------------------------------
-# Processes
-# ------------------------------------------------------------------------------------------------
 
 
 class Env(NamedTuple):
@@ -108,11 +100,18 @@ class Env(NamedTuple):
 
     def computing(self, precision):
         """The same process, which computes in that precision from now on."""
-        # PyTorch's own default for convolutions is TF32.
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = (
-            precision == "tf32"
-        )
+        tf32 = precision == "tf32"  # else off: PyTorch's own default for convolutions is on
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
         return self._replace(precision=precision)
+
+
+def gathered(value, env):
+    """The values of all ranks, on each of them."""
+    values = [value]
+    if env.ranks > 1:
+        values = [None] * env.ranks
+        dist.all_gather_object(values, value)
+    return values
 
 
 # What tells a process that others were started beside it: srun alone sets the first, where
@@ -129,44 +128,37 @@ def setup(precision="auto", timeout=None):
     for name in TASKS:
         count = os.environ.get(name, "")
         if count not in ("", "0", "1") and "WORLD_SIZE" not in os.environ:
+            mend = "start one a node, of torchrun, or set WORLD_SIZE=1 for runs of their own"
             raise ValueError(
-                f"{name}={count}: {count} processes were started that do not know each other; "
-                "start one a node, of torchrun, or set WORLD_SIZE=1 for runs of their own"
+                f"{name}={count}: {count} processes that do not know each other; {mend}"
             )
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         local, devices = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= devices:
-            raise ValueError(
-                f"--nproc_per_node is more than the {devices} GPUs here; lower it, or set "
-                "CUDA_VISIBLE_DEVICES= to use the CPU"
-            )
+            mend = "lower it, or set CUDA_VISIBLE_DEVICES= to use the CPU"
+            raise ValueError(f"--nproc_per_node is more than the {devices} GPUs here; {mend}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     if ranks > 1 and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun's store outlives the processes and holds the addresses of dead ones.
-        raise ValueError(
-            "--max-restarts: processes that torchrun starts again may not find each other; set "
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started"
-        )
+        mend = "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started"
+        raise ValueError(f"--max-restarts: those may not find each other; {mend}")
     if ranks > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         own = device if device.type == "cuda" else None
         dist.init_process_group(backend, timeout=timeout, device_id=own)
     if precision == "auto":
-        precision = "bf16" if _computes_bf16(device) else "fp32"
+        bf16 = torch.cpu._is_avx512_bf16_supported()
+        if device.type == "cuda":
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if bf16 else "fp32"
     if precision == "tf32" and device.type == "cpu":
         raise ValueError("--precision tf32: CPUs have none; give fp32, or auto")
     return Env(rank, ranks, device, precision).computing(precision)
-
-
-def _computes_bf16(device):
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported()
 
 
 @functools.lru_cache
@@ -230,19 +222,13 @@ class StopSignal:
             raise Stopped(f"stopped by {stop[0]}", stop[1])
 
 
-# ------------------------------------------------------------------------------------------------
-# A step on several processes
-# ------------------------------------------------------------------------------------------------
-
-
 def parallel(model, env):
     """The callable that trains this model, averaging gradients over ranks."""
-    if env.ranks > 1:
-        ids = [env.device] if env.device.type == "cuda" else None
-        model = torch.nn.parallel.DistributedDataParallel(
-            model, device_ids=ids, gradient_as_bucket_view=True
-        )
-    return model
+    if env.ranks == 1:
+        return model
+    settings = {"device_ids": [env.device] if env.device.type == "cuda" else None}
+    settings["gradient_as_bucket_view"] = True
+    return torch.nn.parallel.DistributedDataParallel(model, **settings)
 
 
 def parts(network, images, labels, count, env, multiple=1):

@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import itertools
 import os
 import re
 from pathlib import Path
@@ -51,10 +52,7 @@ def _read_npz(path):
 
 
 def read_weights(path):
-    """Reads a weight file without running anything in it; returns the whole dict that it holds.
-
-    Raises FileNotFoundError, or ValueError when it is damaged, holds code or is of safetensors.
-    """
+    """The whole dict that a weight file holds, as read_tensors; of safetensors ValueError too."""
     if Path(path).suffix == ".safetensors":
         mend = f"torch.save(timm.models.load_state_dict({str(path)!r}), 'weights.pth')"
         raise ValueError(f"{path}: safetensors are not read; save it as a .pth: {mend}")
@@ -86,11 +84,6 @@ def our_names(state):
     return state
 
 
-# ------------------------------------------------------------------------------------------------
-# Published networks
-# ------------------------------------------------------------------------------------------------
-
-
 class Published(NamedTuple):
     """source: what it was trained on. model: its size, a key of models.MODELS."""
 
@@ -110,28 +103,20 @@ STUDY_SOURCES = """imagenet1k imagenet21k chexpert chexpert+mimic chexpert+mimic
     chexpert+mimic+nih+padchest"""
 
 
-def _published():
-    """{name, as --checkpoint takes it: Published}"""
-    found = {}
-    for model in BIT_MODELS:
-        names = {f"BiT-S-{model}": "imagenet1k", f"BiT-M-{model}": "imagenet21k"}
-        names[f"BiT-M-{model}-ILSVRC2012"] = "imagenet21k-to-imagenet1k"
-        for name, source in names.items():
-            found[f"bit:{name}"] = Published(source, model, f"{BIT}/{name}.npz")
-    for source in STUDY_SOURCES.split():
-        for model in ("R50x1", "R152x4"):
-            folder = f"{source.replace('+', '_')}_bit{model[1:]}"
-            url = f"{STUDY}?path=%2F{folder}&files=model.pth.tar"
-            found[f"study:{source}-{model}"] = Published(source, model, url)
-    for model in BIT_MODELS:
-        for run in range(3 if model != "R152x2" else 0):
-            for task in VTAB.split():
-                name, source = f"BiT-M-{model}-run{run}-{task}", f"imagenet21k-to-{task}-run{run}"
-                found[f"bit:{name}"] = Published(source, model, f"{BIT}/vtab/{name}.npz")
-    return found
-
-
-PUBLISHED = _published()
+PUBLISHED = {}  # {name, as --checkpoint takes it: Published}
+for model in BIT_MODELS:
+    names = {f"BiT-S-{model}": "imagenet1k", f"BiT-M-{model}": "imagenet21k"}
+    names[f"BiT-M-{model}-ILSVRC2012"] = "imagenet21k-to-imagenet1k"
+    for name, source in names.items():
+        PUBLISHED[f"bit:{name}"] = Published(source, model, f"{BIT}/{name}.npz")
+for source in STUDY_SOURCES.split():
+    for model in ("R50x1", "R152x4"):
+        url = f"{STUDY}?path=%2F{source.replace('+', '_')}_bit{model[1:]}&files=model.pth.tar"
+        PUBLISHED[f"study:{source}-{model}"] = Published(source, model, url)
+for model in sorted({*BIT_MODELS} - {"R152x2"}):
+    for run, task in itertools.product(range(3), VTAB.split()):
+        name, source = f"BiT-M-{model}-run{run}-{task}", f"imagenet21k-to-{task}-run{run}"
+        PUBLISHED[f"bit:{name}"] = Published(source, model, f"{BIT}/vtab/{name}.npz")
 
 
 def published_path(name, folder=None):
@@ -147,9 +132,8 @@ def find_published(name, args, env=None):
     """
     if name not in PUBLISHED:
         near = difflib.get_close_matches(name, PUBLISHED, n=1, cutoff=0)[0]
-        raise ValueError(
-            f"unknown network {name!r}; did you mean {near!r}? python models.py list names all"
-        )
+        mend = f"did you mean {near!r}? python models.py list names all"
+        raise ValueError(f"unknown network {name!r}; {mend}")
     path, url = published_path(name, args.cache_dir), PUBLISHED[name].url
     if not path.exists() and not args.download:
         raise FileNotFoundError(f"{name}: no {path}; add --download, or fetch {url} to there")

@@ -46,10 +46,10 @@ def killed_at_file(name, count=1):
 
 
 # Lines of the log after which a SIGKILL comes from outside, or how many events of temporary files
-# later it dies: each is made, written, opened to reach the disk, renamed and removed.
+# later it dies: each is made, renamed and removed.
 KILLS = [
-    *((0, None), (None, 2), (1, None), (None, 7), (2, None), (None, 9), (3, None)),
-    *((None, 11), (5, None), (None, 4), (8, None), (None, 22)),
+    *((0, None), (None, 2), (1, None), (None, 5), (2, None), (None, 8), (3, None)),
+    *((None, 8), (5, None), (None, 2), (8, None), (None, 14)),
 ]
 
 

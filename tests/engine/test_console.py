@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -21,9 +22,9 @@ def test_a_crash_or_nan_leaves_the_old_file(tmp_path):
     path = tmp_path / "result.json"
     console.write_json(path, {"value": 1})
 
-    def crash(temporary):
-        temporary.write_text('{"val')
-        assert [p.name for p in tmp_path.iterdir() if p != path] == [temporary.name]
+    def crash(file):
+        file.write(b'{"val')
+        assert [p for p in tmp_path.iterdir() if p != path] == [Path(file.name)]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -39,11 +40,10 @@ def test_two_writers_at_once_share_no_file(tmp_path):
     path = tmp_path / "result.json"
     for replace, found in ((True, "first"), (False, "second")):
 
-        def first(temporary):
-            temporary.write_text("fir")
-            assert console.write_atomically(path, lambda other: other.write_text("second"))
-            with open(temporary, "a") as file:
-                file.write("st")
+        def first(file):
+            file.write(b"fir")
+            assert console.write_atomically(path, lambda other: other.write(b"second"))
+            file.write(b"st")
 
         assert console.write_atomically(path, first, replace) is replace
         assert path.read_text() == found

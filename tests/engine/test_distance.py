@@ -187,7 +187,7 @@ def test_appearance_counts_more_than_the_mix_of_classes():
 def test_compare_refuses_what_has_no_distance():
     good = normal(18, 20, 8)
     for source, target in ((good[:3], good), (good, good[:1])):
-        with pytest.raises(ValueError, match="4 images of the source and 2 of the target, not"):
+        with pytest.raises(ValueError, match="4 images of the source, 2 of the target, not"):
             compare(source, target)
     for bad in (float("nan"), float("inf")):
         for source, target in ((good, good * bad), (good * bad, good)):
