@@ -23,7 +23,6 @@ def info(name, sets, sheet=None):
         raise ValueError(f"--sheet {sheet}: must end in .png")
     refuse_unwritable("--sheet", sheet)
     train = sets["train"]
-    multilabel = train.task == "multilabel"
     print(f"{name}: {train.domain}, {train.task}, {len(train.classes)} classes")
     for option, value in train.options.items():
         print(f"{option}: {value}")
@@ -37,7 +36,7 @@ def info(name, sets, sheet=None):
         splits.append((split, len(dataset), count, ", ".join(left_out) or "none"))
         header.append(f"{split} positive")
         columns.append(images_by_class(dataset.labels, len(train.classes)))
-        if multilabel:
+        if train.task == "multilabel":
             header.append(f"{split} missing")
             columns.append(np.isnan(dataset.labels).sum(0))
     print_table(splits, ["split", "images", "patients", "left out"])
@@ -62,8 +61,8 @@ def contact_sheet(dataset):
     draw = ImageDraw.Draw(sheet)
     for row, label in enumerate(dataset.classes[:rows]):
         draw.text((6, row * side + side // 2 - 6), label, fill="black")
-        multilabel = dataset.task == "multilabel"
-        shows = dataset.labels[:, row] == 1 if multilabel else dataset.labels == row
+        labels = dataset.labels
+        shows = labels[:, row] == 1 if labels.ndim == 2 else labels == row
         for column, i in enumerate(np.flatnonzero(shows)[:columns]):
             image = resize_square(dataset.read(i, side), side - 2).expand(3, -1, -1)
             tile = Image.fromarray(image.permute(1, 2, 0).numpy())
@@ -124,9 +123,8 @@ def check(name, sets, report=None, workers=None):
 
 
 def _fingerprint(dataset, i):
-    """64 bits of the pixels' hash (of 14 million images, two alike by chance in 5e-6 of cases), and
-    the brightest pixel.
-    """
+    """(64 bits of the pixels' hash, the brightest pixel)."""
+    # Of 14 million images two are alike by chance in 5e-6 of cases.
     pixels = dataset.read(i).contiguous().numpy()
     content = hashlib.blake2b(str(pixels.shape).encode(), digest_size=8)
     content.update(pixels)
