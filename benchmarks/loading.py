@@ -17,7 +17,7 @@ import data
 import pretrain
 from benchmarks.measure import best_speeds, repeat, speed_report
 from engine.evaluate import to_input
-from readers import packs, synthetic, xrays
+from readers import packs, synthetic, tables, xrays
 from readers.transforms import NORMALIZATION, xray_pipeline
 
 BATCH, SIZE = 32, 224
@@ -97,7 +97,8 @@ def table_arms(folder, rows):
 
 
 def ours_of_mimic(folder):
-    found = xrays.mimic_rows("mimic", folder, "train", ("PA", "AP"))
+    finding = tables.finding()[0]
+    found = xrays.mimic_rows("mimic", folder, "train", ("PA", "AP"), finding)
     return found[0], found[3]
 
 

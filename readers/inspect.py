@@ -23,7 +23,6 @@ def info(name, sets, sheet=None):
         raise ValueError(f"--sheet {sheet}: must end in .png")
     refuse_unwritable("--sheet", sheet)
     train = sets["train"]
-    multilabel = train.task == "multilabel"
     print(f"{name}: {train.domain}, {train.task}, {len(train.classes)} classes")
     for option, value in train.options.items():
         print(f"{option}: {value}")
@@ -37,7 +36,7 @@ def info(name, sets, sheet=None):
         splits.append((split, len(dataset), count, ", ".join(left_out) or "none"))
         header.append(f"{split} positive")
         columns.append(images_by_class(dataset.labels, len(train.classes)))
-        if multilabel:
+        if train.task == "multilabel":
             header.append(f"{split} missing")
             columns.append(np.isnan(dataset.labels).sum(0))
     print_table(splits, ["split", "images", "patients", "left out"])
@@ -55,15 +54,15 @@ def info(name, sets, sheet=None):
         print(f"wrote {sheet}")
 
 
-def contact_sheet(dataset, columns=8, rows=20, side=96):
-    """A PIL image: the first images of each of the first classes, a row a class."""
-    rows = min(rows, len(dataset.classes))
+def contact_sheet(dataset):
+    """A PIL image: the first images of each of the first 20 classes, a row a class."""
+    columns, rows, side = 8, min(20, len(dataset.classes)), 96
     sheet = Image.new("RGB", (180 + columns * side, rows * side), "white")
     draw = ImageDraw.Draw(sheet)
     for row, label in enumerate(dataset.classes[:rows]):
         draw.text((6, row * side + side // 2 - 6), label, fill="black")
-        multilabel = dataset.task == "multilabel"
-        shows = dataset.labels[:, row] == 1 if multilabel else dataset.labels == row
+        labels = dataset.labels
+        shows = labels[:, row] == 1 if labels.ndim == 2 else labels == row
         for column, i in enumerate(np.flatnonzero(shows)[:columns]):
             image = resize_square(dataset.read(i, side), side - 2).expand(3, -1, -1)
             tile = Image.fromarray(image.permute(1, 2, 0).numpy())
@@ -79,34 +78,33 @@ def check(name, sets, report=None, workers=None):
     """
     refuse_unwritable("--report", report)
     found = {"missing": [], "broken": [], "duplicated": [], "in train and test": []}
-    prints, firsts = {}, {}  # by split: each fingerprint once, and the first image that has it
-    dark = []
+    once, dark = [], []  # of each split: its fingerprints and the first image that has each
     for split, dataset in sets.items():
-        every, good = np.zeros(len(dataset), np.uint64), np.ones(len(dataset), bool)
-        brightest = np.zeros(len(dataset), np.uint8)
-        results = each_image(dataset, _fingerprint, split, workers)
-        with contextlib.closing(results):  # the bar ends above any message
+        prints, brightest = np.zeros(len(dataset), np.uint64), np.zeros(len(dataset), np.uint8)
+        good = np.ones(len(dataset), bool)
+        # The bar ends above any message.
+        with contextlib.closing(each_image(dataset, _fingerprint, split, workers)) as results:
             for i, result in enumerate(results):
                 if isinstance(result, Exception):
                     good[i] = False
                     kind = "missing" if isinstance(result, FileNotFoundError) else "broken"
                     found[kind].append(f"{split}: {result}")
                 else:
-                    every[i], brightest[i] = result
+                    prints[i], brightest[i] = result
         places = np.flatnonzero(good)
         if len(places) and np.median(brightest[places]) <= 16:
             dark.append(f"{split}: half of the images have no pixel above 16 of 255")
-        prints[split], first, inverse = np.unique(
-            every[places], return_index=True, return_inverse=True
-        )
-        firsts[split] = places[first]
-        originals = firsts[split][inverse]
-        for k in np.flatnonzero(places != originals):
-            same = f"{dataset.where(places[k])} is the same as {dataset.where(originals[k])}"
+        prints, first, inverse = np.unique(prints[places], return_index=True, return_inverse=True)
+        once.append((prints, places[first]))
+        originals = places[first][inverse]
+        again = places != originals
+        for i, original in zip(places[again], originals[again]):
+            same = f"{dataset.where(i)} is the same as {dataset.where(original)}"
             found["duplicated"].append(f"{split}: {same}")
-    train, test = sets["train"], sets["test"]
-    _, a, b = np.intersect1d(prints["train"], prints["test"], return_indices=True)
-    for i, j in zip(firsts["train"][a], firsts["test"][b]):
+    (prints, firsts), (others, other_firsts) = once
+    _, a, b = np.intersect1d(prints, others, return_indices=True)
+    train, test = sets.values()
+    for i, j in zip(firsts[a], other_firsts[b]):
         found["in train and test"].append(f"{train.where(i)} is the same as {test.where(j)}")
 
     if dark:  # 4095 of 65535 is 16 of 255
@@ -125,9 +123,8 @@ def check(name, sets, report=None, workers=None):
 
 
 def _fingerprint(dataset, i):
-    """64 bits of the pixels' hash (of 14 million images, two alike by chance in 5e-6 of cases), and
-    the brightest pixel.
-    """
+    """(64 bits of the pixels' hash, the brightest pixel)."""
+    # Of 14 million images two are alike by chance in 5e-6 of cases.
     pixels = dataset.read(i).contiguous().numpy()
     content = hashlib.blake2b(str(pixels.shape).encode(), digest_size=8)
     content.update(pixels)

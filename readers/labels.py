@@ -14,46 +14,34 @@ def join(name, members, labels):
     """
     for member in members:
         if member.task != "multilabel":
-            raise ValueError(
-                f"{name}: {member.name} is not multi-label; a union joins labels by name"
-            )
+            raise ValueError(f"{name}: {member.name} is not multi-label; a union joins by label")
     domains = sorted({member.domain for member in members})
     if len(domains) > 1:
         raise ValueError(f"{name}: joins {' and '.join(domains)} images; tables take --domain")
     if len({bool(member.options.get("gap")) for member in members}) > 1:
         raise ValueError(f"{name}: a gap (~) gives images three channels; give it to all, or none")
-    names = [set(member.classes) for member in members]
-    classes = sorted(set.union(*names) if labels == "union" else set.intersection(*names))
+    known = [set(member.classes) for member in members]
+    classes = sorted(set.union(*known) if labels == "union" else set.intersection(*known))
     if not classes:
         have = "; ".join(f"{member.name}: {', '.join(member.classes)}" for member in members)
         raise ValueError(f"{name}: no label is common to all; --labels union keeps all ({have})")
     tables, options, dropped = [], {"labels": labels}, {}
     for member in members:
-        table = np.full((len(member), len(classes)), np.nan, np.float32)
-        for column, label in enumerate(classes):
-            if label in member.classes:
-                table[:, column] = member.labels[:, member.classes.index(label)]
-        tables.append(table)
+        places = {label: place for place, label in enumerate(member.classes)}
+        with_nan = np.pad(member.labels, ((0, 0), (0, 1)), constant_values=np.nan)
+        tables.append(with_nan[:, [places.get(label, -1) for label in classes]])
         options |= {member.name: member.options} if member.options else {}
         dropped |= {f"{member.name}: {why}": count for why, count in member.dropped.items()}
-    return ImageDataset(
-        name,
-        Joined([m.reader for m in members], np.cumsum([0, *map(len, members[:-1])])),
-        np.concatenate(tables),
-        classes,
-        "multilabel",
-        members[0].domain,
-        groups=np.concatenate([member.groups for member in members]),
-        options=options,
-        dropped=dropped,
-    )
+    starts = np.cumsum([0, *map(len, members[:-1])])
+    reader = Joined([member.reader for member in members], starts)
+    labels, groups = np.concatenate(tables), np.concatenate([member.groups for member in members])
+    about = {"groups": groups, "options": options, "dropped": dropped}
+    return ImageDataset(name, reader, labels, classes, "multilabel", domains[0], **about)
 
 
 def images_by_class(labels, num_classes):
     """How many images show each class, for labels (N,) int64 or (N,C) in {0,1,nan}: (C,) int64."""
-    if labels.ndim == 2:
-        return (labels == 1).sum(0)
-    return np.bincount(labels, minlength=num_classes)
+    return (labels == 1).sum(0) if labels.ndim == 2 else np.bincount(labels, minlength=num_classes)
 
 
 def keep_single_label(dataset):
@@ -64,12 +52,10 @@ def keep_single_label(dataset):
     kept = positives.sum(1) == 1
     if not kept.any():
         raise ValueError(f"{dataset.name}: no image has exactly one positive label")
-    return dataset.subset(kept).replace(
-        labels=positives[kept].argmax(1),
-        task="multiclass",
-        options=dataset.options | {"single_label": True},
-        dropped=dataset.dropped | {"not exactly one positive label": int((~kept).sum())},
-    )
+    changes = {"labels": positives[kept].argmax(1), "task": "multiclass"}
+    changes["options"] = dataset.options | {"single_label": True}
+    left_out = {"not exactly one positive label": int((~kept).sum())}
+    return dataset.subset(kept).replace(dropped=dataset.dropped | left_out, **changes)
 
 
 def shared_classes(name, classes, task, dataset):
@@ -79,10 +65,8 @@ def shared_classes(name, classes, task, dataset):
     ValueError naming the network for a head that does not fit.
     """
     if classes is None:
-        raise ValueError(
-            f"{name}: its file does not name its classes, so that it cannot be evaluated as it is; "
-            "only one that pretrain.py or --save model wrote can"
-        )
+        mend = "only a file that pretrain.py or --save model wrote can be evaluated"
+        raise ValueError(f"{name}: its file does not name its classes; {mend}")
     if task != dataset.task:
         mend = "--single-label or --no-single-label changes a target"
         raise ValueError(f"{name} is {task}, {dataset.name} {dataset.task}; {mend}")

@@ -1,15 +1,15 @@
-"""What the name of a dataset says: folder:PATH, table:FILE.csv, NAME@SIZE (a pack), NAME~GAP,
-NAME+NAME.
-"""
+"""What a dataset's name says: folder:PATH, table:FILE.csv, NAME@SIZE (a pack), NAME~GAP, A+B."""
 
 import os
 import re
 from pathlib import Path
 
+PATH = re.compile("(folder:|table:)(.*)", re.DOTALL)
+
 
 def is_path(name):
     """Whether what follows the colon in the name of a dataset is a path."""
-    return name.startswith(("folder:", "table:"))
+    return PATH.match(name) is not None
 
 
 def parts_of(name):
@@ -25,36 +25,32 @@ def parts_of(name):
     return parts
 
 
+def _with_paths(name, change):
+    """The name, in a union each part of it, with its path changed."""
+    found = [(part, PATH.fullmatch(part)) for part in parts_of(name)]
+    return "+".join(path[1] + change(path[2]) if path else part for part, path in found)
+
+
 def canonical(name):
     """The one name of a dataset however its path is given: absolute, without ~ or / at its end."""
-    parts = []
-    for part in parts_of(name):
-        kind, _, path = part.partition(":")
-        if is_path(part) and path:
-            path = os.path.abspath(os.path.expanduser(re.sub(r"/+@(\d+)$", r"@\1", path)))
-            part = f"{kind}:{path}"
-        parts.append(part)
-    return "+".join(parts)
 
+    def absolute(path):
+        return os.path.abspath(os.path.expanduser(re.sub(r"/+@(\d+)$", r"@\1", path)))
 
-def base_name(name):
-    """The name of the dataset itself: nih of nih@256, synthetic-xray of synthetic-xray~0.4, of a
-    union those of its members.
-    """
-    originals = [
-        pack_of(part)[0] if is_path(part) else part.partition("@")[0].partition("~")[0]
-        for part in parts_of(name)
-    ]
-    return "+".join(originals)
+    return _with_paths(name, absolute)
 
 
 def without_place(name):
     """The name of a dataset wherever it lies: folder:b of folder:/a/b, in a union of each part."""
-    parts = []
-    for part in parts_of(name):
-        kind, _, path = part.partition(":")
-        parts.append(f"{kind}:{Path(path).resolve().name}" if is_path(part) else part)
-    return "+".join(parts)
+    return _with_paths(name, lambda path: Path(path).resolve().name)
+
+
+def base_name(name):
+    """The name of the dataset itself, in a union of each part: nih of nih@256 or of nih~0.4."""
+    originals = [
+        pack_of(part)[0] if is_path(part) else re.split("[@~]", part)[0] for part in parts_of(name)
+    ]
+    return "+".join(originals)
 
 
 def pack_of(name):
@@ -66,9 +62,7 @@ def pack_of(name):
 
 
 def pack_folder(original, size, root, out=None):
-    """The directory of a pack: below `out` where given, else beside the folder or table, or below
-    the root.
-    """
+    """The directory of a pack: in `out`, or else beside the folder or table, or in the root."""
     folder = Path(root, f"{original}@{size}")
     if is_path(original):
         folder = Path(original.partition(":")[2].rstrip("/") + f"@{size}")
@@ -84,8 +78,6 @@ def gap_of(name):
     if not tilde:
         return None
     if not re.fullmatch(r"0|1|0\.\d*[1-9]", gap):
-        raise ValueError(
-            f"{name}: {gap!r} is no gap; write a decimal from 0 to 1 without needless digits, "
-            f"like {world}~0, {world}~0.4 or {world}~1"
-        )
+        mend = "write a decimal from 0 to 1 without needless digits"
+        raise ValueError(f"{name}: {gap!r} is no gap; {mend}, like {world}~0.4")
     return float(gap)

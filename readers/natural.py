@@ -19,10 +19,9 @@ def _torchvision(dataset, name, root, download, **options):
     try:
         return dataset(root, download=download, **options)
     except (ImportError, RuntimeError, OSError, ValueError) as error:  # Flowers need scipy
-        reason = " ".join(str(error).split())
-        raise FileNotFoundError(
-            f"{name}: not whole below {root} ({reason}); give --data-dir, or --download"
-        ) from error
+        below = f"{root} ({' '.join(str(error).split())})"
+        mend = "give --data-dir, or --download"
+        raise FileNotFoundError(f"{name}: not whole below {below}; {mend}") from error
 
 
 def cifar(name, root, split, download=False):
@@ -61,7 +60,7 @@ def _path_dataset(name, root, paths, labels, classes):
 
 def imagenet1k(name, root, split, cache_dir=None):
     """ILSVRC 2012 (Russakovsky et al. 2015, arXiv:1409.0575); test is its validation set."""
-    train, val = root / "imagenet-1K" / "train", root / "imagenet-1K" / "val"
+    train, val = (root / "imagenet-1K" / part for part in ("train", "val"))
     need(name, train, val)
     return _class_split(name, train, val, split, cache_dir)
 
@@ -89,9 +88,8 @@ def folder(name, root, split, cache_dir=None, domain="natural"):
     train, test = (Path(name.removeprefix("folder:")) / part for part in ("train", "test"))
     for path in (train, test):
         if not path.is_dir():
-            raise FileNotFoundError(
-                f"{name}: no directory {path}; images belong in PATH/{path.name}/CLASS/"
-            )
+            mend = f"images belong in PATH/{path.name}/CLASS/"
+            raise FileNotFoundError(f"{name}: no directory {path}; {mend}")
     return _class_split(name, train, test, split, cache_dir, domain)
 
 

@@ -30,12 +30,14 @@ def table(name, root, split, domain="natural", uncertain="ignore", blank="ignore
     known = {"path": tables.BELOW, "split": tables.one_of({"train": False, "test": True}, bool)}
     known |= {"patient": patient, "label": label}
     mark, choices = tables.finding(uncertain, blank)
-    header = tables.read_header(path)
+    _, header = next(tables.rows(path), (0, []))
+    for place, column in enumerate(header, 1):
+        if not column.strip():
+            raise ValueError(f"{path}: column {place} of its header has no name; name it")
     findings = [column for column in header if column not in known]
-    others = [*findings, *(f"--{choice}" for choice in choices)]
-    if "label" in header and others:
-        found = ", ".join(others)
-        raise ValueError(f"{path}: a label and {found}; keep label, or a column a finding")
+    if "label" in header and (others := [*findings, *(f"--{choice}" for choice in choices)]):
+        also = ", ".join(others)
+        raise ValueError(f"{path}: a label and {also}; keep label, or a column a finding")
     if "label" not in header and "path" in header and not findings:
         raise ValueError(f"{path}: neither a column label nor one a finding; add one")
     names, test, patients, numbers, *marks = tables.read_table(
@@ -44,50 +46,29 @@ def table(name, root, split, domain="natural", uncertain="ignore", blank="ignore
     tables.refuse_repeats(names, path, rows=True)
     if numbers is None:
         task, classes, labels = "multilabel", findings, np.stack(marks, axis=1)
+        for column in np.flatnonzero(np.isnan(labels).all(0)):
+            raise ValueError(f"{path}: finding {classes[column]} has no mark; fill it or drop it")
     else:
         task, classes = "multiclass", sorted(label.numbers)
-        labels = np.argsort(np.argsort(list(label.numbers)))[numbers]
+        labels = np.argsort(np.argsort([*label.numbers]))[numbers]
+        if len(classes) < 2:
+            raise ValueError(f"{path}: all images are of one class, {classes[0]}; a task needs two")
     if test is None:
         test = hold_out(labels, patients, HELD_OUT)
         of = "images" if patients is None else "patients"
         options["split"] = f"a fifth of the {of}, by class, drawn"
     elif patients is not None:
-        _refuse_both_sides(path, list(patient.numbers), patients, test)
-    _refuse_classes(path, classes, labels, ~test)
+        firsts = np.unique(patients, return_index=True)[1]
+        for row in np.flatnonzero(test != test[firsts][patients]):
+            line, both = tables.line_of(path, row), [*patient.numbers][patients[row]]
+            mend = "choose one, or leave out the column split"
+            raise ValueError(f"{path}, line {line}: patient {both} is in train and in test; {mend}")
+    for cls in [] if numbers is None else np.setdiff1d(labels, labels[~test]):
+        line, unseen = tables.line_of(path, np.argmax(labels == cls)), classes[cls]
+        raise ValueError(f"{path}, line {line}: class {unseen} has no training image; add some")
     mine = np.flatnonzero(test if split == "test" else ~test)
     if not len(mine):
         raise ValueError(f"{path}: no row is of the {split} split; add some, or leave out split")
-    reader = Files(str(path.parent), names[mine], mode)
+    reader, options = Files(str(path.parent), names[mine], mode), options | choices
     groups = None if patients is None else patients[mine]
-    return ImageDataset(
-        name, reader, labels[mine], classes, task, domain, groups, options=options | choices
-    )
-
-
-def _refuse_both_sides(path, known, patients, test):
-    """Raises ValueError naming a patient with training and test images."""
-    sides = np.zeros((2, len(known)), bool)
-    sides[test.astype(int), patients] = True
-    if sides.all(0).any():
-        patient = sides.all(0).argmax()
-        rows = np.flatnonzero(patients == patient)
-        line = tables.line_of(path, rows[test[rows] != test[rows[0]]][0])
-        raise ValueError(
-            f"{path}, line {line}: patient {known[patient]} is in train and in test; choose one, "
-            "or leave out the column split"
-        )
-
-
-def _refuse_classes(path, classes, labels, train):
-    """Raises ValueError naming a class that cannot be learned."""
-    if labels.ndim == 2:
-        for column in np.flatnonzero(np.isnan(labels).all(0)):
-            raise ValueError(f"{path}: finding {classes[column]} has no mark; fill it or drop it")
-        return
-    if len(classes) < 2:
-        raise ValueError(f"{path}: all images are of one class, {classes[0]}; a task needs two")
-    for cls in np.flatnonzero(np.bincount(labels[train], minlength=len(classes)) == 0):
-        line = tables.line_of(path, np.flatnonzero(labels == cls)[0])
-        raise ValueError(
-            f"{path}, line {line}: class {classes[cls]} has no training image; add some"
-        )
+    return ImageDataset(name, reader, labels[mine], classes, task, domain, groups, options=options)

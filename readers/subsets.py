@@ -36,10 +36,8 @@ def few_shot_indices(labels, shots, seed, classes=None):
         raise ValueError(f"--shots {shots}: no training image shows any class")
     for cls, count in enumerate(counts):
         if 0 < count < shots:
-            label = classes[cls] if classes else cls
-            raise ValueError(
-                f"--shots {shots}: class {label} has only {counted(count, 'training image')}"
-            )
+            label, only = classes[cls] if classes else cls, counted(count, "training image")
+            raise ValueError(f"--shots {shots}: class {label} has only {only}")
     order = generator(seed, Stream.SHOTS).permutation(len(labels))
     if labels.ndim == 1:
         places, starts, _ = by_class(labels[order])
@@ -68,10 +66,9 @@ def hold_out(labels, groups, share):
     each class, in random order but always the same one, every 1/share-th is held out, never the
     first, so that none of these classes loses all its training images.
     """
-    owners = np.arange(len(labels))
-    if groups is not None:
-        owners = np.unique(groups, return_inverse=True)[1]
-    images, shown = (np.arange(len(labels)), labels) if labels.ndim == 1 else np.where(labels == 1)
+    every = np.arange(len(labels))
+    owners = every if groups is None else np.unique(groups, return_inverse=True)[1]
+    images, shown = (every, labels) if labels.ndim == 1 else np.where(labels == 1)
     rarity = np.argsort(np.argsort(np.bincount(shown)))  # 0: of the rarest class
     strata = np.full(owners.max(initial=-1) + 1, len(rarity))  # as it is of who shows none
     np.minimum.at(strata, owners[images], rarity[shown])

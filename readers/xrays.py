@@ -7,7 +7,6 @@ import functools
 import math
 import os
 import re
-from pathlib import Path
 
 import numpy as np
 
@@ -85,15 +84,14 @@ def _of_views(name, table, found, views):
     known = {*VIEWS[name], *map(os.fsdecode, np.unique(found))} - {""}
     if not views or not known.issuperset(views):
         raise ValueError(f"{table}: --views {views}; known: {', '.join(sorted(known))}")
-    kept = np.isin(found, [view.encode() for view in views])
-    return kept, f"views other than {', '.join(views)}"
+    return np.isin(found, [view.encode() for view in views]), f"views other than {', '.join(views)}"
 
 
-def _xray(name, reader, labels, classes, groups, options=None, dropped=None):
-    """An X-ray dataset; multi-class when its labels are (N,) int."""
+def _xray(name, folder, names, labels, classes, groups, **about):
+    """An X-ray dataset of files below a folder; multi-class when its labels are (N,) int."""
     task = "multilabel" if labels.ndim == 2 else "multiclass"
-    own = {"options": options or {}, "dropped": dropped or {}}
-    return ImageDataset(name, reader, labels, classes, task, "medical", groups, **own)
+    reader = Files(str(folder), names, "L")
+    return ImageDataset(name, reader, labels, classes, task, "medical", groups, **about)
 
 
 FINDING_COLUMNS = ["No Finding", *CHEXPERT_COLUMNS]
@@ -103,8 +101,7 @@ DEVICES = "marks of Support Devices, as No Finding is 1"  # left out of so many 
 def _finding_labels(no_finding, *findings):
     """(labels (N,13) of CheXpert's labeller, whose mark of Support Devices is so left out (N,)).
 
-    With No Finding all are absent, as in the study: Support Devices too, which torchxrayvision
-    keeps, a device being no finding.
+    With No Finding all are absent, as in the study; torchxrayvision keeps Support Devices.
     """
     labels, none = np.stack(findings, axis=1), no_finding == 1
     devices = none & (labels[:, CHEXPERT_CLASSES.index("Support Devices")] == 1)
@@ -144,18 +141,17 @@ def chexpert(name, root, split, views=("PA", "AP"), uncertain="ignore", blank="i
     table = folder / ("train.csv" if split == "train" else "valid.csv")
     need(name, table)
     finding, options = tables.finding(uncertain, blank)
-    columns = {"Path": CHEXPERT_IMAGES, "AP/PA": VIEW} | dict.fromkeys(FINDING_COLUMNS, finding)
-    of_frontal = {"Frontal/Lateral": one_of({"Frontal": True, "Lateral": False}, bool)}
-    frontal, paths, found, *findings = tables.read_table(table, of_frontal | columns)
-    found = np.where(frontal, found, b"L")
-    kept, other = _of_views(name, table, found, views)
+    columns = {"Frontal/Lateral": one_of({"Frontal": True, "Lateral": False}, bool)}
+    columns |= {"Path": CHEXPERT_IMAGES, "AP/PA": VIEW} | dict.fromkeys(FINDING_COLUMNS, finding)
+    frontal, paths, found, *findings = tables.read_table(table, columns)
+    kept, other = _of_views(name, table, np.where(frontal, found, b"L"), views)
     labels, devices = _finding_labels(*findings)
     paths, labels = paths[kept], labels[kept]
     tables.refuse_repeats(paths, table)
-    options |= {"views": list(views)}
-    dropped = {other: int((~kept).sum()), DEVICES: int(devices[kept].sum())}
-    reader, patients = Files(str(folder), paths, "L"), _chexpert_patients(paths)
-    return _xray(name, reader, labels, CHEXPERT_CLASSES, patients, options, dropped)
+    about = {"options": options | {"views": list(views)}}
+    about["dropped"] = {other: int((~kept).sum()), DEVICES: int(devices[kept].sum())}
+    patients = _chexpert_patients(paths)
+    return _xray(name, folder, paths, labels, CHEXPERT_CLASSES, patients, **about)
 
 
 def chexpert_test(name, root, split):
@@ -177,8 +173,8 @@ def chexpert_test(name, root, split):
             raise FileNotFoundError(f"{folder / study}: no frontal image, listed in {table}")
         names += [f"{study}/{file}" for file in found]
         rows += [row] * len(found)
-    labels, reader = _finding_labels(*findings)[0][rows], Files(str(folder), encoded(names), "L")
-    return _xray(name, reader, labels, CHEXPERT_CLASSES, _chexpert_patients(reader.names))
+    labels, names = _finding_labels(*findings)[0][rows], encoded(names)
+    return _xray(name, folder, names, labels, CHEXPERT_CLASSES, _chexpert_patients(names))
 
 
 def packed_or_not(path):
@@ -193,25 +189,23 @@ def mimic(name, root, split, views=("PA", "AP"), uncertain="ignore", blank="igno
     uncertain, blank: as of `chexpert`.
     """
     folder = root / "mimic-cxr-jpg" / "2.0.0"
-    dicoms, subjects, studies, labels, dropped = mimic_rows(
-        name, folder, split, views, uncertain, blank
-    )
+    finding, options = tables.finding(uncertain, blank)
+    dicoms, subjects, studies, labels, dropped = mimic_rows(name, folder, split, views, finding)
     names = [
         b"p%d/p%d/s%d/%s.jpg" % (int(str(subject)[:2]), subject, study, dicom)
         for subject, study, dicom in zip(subjects.tolist(), studies.tolist(), dicoms.tolist())
     ]
-    options = tables.finding(uncertain, blank)[1] | {"views": list(views)}
-    reader = Files(str(folder / "files"), np.array(names), "L")
-    return _xray(name, reader, labels, CHEXPERT_CLASSES, subjects, options, dropped)
+    names, files = np.array(names), folder / "files"
+    about = {"options": options | {"views": list(views)}, "dropped": dropped}
+    return _xray(name, files, names, labels, CHEXPERT_CLASSES, subjects, **about)
 
 
-def mimic_rows(name, folder, split, views, uncertain="ignore", blank="ignore"):
+def mimic_rows(name, folder, split, views, finding):
     """The rows of a split: (dicom ids, subject ids, study ids, labels (N,13), dropped)."""
-    metadata = packed_or_not(folder / "mimic-cxr-2.0.0-metadata.csv.gz")
-    split_table = packed_or_not(folder / "mimic-cxr-2.0.0-split.csv.gz")
-    findings_table = packed_or_not(folder / "mimic-cxr-2.0.0-chexpert.csv.gz")
-    need(name, metadata, split_table, findings_table)
-
+    parts = ("metadata", "split", "chexpert")
+    paths = [packed_or_not(folder / f"mimic-cxr-2.0.0-{part}.csv.gz") for part in parts]
+    need(name, *paths)
+    metadata, split_table, findings_table = paths
     of_split = one_of({"train": split == "train", "validate": split == "test", "test": False}, bool)
     listed, mine = tables.read_table(split_table, {"dicom_id": TEXT, "split": of_split})
     columns = {"dicom_id": TEXT, "subject_id": NUMBER, "study_id": NUMBER, "ViewPosition": VIEW}
@@ -223,16 +217,13 @@ def mimic_rows(name, folder, split, views, uncertain="ignore", blank="ignore"):
     kept &= mine
     dicoms, subjects, studies = dicoms[kept], subjects[kept], studies[kept]
 
-    finding = tables.finding(uncertain, blank)[0]
     columns = {"study_id": NUMBER, "subject_id": NUMBER} | dict.fromkeys(FINDING_COLUMNS, finding)
     annotated, owners, *findings = tables.read_table(findings_table, columns)
     row = tables.positions(studies, annotated, findings_table)
     labelled = row >= 0
     if (wrong := labelled & (owners[row] != subjects)).any():
-        raise ValueError(
-            f"{findings_table}: study {studies[wrong][0]} is of another subject than in "
-            f"{metadata.name}; fetch both of one release"
-        )
+        which = f"study {studies[wrong][0]} is of another subject than in {metadata.name}"
+        raise ValueError(f"{findings_table}: {which}; fetch both of one release")
     dropped["studies without labels"] = int((~labelled).sum())
     labels, devices = _finding_labels(*findings)
     dropped[DEVICES] = int(devices[row[labelled]].sum())
@@ -256,37 +247,26 @@ def nih(name, root, split, views=None):
     table = folder / "Data_Entry_2017_v2020.csv"
     lists = {"train": folder / "train_val_list.txt", "test": folder / "test_list.txt"}
     need(name, table, *lists.values(), folder / "images")
-    listed = {
-        part: encoded(text for _, text in tables.read_list(path)) for part, path in lists.items()
-    }
-    both = " + ".join(map(str, lists.values()))
-    tables.refuse_repeats(np.concatenate(list(listed.values())), both)
+    listed = {part: encoded(text for _, text in tables.read_list(lists[part])) for part in lists}
+    tables.refuse_repeats(np.concatenate([*listed.values()]), " + ".join(map(str, lists.values())))
     columns = {"Image Index": TEXT, "Finding Labels": Column(_nih_labels, NIH_MUST)}
-    columns |= {"Patient ID": NUMBER} | ({"View Position": VIEW} if views is not None else {})
+    columns |= {"Patient ID": NUMBER} | ({} if views is None else {"View Position": VIEW})
     names, labels, patients, *found = tables.read_table(table, columns)
-    rows = np.sort(tables.positions(listed[split], names, table, source=lists[split]))
-    options, dropped = {}, {}
+    rows, about = np.sort(tables.positions(listed[split], names, table, source=lists[split])), {}
     if views is not None:
         kept, other = _of_views(name, table, found[0], views)
-        options, dropped = {"views": list(views)}, {other: int((~kept[rows]).sum())}
+        about["options"] = {"views": list(views)}
+        about["dropped"] = {other: int((~kept[rows]).sum())}
         rows = rows[kept[rows]]
-    reader = Files(str(folder / "images"), names[rows], "L")
-    return _xray(name, reader, labels[rows], NIH_CLASSES, patients[rows], options, dropped)
+    names, labels, patients = names[rows], labels[rows], patients[rows]
+    return _xray(name, folder / "images", names, labels, NIH_CLASSES, patients, **about)
 
 
 @functools.lru_cache(maxsize=2**16)
 def _padchest_row(text):
     """The study's reading of the label text; NaN everywhere where there is none."""
-    if not text:
-        return [math.nan] * len(PADCHEST_CLASSES)
-    return [
-        any(word in text for word in (cls.lower(), *PADCHEST_SYNONYMS.get(cls, ())))
-        for cls in PADCHEST_CLASSES
-    ]
-
-
-def _padchest_labels(texts):
-    return np.array([_padchest_row(text) for text in texts], np.float32)
+    words = ((cls.lower(), *PADCHEST_SYNONYMS.get(cls, ())) for cls in PADCHEST_CLASSES)
+    return [any(word in text for word in own) if text else math.nan for own in words]
 
 
 def padchest(name, root, split, views=VIEWS["padchest"], split_by="patient"):
@@ -301,12 +281,11 @@ def padchest(name, root, split, views=VIEWS["padchest"], split_by="patient"):
     need(name, table)
     if split_by not in ("patient", "image"):
         raise ValueError(f"--split-by {split_by}: must be patient or image")
+    labelled = Column(lambda texts: np.array([*map(_padchest_row, texts)], np.float32), "be text")
     columns = {"ImageID": TEXT, "PatientID": TEXT, "Projection": VIEW}
-    columns["Labels"] = may_be_missing(Column(_padchest_labels, "be text"))
-    columns["ImageDir"] = may_be_missing(TEXT)
-    names, patients, found, labels, folders = tables.read_table(
-        table, columns, optional=("ImageDir",)
-    )
+    columns |= {"Labels": may_be_missing(labelled), "ImageDir": may_be_missing(TEXT)}
+    read = tables.read_table(table, columns, optional=("ImageDir",))
+    names, patients, found, labels, folders = read
     tables.refuse_repeats(names, table)
     found = np.where(found == b"AP_horizontal", b"AP Supine", found)
     kept, other = _of_views(name, table, found, views)
@@ -324,14 +303,14 @@ def padchest(name, root, split, views=VIEWS["padchest"], split_by="patient"):
     rows = rows[train if split == "train" else ~train]
 
     # Images lie in the folder that ImageDir names, or beside the table.
-    used = [] if folders is None else [part for part in np.unique(folders) if part]
-    if any((folder / os.fsdecode(part)).is_dir() for part in used):
+    used = [] if folders is None else filter(None, map(os.fsdecode, np.unique(folders)))
+    if any((folder / part).is_dir() for part in used):
         names = np.char.add(np.where(folders != b"", np.char.add(folders, b"/"), b""), names)
-    reader, groups = Files(str(folder), names[rows], "L"), patients[rows]
-    options = {"views": list(views), "split_by": split_by}
     left_out = {other: ~kept, "no labels": unlabelled, "known broken": broken}
-    dropped = {why: int(images.sum()) for why, images in left_out.items()}
-    return _xray(name, reader, labels[rows], PADCHEST_CLASSES, groups, options, dropped)
+    about = {"dropped": {why: int(images.sum()) for why, images in left_out.items()}}
+    about["options"] = {"views": list(views), "split_by": split_by}
+    names, labels, patients = names[rows], labels[rows], patients[rows]
+    return _xray(name, folder, names, labels, PADCHEST_CLASSES, patients, **about)
 
 
 def covidx(name, root, split):
@@ -344,15 +323,13 @@ def covidx(name, root, split):
         # The patient's id may hold blanks, the file's name, the label and the source do not.
         patient, *fields = line.rsplit(None, 3)
         if len(fields) < 3 or fields[1] not in classes:
-            raise ValueError(
-                f"{path}, line {number}: {line!r} is not 'patient file negative|positive source'"
-            )
+            must = "be 'patient file negative|positive source'"
+            raise ValueError(f"{path}, line {number}: {line!r} must {must}")
         rows.append((patient, fields[0], classes.index(fields[1])))
     patients, names, labels = zip(*rows)
-    names = encoded(names)
+    names, labels, patients = encoded(names), np.array(labels, np.int64), encoded(patients)
     tables.refuse_repeats(names, path)
-    reader = Files(str(folder / split), names, "L")
-    return _xray(name, reader, np.array(labels, np.int64), classes, encoded(patients))
+    return _xray(name, folder / split, names, labels, classes, patients)
 
 
 def tuberculosis(name, root, split):
@@ -367,13 +344,10 @@ def tuberculosis(name, root, split):
             raise ValueError(f"{folder / part}: holds no .png file; fetch the dataset again")
         for file in files:
             if file.stem[-1] not in "01":
-                raise ValueError(
-                    f"{file}: its name ends in neither _0 (normal) nor _1; rename it or move it out"
-                )
+                raise ValueError(f"{file}: must end in _0 (normal) or _1; rename it or move it out")
         np.random.RandomState(42).shuffle(files)
         count = int(0.85 * len(files))
         chosen = files[:count] if split == "train" else files[count:]
         names += [str(file.relative_to(folder)) for file in chosen]
-    labels = np.array([int(Path(file).stem[-1]) for file in names], np.int64)
-    reader = Files(str(folder), encoded(names), "L")
-    return _xray(name, reader, labels, ("normal", "tuberculosis"), None)
+    labels = np.array([int(file[-len("0.png")]) for file in names], np.int64)
+    return _xray(name, folder, encoded(names), labels, ("normal", "tuberculosis"), None)

@@ -59,6 +59,9 @@ def test_info_multiclass(photos):
     assert out.splitlines()[0] == f"folder:{photos}: natural, multiclass, 3 classes"
     assert rows_of(out)["train"] == ["9", "unknown", "none"] and rows_of(out)["newt"] == ["3", "2"]
     assert "60 x 40 x 3 (1)" in out and "patients on both" not in out
+    for split in ("train", "test"):
+        (photos / split / "cat").rename(photos / split / "cat|dog")
+    assert r"| cat\|dog |" in run_data("info", f"folder:{photos}")
 
 
 def test_contact_sheet(photos, tmp_path):
@@ -90,9 +93,14 @@ def test_contact_sheet_of_findings(xrays):
     assert shown == {"Hernia", "Cardiomegaly", "Effusion", "Pneumothorax", "Atelectasis"}
 
 
-def test_check_of_clean_images(xrays):
+def test_check_of_clean_and_of_missing_images(xrays):
     out = run_data("check", "nih", "--data-dir", xrays.root, "--workers", 2)
     assert out == "nih: 4 + 2 images, 0 missing, 0 broken, 0 duplicated, 0 in train and test\n"
+    gone = xrays.image("00000003_000.png")
+    gone.unlink()
+    out = run_data("check", "nih", "--data-dir", xrays.root, status=1)
+    assert out.startswith(f"missing: train: {gone}: no such image\n")
+    assert "1 missing, 0 broken, 0 duplicated" in out
 
 
 def test_check_lists_everything(photos, tmp_path):
@@ -127,20 +135,6 @@ def test_check_says_that_12_bits_lie_in_16(photos, rng):
     dark = "half of the images have no pixel above 16 of 255"
     mend = "12-bit values in 16-bit files? multiply them by 16"
     assert out == f"train: {dark}; test: {dark}: {mend}"
-
-
-def test_a_bar_in_the_name_of_a_class(photos):
-    for split in ("train", "test"):
-        (photos / split / "cat").rename(photos / split / "cat|dog")
-    assert r"| cat\|dog |" in run_data("info", f"folder:{photos}")
-
-
-def test_check_lists_missing_files(xrays):
-    gone = xrays.image("00000003_000.png")
-    gone.unlink()
-    out = run_data("check", "nih", "--data-dir", xrays.root, status=1)
-    assert out.startswith(f"missing: train: {gone}: no such image\n")
-    assert "1 missing, 0 broken, 0 duplicated" in out
 
 
 def test_check_shortens_a_long_list(photos, tmp_path):

@@ -10,7 +10,7 @@ import scipy.io
 import torch
 import torchvision
 from conftest import refuses
-from trees import load_folder, noise, pixels_of, save
+from trees import load_folder, noise, pixels_of, save, write
 
 from data import load_dataset
 
@@ -54,44 +54,29 @@ def whole(monkeypatch, module):
     monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: os.path.isfile(path))
 
 
-def write_pickle(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(pickle.dumps(content))
-
-
-def test_cifar10(tmp_path, rng, monkeypatch):
+@pytest.mark.parametrize("name, key", [("CIFAR10", "labels"), ("CIFAR100", "fine_labels")])
+def test_cifar(tmp_path, rng, monkeypatch, name, key):
     whole(monkeypatch, torchvision.datasets.cifar)
-    base = tmp_path / "cifar-10-batches-py"
-    pixels, labels = noise(rng, 12, 3, 32, 32), rng.integers(10, size=12).tolist()
-    for i, file in enumerate([*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]):
+    build = getattr(torchvision.datasets, name)
+    base, classes = tmp_path / build.base_folder, [f"class {i}" for i in range(int(name[5:]))]
+    base.mkdir()
+    (base / build.meta["filename"]).write_bytes(pickle.dumps({build.meta["key"]: classes}))
+    count, files = 2 * len(build.train_list), [*build.train_list, *build.test_list]
+    pixels = noise(rng, count + 2, 3, 32, 32)
+    labels = rng.integers(len(classes), size=count + 2).tolist()
+    for i, (file, _) in enumerate(files):
         part = slice(2 * i, 2 * i + 2)
-        write_pickle(base / file, {"data": pixels[part].reshape(2, 3072), "labels": labels[part]})
-    names = [f"class {i}" for i in range(10)]
-    write_pickle(base / "batches.meta", {"label_names": names})
-    for split, part in (("train", slice(10)), ("test", slice(10, 12))):
-        dataset = load_dataset("cifar10", tmp_path, split)
-        assert dataset.classes == tuple(names)
+        content = {"data": pixels[part].reshape(2, 3072), key: labels[part]}
+        (base / file).write_bytes(pickle.dumps(content | {"coarse_labels": [1, 1]}))
+    for split, part in (("train", slice(count)), ("test", slice(count, None))):
+        dataset = load_dataset(name.lower(), tmp_path, split)
+        assert dataset.classes == tuple(classes)
         assert dataset.labels.dtype == np.int64 and dataset.labels.tolist() == labels[part]
         for i, expected in enumerate(pixels[part]):
             np.testing.assert_array_equal(dataset.read(i), expected)
 
 
-def test_cifar100(tmp_path, rng, monkeypatch):
-    whole(monkeypatch, torchvision.datasets.cifar)
-    base = tmp_path / "cifar-100-python"
-    pixels = noise(rng, 5, 3, 32, 32)
-    for file, part, fine in (("train", slice(3), [99, 0, 5]), ("test", slice(3, 5), [7, 7])):
-        flat = pixels[part].reshape(-1, 3072)
-        write_pickle(base / file, {"data": flat, "fine_labels": fine, "coarse_labels": [1] * 3})
-    write_pickle(base / "meta", {"fine_label_names": [f"f{i}" for i in range(100)]})
-    train, test = (load_dataset("cifar100", tmp_path, split) for split in ("train", "test"))
-    assert train.labels.tolist() == [99, 0, 5] and test.labels.tolist() == [7, 7]
-    assert train.classes[99] == "f99" and len(train.classes) == 100
-    np.testing.assert_array_equal(test.read(1), pixels[4])
-
-
-@pytest.fixture
-def flowers(tmp_path, rng, monkeypatch):
+def test_flowers(tmp_path, rng, monkeypatch):
     whole(monkeypatch, torchvision.datasets.flowers102)
     base = tmp_path / "flowers-102"
     for image in range(1, 8):
@@ -100,18 +85,14 @@ def flowers(tmp_path, rng, monkeypatch):
     scipy.io.savemat(base / "imagelabels.mat", {"labels": labels})
     sets = {"trnid": [[2, 1]], "valid": [[7, 5]], "tstid": [[6, 3, 4]]}
     scipy.io.savemat(base / "setid.mat", {name: np.array(ids) for name, ids in sets.items()})
-    return tmp_path
-
-
-def test_flowers(flowers):
-    train, test = (load_dataset("flowers102", flowers, split) for split in ("train", "test"))
+    train, test = (load_dataset("flowers102", tmp_path, split) for split in ("train", "test"))
     # The study's rule: the official test list is trained on, train + validation is tested on.
     assert train.labels.tolist() == [49, 101, 2] and test.labels.tolist() == [0, 76, 1, 2]
     assert train.labels.dtype == np.int64
     for dataset, images in ((train, (6, 3, 4)), (test, (2, 1, 7, 5))):
         assert len(dataset.classes) == 102 and dataset.classes[76] == "passion flower"
         for i, image in enumerate(images):
-            path = flowers / "flowers-102" / "jpg" / f"image_{image:05d}.jpg"
+            path = base / "jpg" / f"image_{image:05d}.jpg"
             np.testing.assert_array_equal(dataset.read(i), pixels_of(path))
 
 
@@ -120,16 +101,14 @@ def test_pets(tmp_path, rng):
     lists = {"trainval": ["Abyssinian_2 1 1 1", "great_pyrenees_9 2 2 1", "Abyssinian_5 1 1 1"]}
     lists["test"] = ["great_pyrenees_1 2 2 1", "Abyssinian_7 1 1 1"]
     for file, lines in lists.items():
-        (base / "annotations").mkdir(parents=True, exist_ok=True)
-        (base / "annotations" / f"{file}.txt").write_text("\n".join(lines) + "\n")
+        write(base / "annotations" / f"{file}.txt", "\n".join(lines) + "\n")
         for line in lines:
             save(base / "images" / f"{line.split()[0]}.jpg", noise(rng, 7, 5, 3))
     train, test = (load_dataset("pets", tmp_path, split) for split in ("train", "test"))
     assert train.classes == test.classes == ("Abyssinian", "Great Pyrenees")
     assert train.labels.tolist() == [0, 1, 0] and test.labels.tolist() == [1, 0]
-    np.testing.assert_array_equal(
-        train.read(1), pixels_of(base / "images" / "great_pyrenees_9.jpg")
-    )
+    expected = pixels_of(base / "images" / "great_pyrenees_9.jpg")
+    np.testing.assert_array_equal(train.read(1), expected)
     (base / "annotations" / "test.txt").write_text("half a line")
     refuses(FileNotFoundError, lambda: load_dataset("pets", tmp_path, "test"), tmp_path)
 

@@ -14,18 +14,9 @@ from pandas._libs.parsers import STR_NA_VALUES
 from trees import lines, read, write
 
 from readers import tables
-from readers.tables import (
-    NUMBER,
-    TEXT,
-    may_be_missing,
-    one_of,
-    positions,
-    read_list,
-    read_table,
-    refuse_repeats,
-)
+from readers.tables import NUMBER, TEXT, read_table
 
-MARK = one_of({"": np.nan, "0": 0, "1.0": 1}, np.float32)
+MARK = tables.one_of({"": np.nan, "0": 0, "1.0": 1}, np.float32)
 COLUMNS = {"name": TEXT, "number": NUMBER, "mark": MARK}
 HEADER = "unread,name,number,view,mark"
 ROWS = ("x,a 1.png,10000032,PA,1.0", "x,é,0,,", ",b.png,12,L,0", "1,b.png,999999999999999999,PA,")
@@ -51,42 +42,34 @@ def is_expected(path):
 # What is legal
 
 
-def noted(note):
-    """A new first column of that text in each row."""
-
-    def change(text):
-        header, *rows = text.splitlines()
-        return lines(f"Note,{header}", [f"{note},{row}" for row in rows])
-
-    return change
+def noted(note, text):
+    """A new first column of that note in each row."""
+    header, *rows = text.splitlines()
+    return lines(f"Note,{header}", [f"{note},{row}" for row in rows])
 
 
-def rewritten(change_rows=list, **dialect):
+def rewritten(text, change_rows=list, quoting=csv.QUOTE_MINIMAL):
     """The same table, its list of rows changed, by the csv module's writer."""
-
-    def change(text):
-        out = io.StringIO()
-        writer = csv.writer(out, **{"lineterminator": "\n"} | dialect)
-        writer.writerows(change_rows(csv.reader(text.splitlines())))
-        return out.getvalue()
-
-    return change
+    out = io.StringIO()
+    writer = csv.writer(out, quoting=quoting, lineterminator="\n")
+    writer.writerows(change_rows(csv.reader(text.splitlines())))
+    return out.getvalue()
 
 
 LEGAL = {
     "as it is": str,
     "CR": lambda text: text.replace("\n", "\r"),
-    "BOM, CRLF, quotes": lambda text: "\ufeff" + rewritten(quoting=1)(text).replace("\n", "\r\n"),
+    "BOM, CRLF, quotes": lambda t: "\ufeff" + rewritten(t, quoting=1).replace("\n", "\r\n"),
     "lines of blanks": lambda text: text.replace("\n", "\n  \n\t\n"),
-    "all quoted": rewritten(quoting=csv.QUOTE_ALL),
-    "quoted commas": noted('"CHEST (PA, LAT), 2 views"'),
-    "quoted quotes": noted('"a ""b"", c"'),
-    "quoted CRLF": lambda text: noted('"a\r\nb"')(text).replace("\n", "\r\n"),
-    "quoted blank lines": noted('"a\n\nb, c\n"'),
+    "all quoted": partial(rewritten, quoting=csv.QUOTE_ALL),
+    "quoted commas": partial(noted, '"CHEST (PA, LAT), 2 views"'),
+    "quoted quotes": partial(noted, '"a ""b"", c"'),
+    "quoted CRLF": lambda text: noted('"a\r\nb"', text).replace("\n", "\r\n"),
+    "quoted blank lines": partial(noted, '"a\n\nb, c\n"'),
     "a quoted line end in the header": lambda text: text.replace("unread", '"un\nread"'),
-    "not ASCII": noted("Zoë 𝄞 読影"),
-    "columns in another order": rewritten(lambda rows: [row[::-1] for row in rows]),
-    "an unknown column twice": lambda text: noted("1")(noted("2")(text)),
+    "not ASCII": partial(noted, "Zoë 𝄞 読影"),
+    "columns in another order": lambda t: rewritten(t, lambda rows: [row[::-1] for row in rows]),
+    "an unknown column twice": lambda text: noted("1", noted("2", text)),
     "blanks around a number": lambda text: text.replace(",12,", ", 12 ,"),
 }
 
@@ -120,23 +103,11 @@ def test_equals_pandas(tmp_path, rng):
 
 
 def test_what_is_missing_is_what_pandas_takes_as_missing(tmp_path):
-    texts = [
-        "",
-        *STR_NA_VALUES,
-        "Nan",
-        "NONE",
-        "none",
-        " nan",
-        "NA ",
-        "na",
-        "-",
-        "?",
-        "['nan']",
-        "0",
-    ]
+    odd = ["", "Nan", "NONE", "none", " nan", "NA ", "na", "-", "?", "['nan']", "0"]
+    texts = [*odd, *STR_NA_VALUES]
     write(tmp_path / "x.csv", lines("text,n", [f'"{text}",1' for text in texts]))
     reference = pandas.read_csv(tmp_path / "x.csv")["text"].fillna("")
-    (text,) = read_table(tmp_path / "x.csv", {"text": may_be_missing(TEXT)})
+    (text,) = read_table(tmp_path / "x.csv", {"text": tables.may_be_missing(TEXT)})
     assert [value.decode() for value in text] == reference.tolist()
     assert (text == b"").sum() == len(STR_NA_VALUES) + 1
 
@@ -144,17 +115,12 @@ def test_what_is_missing_is_what_pandas_takes_as_missing(tmp_path):
 # What is not
 
 
-def replaced(column, text):
-    """A change of the table's fourth line."""
-
-    def change(table):
-        rows = table.splitlines()
-        fields = rows[3].split(",")
-        fields[HEADER.split(",").index(column)] = text
-        rows[3] = ",".join(fields)
-        return lines(rows[0], rows[1:])
-
-    return change
+def replaced(column, text, table):
+    """The table with that text in its fourth line."""
+    rows = table.splitlines()
+    fields = rows[3].split(",")
+    fields[HEADER.split(",").index(column)] = text
+    return lines(rows[0], [*rows[1:3], ",".join(fields), *rows[4:]])
 
 
 BAD = [
@@ -174,15 +140,15 @@ BAD = [
     (lambda t: t.replace("x,é", '"x,é'), ["line ", "1 columns"]),  # an open quote
     (lambda t: t + "x" * 200_000, ["line 6", "field limit", "mend"]),
     *(
-        (replaced("mark", text), [f"line 4: mark {text!r} must be one of , 0, 1.0"])
+        (partial(replaced, "mark", text), [f"line 4: mark {text!r} must be one of , 0, 1.0"])
         for text in ("2", "nan", " 1", "01", "é")
     ),
     *(
-        (replaced("number", text), [f"line 4: number {text!r} must be a whole number"])
+        (partial(replaced, "number", text), [f"line 4: number {text!r} must be a whole number"])
         for text in ("", "p10", "1.0", "-5", "9" * 19, "1e3", "1_000", "１", "²")
     ),
     *(
-        (replaced("name", text), ["line 4: name", "must be UTF-8 of less than 256 bytes"])
+        (partial(replaced, "name", text), ["line 4: name", "must be UTF-8 of less than 256 bytes"])
         for text in ("x" * 256, "é" * 128, "Zo\udceb")
     ),
 ]
@@ -197,7 +163,7 @@ def test_bad_tables(table, change, words):
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="csv itself refuses a NUL before 3.11")
 def test_a_nul_is_no_text(table):
     """numpy would drop it at the end of a text."""
-    write(table, replaced("name", "1.0\0")(read(table)))
+    write(table, replaced("name", "1.0\0", read(table)))
     refuses(ValueError, partial(read_table, table, COLUMNS), table, "line 4: name '1.0\\x00' must")
 
 
@@ -246,26 +212,30 @@ def test_many_rows(table):
 def test_lists(tmp_path):
     path = tmp_path / "list.txt"
     path.write_bytes(b"\xef\xbb\xbfb.png\r\n\r\n  a b.png \n\t\n\xc3\xa9.png")
-    assert read_list(path) == [(1, "b.png"), (3, "a b.png"), (5, "é.png")]
+    assert tables.read_list(path) == [(1, "b.png"), (3, "a b.png"), (5, "é.png")]
     path.write_text("\n \r\n")
-    refuses(ValueError, partial(read_list, path), path, "no image")
+    refuses(ValueError, partial(tables.read_list, path), path, "no image")
     path.write_bytes("Zoë.png\n".encode("latin-1"))
-    refuses(ValueError, partial(read_list, path), path, "UTF-8")
+    refuses(ValueError, partial(tables.read_list, path), path, "UTF-8")
 
 
 def test_repeats():
-    refuse_repeats(np.array([3, 1, 2]), "x.csv")
-    refuse_repeats(np.array([], "S1"), "x.csv")
-    call = partial(refuse_repeats, np.array(["é".encode(), b"a", "é".encode()]), "x.csv")
+    tables.refuse_repeats(np.array([3, 1, 2]), "x.csv")
+    tables.refuse_repeats(np.array([], "S1"), "x.csv")
+    call = partial(tables.refuse_repeats, np.array(["é".encode(), b"a", "é".encode()]), "x.csv")
     refuses(ValueError, call, "x.csv: é occurs more than once; keep one")
 
 
 def test_positions(rng):
     values = rng.permutation(1000)
-    assert positions(values, values, "x").tolist() == list(range(1000))
+    assert tables.positions(values, values, "x").tolist() == list(range(1000))
     keys = rng.integers(-200, 1200, size=5000)
     reference = {value: place for place, value in enumerate(values.tolist())}
-    assert positions(keys, values, "x").tolist() == [reference.get(k, -1) for k in keys.tolist()]
+    assert tables.positions(keys, values, "x").tolist() == [
+        reference.get(k, -1) for k in keys.tolist()
+    ]
     texts = np.array([b"b", b"a", b"cc"])
-    assert positions(np.array([b"cc", b"c", b"b"]), texts, "x").tolist() == [2, -1, 0]
-    refuses(ValueError, partial(positions, keys, np.array([1, 2, 1]), "x.csv"), "x.csv: 1 occurs")
+    assert tables.positions(np.array([b"cc", b"c", b"b"]), texts, "x").tolist() == [2, -1, 0]
+    refuses(
+        ValueError, partial(tables.positions, keys, np.array([1, 2, 1]), "x.csv"), "x.csv: 1 occurs"
+    )
