@@ -26,11 +26,6 @@ def xrays(tmp_path):
     return Xrays(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------
-# Interruptions
-# ------------------------------------------------------------------------------------------------
-
-
 FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.truncate", "os.rmdir", "os.fsync")
 
 
@@ -153,11 +148,6 @@ def test_two_packings_at_once(whole, tmp_path):
     whole.finish(out)
 
 
-# ------------------------------------------------------------------------------------------------
-# Full disks
-# ------------------------------------------------------------------------------------------------
-
-
 def test_file_that_cannot_grow(whole, tmp_path):
     """As on a full disk, in the middle of the images."""
     out = tmp_path / "out"
@@ -179,11 +169,6 @@ def test_disk_too_small(xrays, monkeypatch):
     assert not list(xrays.root.glob("nih@16.part/*.images"))
     monkeypatch.setattr(packs.shutil, "disk_usage", lambda path: usage(images + 6 * 200))
     pack("nih", 16, root=xrays.root)
-
-
-# ------------------------------------------------------------------------------------------------
-# Damage
-# ------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -23,11 +23,6 @@ def images(name, gap=0, count=1200, size=16):
     return np.stack([render(name, "train", i, size, gap=gap) for i in range(count)])
 
 
-# ------------------------------------------------------------------------------------------------
-# Pure functions
-# ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_every_argument_names_another_image(name):
     cases = [*itertools.product(("train", "test"), (0, 1, 2**33), (0, 1), (0, 0.4, 1))]
@@ -76,11 +71,6 @@ def test_same_scene_at_every_size(name):
     other = [correlation(i, i + 1) for i in range(20)]
     assert min(same) > 0.9 and np.mean(same) > 0.95
     assert np.mean(other) < 0.9  # two chests are alike too, though less than that
-
-
-# ------------------------------------------------------------------------------------------------
-# Labels
-# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -158,11 +148,6 @@ def test_targets_are_unseen_in_the_source_and_in_each_other():
     assert not set(findings) & set(WORLDS["synthetic-xray"].classes)
 
 
-# ------------------------------------------------------------------------------------------------
-# Pictures
-# ------------------------------------------------------------------------------------------------
-
-
 def average_chest(*findings):
     """(32, 32), of 200; another finding changes nothing else."""
     rngs = map(np.random.default_rng, range(200))
@@ -219,11 +204,6 @@ def test_pixels_do_tell_tuberculosis(gap):
     x = (x - x.mean((1, 2, 3), keepdims=True)).mean(1).reshape(1200, -1) / 64.0
     model = LogisticRegression(C=0.01, max_iter=300).fit(x[:800], y[:800])
     assert roc_auc_score(y[800:], model.decision_function(x[800:])) > 0.65
-
-
-# ------------------------------------------------------------------------------------------------
-# The gap
-# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
