@@ -33,12 +33,6 @@ def jpeg(seed, height=1, width=1):
     return stream.getvalue()
 
 
-def write_class(folder, files):
-    """FOLDER/NAME of {name: bytes}."""
-    for name, content in files.items():
-        write(folder / name, content)
-
-
 def member(name, content=b"", format="gnu", **header):
     """One member of a tar: its header and its content."""
     info = tarfile.TarInfo(name)
@@ -52,6 +46,14 @@ def member(name, content=b"", format="gnu", **header):
 def write_tar(path, files, format="gnu"):
     """A tar of {name: bytes} by Python's tarfile."""
     write(path, b"".join(member(*file, format) for file in files.items()) + END)
+
+
+def write_class(folder, files, tar=False):
+    """FOLDER/NAME, or in FOLDER.tar, of {name: bytes}."""
+    if tar:
+        return write_tar(folder.with_suffix(".tar"), files)
+    for name, content in files.items():
+        write(folder / name, content)
 
 
 def everything(folder):
@@ -71,43 +73,26 @@ load_1k = partial(data.load_dataset, "imagenet1k")  # (root, split, **options)
 load_21k = partial(data.load_dataset, "imagenet21k")
 both_21k = partial(data.load_splits, "imagenet21k")  # (root, **options)
 
-# Not in sorted order, and 10026 sorts before 9 as text.
-TRAIN = {
-    "n01443537": ["n01443537_2.JPEG", "n01443537_16.JPEG"],
-    "n01440764": ["n01440764_9.JPEG", "n01440764_10026.JPEG", "n01440764_18.JPEG"],
-    "n02119789": ["n02119789_1.JPEG"],
-}
-VAL = {
-    "n01440764": ["ILSVRC2012_val_00000293.JPEG"],
-    "n02119789": ["ILSVRC2012_val_00002138.JPEG", "ILSVRC2012_val_00000784.JPEG"],
-    "n01443537": ["ILSVRC2012_val_00000236.JPEG"],
-}
-TRAIN, VAL = (
-    {wnid: {name: jpeg(int(name[-7:-5].strip("_")), 5, 4) for name in part[wnid]} for wnid in part}
-    for part in (TRAIN, VAL)
-)
 CLASSES = ("n01440764", "n01443537", "n02119789")
-ORDER = {  # label, file
+ORDER = {  # label, file; 10026 sorts before 9 as text
     "train": [
         *((0, "n01440764_10026.JPEG"), (0, "n01440764_18.JPEG"), (0, "n01440764_9.JPEG")),
         *((1, "n01443537_16.JPEG"), (1, "n01443537_2.JPEG"), (2, "n02119789_1.JPEG")),
     ],
-    "test": [
+    "val": [
         *((0, "ILSVRC2012_val_00000293.JPEG"), (1, "ILSVRC2012_val_00000236.JPEG")),
         *((2, "ILSVRC2012_val_00000784.JPEG"), (2, "ILSVRC2012_val_00002138.JPEG")),
     ],
 }
+PICTURES = {name: jpeg(i, 5, 4) for i, (_, name) in enumerate(sum(ORDER.values(), []))}
 
 
 def write_imagenet1k(root, tars=()):
-    """The official layout; `tars`: the PART/WNID that are one tar each."""
-    for part, classes in (("train", TRAIN), ("val", VAL)):
-        for wnid, files in classes.items():
-            folder = root / "imagenet-1K" / part
-            if f"{part}/{wnid}" in tars:
-                write_tar(folder / f"{wnid}.tar", files)
-            else:
-                write_class(folder / wnid, files)
+    """The official layout, not in sorted order; `tars`: the PART/WNID that are one tar each."""
+    for part, rows in ORDER.items():
+        for i, wnid in reversed(list(enumerate(CLASSES))):
+            files = {name: PICTURES[name] for label, name in reversed(rows) if label == i}
+            write_class(root / "imagenet-1K" / part / wnid, files, f"{part}/{wnid}" in tars)
     return root
 
 
@@ -119,23 +104,19 @@ def write_imagenet1k(root, tars=()):
 def test_imagenet1k(tmp_path, tars):
     write_imagenet1k(tmp_path, tars)
     before = everything(tmp_path)
-    for split, part, files in (("train", "train", TRAIN), ("test", "val", VAL)):
-        dataset = load_1k(tmp_path, split)
+    for dataset, part in zip(data.load_splits("imagenet1k", tmp_path), ORDER):
         assert dataset.name == "imagenet1k" and dataset.classes == CLASSES
         assert (dataset.task, dataset.domain, dataset.groups) == ("multiclass", "natural", None)
         assert (dataset.options, dataset.dropped) == ({}, {})
-        assert len(dataset) == len(ORDER[split]) and dataset.labels.dtype == np.int64
-        assert dataset.labels.tolist() == [label for label, _ in ORDER[split]]
+        assert dataset.labels.tolist() == [label for label, _ in ORDER[part]]
+        assert dataset.labels.dtype == np.int64
         travelled = pickle.loads(pickle.dumps(dataset))  # as to a worker
-        for i, (label, name) in enumerate(ORDER[split]):
-            wnid = CLASSES[label]
-            folder = tmp_path / "imagenet-1K" / part / wnid
-            is_tar = f"{part}/{wnid}" in tars
-            assert dataset.where(i) == (f"{folder}.tar: {name}" if is_tar else f"{folder}/{name}")
-            image, number = dataset[i]
-            np.testing.assert_array_equal(image, pixels_of(files[wnid][name]))
-            np.testing.assert_array_equal(travelled.read(i), pixels_of(files[wnid][name]))
-            assert number.item() == label
+        for i, (label, name) in enumerate(ORDER[part]):
+            between = ".tar: " if f"{part}/{CLASSES[label]}" in tars else "/"
+            place = f"{tmp_path}/imagenet-1K/{part}/{CLASSES[label]}{between}{name}"
+            assert dataset.where(i) == place and dataset[i][1].item() == label
+            for image in (dataset[i][0], travelled.read(i)):
+                np.testing.assert_array_equal(image, pixels_of(PICTURES[name]))
     assert everything(tmp_path) == before  # nothing is unpacked, nothing is kept
 
 
@@ -222,7 +203,6 @@ DAMAGED = {
 
 @pytest.mark.parametrize("content, mend", DAMAGED.values(), ids=DAMAGED)
 def test_bad_tars(one_tar, capsys, content, mend):
-    """One line names the tar and the mend, and nothing is written."""
     root, path = one_tar
     path.write_bytes(content)
     before = everything(root)
@@ -300,9 +280,9 @@ def base(place):
     return place.replace(": ", "/").rpartition("/")[2]
 
 
-def held(root, **options):
+def held(root):
     """The file names of the test split."""
-    return [base(place) for place in places(load_21k(root, "test", **options))]
+    return [base(place) for place in places(load_21k(root, "test"))]
 
 
 NAMES = {wnid: [f"{wnid}_{i}.JPEG" for i in range(1, 1001)] for wnid in ("n01440764", "n02124075")}
@@ -315,15 +295,9 @@ HELD = [
 
 def write_21k(root, names, tars=(), image=None):
     """imagenet-21K/WNID/NAME of {wnid: names}; `tars`: the classes that are one tar each."""
-    image = image or jpeg(0)
     for wnid, files in names.items():
-        folder = root / "imagenet-21K" / wnid
-        if wnid in tars:
-            write_tar(folder.with_suffix(".tar"), dict.fromkeys(files, image))
-        else:
-            write_class(folder, {files[0]: image})
-            for name in files[1:]:
-                os.link(folder / files[0], folder / name)
+        files = dict.fromkeys(files, image or jpeg(0))
+        write_class(root / "imagenet-21K" / wnid, files, wnid in tars)
     return root
 
 
@@ -408,12 +382,8 @@ def kept(root):
     return sorted(path for path in root.rglob(".*") if path.is_dir())
 
 
-def equal(sets, others):
-    """Whether two pairs of datasets have the same labels and the same files."""
-    return all(
-        a.classes == b.classes and np.array_equal(a.labels, b.labels) and places(a) == places(b)
-        for a, b in zip(sets, others)
-    )
+def facts(sets):
+    return [(dataset.classes, dataset.labels.tolist(), places(dataset)) for dataset in sets]
 
 
 def mapped(dataset):
@@ -445,8 +415,7 @@ def test_index_is_kept(large, monkeypatch):
     before = [(file, file.stat().st_mtime_ns, file.stat().st_ino) for file in index.iterdir()]
     with scans(monkeypatch) as seen:
         second = both_21k(large)
-    assert set(seen) == {str(large / "imagenet-21K")}
-    assert equal(first, second)
+    assert set(seen) == {str(large / "imagenet-21K")} and facts(first) == facts(second)
     for dataset in (*first, *second):
         assert mapped(dataset) and not dataset.labels.flags.writeable
     np.testing.assert_array_equal(second[0].read(0), pixels_of(jpeg(1, 2, 2)))
@@ -480,7 +449,7 @@ def test_cache_dir(large, tmp_path, monkeypatch, capsys):
     with scans(monkeypatch) as seen:
         second = both_21k(large, cache_dir=cache)
     assert str(large / "imagenet-21K" / "n00000003") not in seen
-    assert equal(first, second) and mapped(second[0])
+    assert facts(first) == facts(second) and mapped(second[0])
     assert data.main(["list", "--data-dir", str(large), "--cache-dir", str(cache)]) == 0
     assert "imagenet21k" in capsys.readouterr().out and kept(large) == []
     own = tmp_path / "own"
@@ -542,7 +511,7 @@ def test_a_damaged_index_is_made_anew(large, monkeypatch, how):
             os.truncate(file, 0)
         else:
             file.write_bytes(b"(" * file.stat().st_size)
-        assert equal(reference, both_21k(large)), file
+        assert facts(reference) == facts(both_21k(large)), file
         assert kept(large) == [index]
         with scans(monkeypatch) as seen:
             assert mapped(load_21k(large))
@@ -569,14 +538,11 @@ def test_processes_that_build_at_once(large):
     fork = multiprocessing.get_context("fork")
     barrier, answers = fork.Barrier(4), fork.Queue()
 
-    def found():
-        return [(dataset.labels.tolist(), places(dataset)) for dataset in both_21k(large)]
-
     def work():
         barrier.wait()
-        answers.put(found())
+        answers.put(facts(both_21k(large)))
 
-    reference, (index,) = found(), kept(large)
+    reference, (index,) = facts(both_21k(large)), kept(large)
     for file in index.iterdir():
         os.truncate(file, file.stat().st_size // 2)
     processes = [fork.Process(target=work, daemon=True) for _ in range(4)]
