@@ -53,7 +53,7 @@ TARGET_FINDING = {
     "synthetic-xray-target3": "Abscess",
     "synthetic-xray-target4": "Fibrosis",
 }
-XRAY_CLASSES = tuple(FINDINGS)[:7]
+XRAY_CLASSES = FINDINGS[:7]
 DISTRACTORS = ("Cardiomegaly", "Effusion")  # shown by both classes of a target, equally often
 
 
