@@ -160,21 +160,19 @@ def _keep_arrays(cache, stem, arrays, required):
 
     Where that cannot be written, it stays in memory; required: raises OSError instead.
     """
-    beside = Path(f"{stem}{os.getpid()}-{os.urandom(4).hex()}")
+    beside, fault = Path(f"{stem}{os.getpid()}-{os.urandom(4).hex()}"), None
     try:
         beside.mkdir(parents=True)
         save_arrays(f"{beside}/", arrays)
         for old in stem.parent.glob(glob.escape(stem.name) + "[0-9a-f]" * 24):
             if old != cache or _kept_arrays(cache, arrays) is None:
                 shutil.rmtree(old, ignore_errors=True)
-        try:
-            os.rename(beside, cache)
-        except OSError:
-            if not cache.is_dir():
-                raise
+        os.rename(beside, cache)
     except OSError as error:
-        if required:
-            raise OSError(f"--cache-dir {stem.parent}: cannot be written ({error})") from error
+        fault = error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return _kept_arrays(cache, arrays) or arrays
+    kept = _kept_arrays(cache, arrays)
+    if required and kept is None:
+        raise OSError(f"--cache-dir {stem.parent}: cannot be written ({fault})") from fault
+    return kept or arrays

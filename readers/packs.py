@@ -204,7 +204,18 @@ def _fill(part, sets, facts, workers):
         write_json(begun, facts)
     if not whole.exists():
         encode = functools.partial(_encode, facts)
-        _refuse_small_disk(part, sets, encode)
+        needed = -sum(
+            file.stat().st_size for file in part.glob("*.images")
+        )  # what is there already
+        for dataset in sets.values():  # judged by a sample of its images
+            sample = np.unique(np.linspace(0, len(dataset) - 1, 32).astype(int))
+            index = JOURNAL.itemsize * 2 + dataset.labels[:1].nbytes + _names(dataset).itemsize
+            size = np.mean([len(encode(dataset, i)[0]) for i in sample])
+            needed += len(dataset) * (size + index)
+        free = shutil.disk_usage(part).free
+        if needed > free:
+            room = f"packing needs about {needed / 1e9:.3g} GB more, {free / 1e9:.3g} GB are free"
+            raise OSError(f"{part}: {room}; give another --out, a smaller --size, or --codec jpeg")
         for split, dataset in sets.items():
             _write_images(part, split, dataset, encode, workers)
         files = {}
@@ -230,20 +241,6 @@ def _encode(facts, dataset, i):
     grey_or_colour = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
     Image.fromarray(grey_or_colour).save(content, "JPEG", quality=facts["quality"])
     return content.getvalue(), pixels.shape
-
-
-def _refuse_small_disk(part, sets, encode):
-    """Raises OSError when the disk cannot hold the pack, judged by a sample of its images."""
-    needed = -sum(file.stat().st_size for file in part.glob("*.images"))  # what is there already
-    for dataset in sets.values():
-        sample = np.unique(np.linspace(0, len(dataset) - 1, 32).astype(int))
-        index = JOURNAL.itemsize * 2 + dataset.labels[:1].nbytes + _names(dataset).itemsize
-        size = np.mean([len(encode(dataset, i)[0]) for i in sample])
-        needed += len(dataset) * (size + index)
-    free = shutil.disk_usage(part).free
-    if needed > free:
-        room = f"packing needs about {needed / 1e9:.3g} GB more, {free / 1e9:.3g} GB free are there"
-        raise OSError(f"{part}: {room}; give another --out, a smaller --size, or --codec jpeg")
 
 
 def _write_images(part, split, dataset, encode, workers):

@@ -159,7 +159,7 @@ def test_disk_too_small(tmp_path, monkeypatch):
     usage = namedtuple("Usage", "free")
     monkeypatch.setattr(packs.shutil, "disk_usage", lambda path: usage(images))
     line = pack("nih", 16, root=root, status=2)
-    assert says(line, root / "nih@16.part", "--out", "--size", "--codec jpeg", "GB free")
+    assert says(line, root / "nih@16.part", "--out", "--size", "--codec jpeg", "GB are free")
     assert images < 1e9 * float(line.partition("needs about ")[2].split()[0]) < images + 6 * 200
     assert not list(root.glob("nih@16.part/*.images"))
     monkeypatch.setattr(packs.shutil, "disk_usage", lambda path: usage(images + 6 * 200))
