@@ -181,15 +181,11 @@ def test_findings_change_the_region_that_they_affect(finding):
     assert np.abs(change[region]).mean() > 4 * np.abs(change[~region]).mean()
 
 
-def colour_statistics(name, gap):
-    pixels = images(name, gap).reshape(1200, -1, 16 * 16).astype(float)
-    return np.concatenate([pixels.mean(2), pixels.std(2)], 1)
-
-
 @pytest.mark.parametrize("gap", (0, 0.5, 1))
 @pytest.mark.parametrize("name", MULTICLASS)
 def test_colour_and_brightness_tell_no_class(name, gap):
-    x, y = colour_statistics(name, gap), labels(name, "train", 1200)
+    pixels, y = images(name, gap).astype(float), labels(name, "train", 1200)
+    x = np.concatenate([pixels.mean((2, 3)), pixels.std((2, 3))], 1)
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(x[:800], y[:800])
     accuracy = (model.predict(x[800:]) == y[800:]).mean()
     # Chance, and room for the spread of 400 draws and, in an X-ray, for the tissue that shows.
