@@ -33,11 +33,6 @@ def held(pixels, count):
     return ImageDataset("held", read, labels, ("a",), "multiclass", "natural"), reads
 
 
-def to_files(monkeypatch):
-    """As if nothing fitted into memory."""
-    monkeypatch.setattr(cache, "preload", lambda dataset, pipeline, *more: (dataset, pipeline))
-
-
 def test_preload_changes_no_batch(chests, pets_at_home):
     pets = load_folder(pets_at_home)
     for dataset, pipeline in (
@@ -82,7 +77,7 @@ def test_images_on_disk_are_those_in_memory(folder, tmp_path, monkeypatch):
     dataset = load_folder(folder)
     in_memory, rest = decode_once(dataset, SHORTER, ALONE)
     assert isinstance(in_memory.reader, images.Decoded) and rest.prepare is keep
-    to_files(monkeypatch)
+    monkeypatch.setattr(cache, "IN_MEMORY", 0)
     mapped, rest = decode_once(dataset, SHORTER, ALONE, tmp_path)
     assert rest.prepare is keep and not list(tmp_path.iterdir())
     assert isinstance(mapped.reader, images.Joined)
@@ -116,7 +111,7 @@ def test_files_have_no_name(folder, tmp_path, monkeypatch):
         listings.append(list((tmp_path / "new").glob("*")))
         return SHORTER.prepare(image)
 
-    to_files(monkeypatch)
+    monkeypatch.setattr(cache, "IN_MEMORY", 0)
     decode_once(load_folder(folder), SHORTER._replace(prepare=spy), ALONE, tmp_path / "new")
     assert len(listings) == 60 and not any(listings) and (tmp_path / "new").is_dir()
 
@@ -125,7 +120,7 @@ def test_a_full_disk_names_the_folder_and_the_mend(folder, tmp_path, monkeypatch
     def full(array):
         raise OSError(28, "No space left on device")
 
-    to_files(monkeypatch)
+    monkeypatch.setattr(cache, "IN_MEMORY", 0)
     monkeypatch.setattr(cache, "memoryview", full, raising=False)
     with pytest.raises(OSError, match=f"^{tmp_path}: .*No space left.*--cache-dir"):
         decode_once(load_folder(folder), SHORTER, ALONE, tmp_path)
