@@ -49,12 +49,11 @@ def class_entries(folder):
 def class_index(folder, cache_dir=None, held_out=None, like=None):
     """The images of a folder of classes as arrays, class by class and sorted by name.
 
-    Returns {"classes": (C,) bytes, "names": (N,) bytes, "labels": (N,) int64} and, when classes
-    are archives, "starts" and "sizes" (N,) int64: the bytes of the archive that an image takes.
-    held_out: function of a name; such images come last, from "held_from" on. like: a folder that
-    has the same classes, or ValueError is raised. The arrays of archives, and from CACHE_FROM
-    images on of directories, are kept in a directory beside the data, or below cache_dir, and
-    mapped into memory; they are made anew when one of them has changed.
+    Returns {"classes": (C,) bytes, "names": (N,) bytes, "labels": (N,) int64} and, of archives,
+    "starts" and "sizes" (N,) int64: the bytes that an image takes. held_out: function of a name;
+    such images come last, from "held_from" on. like: a folder that must have the same classes.
+    The arrays of archives, or of CACHE_FROM images, are kept beside the data, or below cache_dir,
+    and mapped into memory; they are made anew when one of them has changed.
     """
     entries = class_entries(folder)
     known = class_entries(like) if like else entries
@@ -161,21 +160,19 @@ def _keep_arrays(cache, stem, arrays, required):
 
     Where that cannot be written, it stays in memory; required: raises OSError instead.
     """
-    beside = Path(f"{stem}{os.getpid()}-{os.urandom(4).hex()}")
+    beside, fault = Path(f"{stem}{os.getpid()}-{os.urandom(4).hex()}"), None
     try:
         beside.mkdir(parents=True)
         save_arrays(f"{beside}/", arrays)
         for old in stem.parent.glob(glob.escape(stem.name) + "[0-9a-f]" * 24):
             if old != cache or _kept_arrays(cache, arrays) is None:
                 shutil.rmtree(old, ignore_errors=True)
-        try:
-            os.rename(beside, cache)
-        except OSError:
-            if not cache.is_dir():
-                raise
+        os.rename(beside, cache)
     except OSError as error:
-        if required:
-            raise OSError(f"--cache-dir {stem.parent}: cannot be written ({error})") from error
+        fault = error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return _kept_arrays(cache, arrays) or arrays
+    kept = _kept_arrays(cache, arrays)
+    if required and kept is None:
+        raise OSError(f"--cache-dir {stem.parent}: cannot be written ({fault})") from fault
+    return kept or arrays

@@ -20,8 +20,7 @@ def preload(dataset, pipeline, limit=IN_MEMORY, first=None):
     """Reads and prepares every image once, into memory, when that takes at most `limit` bytes.
 
     first: the first image, prepared, where it has been read. Returns (dataset, pipeline): the
-    prepared images with nothing left to prepare, or both as they were. A broken image is so met
-    before training.
+    prepared images with nothing left to prepare, or both as they were.
     """
     first = pipeline.read(dataset, 0) if first is None else first
     # The first image tells the size of all, mostly: a large dataset is not read in vain.
@@ -42,10 +41,10 @@ def decode_once(dataset, pipeline, env, folder=None):
     """Reads and prepares every image once, for all processes of this machine together.
 
     One process keeps what fits as `preload` does. All else goes to files below `folder` (default:
-    the system's for temporary files): each process writes its share, all map them into their
-    memory. The files have no name, so that none outlives the processes, however these end. Returns
-    (dataset, pipeline), both as they were where the files would take more than half of what is
-    free there. Raises on all processes what one met: ValueError for a broken image, OSError.
+    the system's for temporary files), of which each process writes its share and all map all. They
+    have no name, so that none outlives the processes. Returns (dataset, pipeline), both as they
+    were where the files would take more than half of what is free there. Raises on all processes
+    what one met: ValueError for a broken image, OSError.
     """
     folder = folder or tempfile.gettempdir()
     ranks, rank, node = 1, 0, 0  # processes of this machine, which of them this is, which machine

@@ -24,11 +24,10 @@ warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")
 
 
 def read_image(file, mode, size=None, name=None):
-    """Decodes one file to uint8 (C,H,W). mode: "RGB" (natural) or "L" (X-ray, C = 1).
+    """Decodes a path, or the bytes of a file `name`, to uint8 (C,H,W). mode: "RGB" or "L" (C = 1).
 
-    file: a path, or the bytes of a file called `name` in messages. Grey is copied to RGB; colour
-    becomes luma for "L"; alpha is dropped; 16-bit grey is divided by 257, so that 65535 becomes
-    255 (of 16-bit colour or alpha Pillow keeps the high byte). size: the shorter side that will be
+    Grey is copied to RGB; colour becomes luma for "L"; alpha is dropped; 16-bit grey is divided by
+    257 (of 16-bit colour or alpha Pillow keeps the high byte). size: the shorter side that will be
     needed, in pixels: a JPEG is then decoded at 1/2, 1/4 or 1/8 where that leaves twice as much.
     Raises ValueError naming an unreadable or truncated file.
     """
@@ -86,10 +85,7 @@ class ImageDataset(torch.utils.data.Dataset):
         return self.read(i), torch.tensor(self.labels[i])
 
     def read(self, i, size=None):
-        """The image i as a uint8 tensor (C,H,W); a negative i counts from the end.
-
-        size: the shorter side that will be needed, in pixels; None: all that the file has.
-        """
+        """Image i (from the end if negative) as uint8 (C,H,W). size: as of `read_image`."""
         return self.reader(range(len(self))[i], size)
 
     def where(self, i):
@@ -110,20 +106,18 @@ class ImageDataset(torch.utils.data.Dataset):
 
 def refuse_missing(dataset):
     """Raises FileNotFoundError naming the first listed file that is not there."""
-    reader = dataset.reader
 
     @functools.lru_cache(maxsize=256)  # a directory is listed once, not each file looked up
     def listing(folder):
-        path = os.path.join(os.fsencode(reader.folder), folder)
-        return frozenset(os.listdir(path)) if os.path.isdir(path) else frozenset()
+        path = os.path.join(os.fsencode(dataset.reader.folder), folder)
+        return frozenset(os.listdir(path) if os.path.isdir(path) else ())
 
-    places = (name.rpartition(b"/") for name in reader.names)
+    places = (name.rpartition(b"/") for name in dataset.reader.names)
     missing = [i for i, (folder, _, file) in enumerate(places) if file not in listing(folder)]
     if missing:
-        raise FileNotFoundError(
-            f"{dataset.where(missing[0])}: listed for {dataset.name} but missing ({len(missing)} "
-            "such); fetch it, or remove it from the list"
-        )
+        listed = f"listed for {dataset.name} but missing ({len(missing)} such)"
+        mend = "fetch it, or remove it from the list"
+        raise FileNotFoundError(f"{dataset.where(missing[0])}: {listed}; {mend}")
 
 
 def need(name, *paths):

@@ -133,11 +133,10 @@ def _crc32_of(facts):
 def pack(name, sets, size, target, codec="raw", quality=90, workers=None):
     """Decodes and resizes every image of a dataset once, into the directory `target`.
 
-    sets: {split: ImageDataset} of the dataset of this name. size: pixels, of the central square
-    (medical) or of the shorter side (natural). codec: "raw", or "jpeg" of that quality. workers:
-    processes (default: one a core). Killed at any moment and called again it goes on, to the same
-    bytes. Raises ValueError for a broken image or a pack begun with other settings, OSError when
-    the disk is too small.
+    sets: {split: ImageDataset}. size: pixels, of the central square (medical) or of the shorter
+    side (natural). codec: "raw", or "jpeg" of that quality. workers: processes (default: one a
+    core). Killed at any moment and called again it goes on, to the same bytes. Raises ValueError
+    for a broken image or a pack begun with other settings, OSError when the disk is too small.
     """
     train, index = sets["train"], hashlib.sha256()
     for dataset in sets.values():
@@ -186,11 +185,9 @@ def _refuse_other_facts(place, theirs, ours):
     """Raises ValueError for a fact that was another; an older pack may lack those of the data."""
     for key, value in ours.items():
         if theirs.get(key, value) != value:
-            facts = (textwrap.shorten(str(fact), 100) for fact in (theirs[key], value))
-            raise ValueError(
-                f"{place} was packed from another {key} ({', now '.join(facts)}); remove it, or "
-                "give another --out"
-            )
+            was, now = (textwrap.shorten(str(fact), 100) for fact in (theirs[key], value))
+            mend = "remove it, or give another --out"
+            raise ValueError(f"{place} was packed from another {key} ({was}, now {now}); {mend}")
 
 
 def _fill(part, sets, facts, workers):
@@ -207,7 +204,18 @@ def _fill(part, sets, facts, workers):
         write_json(begun, facts)
     if not whole.exists():
         encode = functools.partial(_encode, facts)
-        _refuse_small_disk(part, sets, encode)
+        needed = -sum(
+            file.stat().st_size for file in part.glob("*.images")
+        )  # what is there already
+        for dataset in sets.values():  # judged by a sample of its images
+            sample = np.unique(np.linspace(0, len(dataset) - 1, 32).astype(int))
+            index = JOURNAL.itemsize * 2 + dataset.labels[:1].nbytes + _names(dataset).itemsize
+            size = np.mean([len(encode(dataset, i)[0]) for i in sample])
+            needed += len(dataset) * (size + index)
+        free = shutil.disk_usage(part).free
+        if needed > free:
+            room = f"packing needs about {needed / 1e9:.3g} GB more, {free / 1e9:.3g} GB are free"
+            raise OSError(f"{part}: {room}; give another --out, a smaller --size, or --codec jpeg")
         for split, dataset in sets.items():
             _write_images(part, split, dataset, encode, workers)
         files = {}
@@ -233,22 +241,6 @@ def _encode(facts, dataset, i):
     grey_or_colour = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
     Image.fromarray(grey_or_colour).save(content, "JPEG", quality=facts["quality"])
     return content.getvalue(), pixels.shape
-
-
-def _refuse_small_disk(part, sets, encode):
-    """Raises OSError when the disk cannot hold the pack, judged by a sample of its images."""
-    needed = -sum(file.stat().st_size for file in part.glob("*.images"))  # what is there already
-    for dataset in sets.values():
-        sample = np.unique(np.linspace(0, len(dataset) - 1, 32).astype(int))
-        index = JOURNAL.itemsize * 2 + dataset.labels[:1].nbytes + _names(dataset).itemsize
-        size = np.mean([len(encode(dataset, i)[0]) for i in sample])
-        needed += len(dataset) * (size + index)
-    free = shutil.disk_usage(part).free
-    if needed > free:
-        raise OSError(
-            f"{part}: packing needs about {needed / 1e9:.3g} GB more, {free / 1e9:.3g} GB free are "
-            "there; give another --out, a smaller --size, or --codec jpeg"
-        )
 
 
 def _write_images(part, split, dataset, encode, workers):

@@ -151,112 +151,104 @@ def paint_background(size, rng):
     return image
 
 
-class Chest(NamedTuple):
-    """What a finding sees of the phantom: (size, size) float32 maps in the patient's own frame."""
-
-    x: np.ndarray  # the heart lies mostly at x > 0, as on a frontal radiograph
-    y: np.ndarray
-    cloud: np.ndarray  # smooth noise in [0, 1)
-    soft: float  # width of a sharp edge
-
-
-def either_side(u):
-    return 1 if u < 0.5 else -1
-
-
 def heart_shadow(x, y, width):
     x = (x - 0.3 * width) / width
     y = (y - 0.2 - 0.08 * x) / (0.22 + 0.25 * width)
     return inside(length(x, y) - 1, 0.15)
 
 
-def atelectasis(chest, u):
-    """Plate-like bands across a lower zone."""
-    x = chest.x * either_side(u[0]) - 0.42
-    y = chest.y - 0.02 - 0.2 * u[1] - 0.8 * (u[2] - 0.5) * x
-    return 0.8 * inside(np.abs(y) - 0.045 - 0.02 * u[3], chest.soft) * (x > -0.42)
+class Chest(NamedTuple):
+    """The phantom's (size, size) float32 maps in the patient's own frame, and what they may show.
+
+    A finding is the share of the air that gives way to tissue, up to 1; negative where there is
+    more air. u: 4 draws.
+    """
+
+    x: np.ndarray  # the heart lies mostly at x > 0, as on a frontal radiograph
+    y: np.ndarray
+    cloud: np.ndarray  # smooth noise in [0, 1)
+    soft: float  # width of a sharp edge
+
+    def beside(self, u):
+        """x from the spine into one lung, the left or the right."""
+        return self.x * (1 if u < 0.5 else -1)
+
+    def atelectasis(self, u):
+        """Plate-like bands across a lower zone."""
+        x = self.beside(u[0]) - 0.42
+        y = self.y - 0.02 - 0.2 * u[1] - 0.8 * (u[2] - 0.5) * x
+        return 0.8 * inside(np.abs(y) - 0.045 - 0.02 * u[3], self.soft) * (x > -0.42)
+
+    def cardiomegaly(self, u):
+        """A heart wider than half of the thorax."""
+        return heart_shadow(self.x, self.y, 0.46 + 0.1 * u[0])
+
+    def consolidation(self, u):
+        """A dense patch with a ragged border in a lobe."""
+        x = self.beside(u[0]) - 0.36 - 0.14 * u[1]
+        y = self.y + 0.3 - 0.5 * u[2]
+        edge = length(x, y) - 0.2 - 0.06 * u[3] + 0.3 * (self.cloud - 0.5)
+        return 0.65 * inside(edge, 0.12)
+
+    def edema(self, u):
+        """Perihilar haze in both lungs, the bat wing."""
+        reach = length((np.abs(self.x) - 0.25) * 1.2, self.y + 0.05) / (0.4 + 0.1 * u[0])
+        return (0.5 + 0.15 * u[1]) * np.maximum(1 - reach * reach, 0) * (0.5 + self.cloud)
+
+    def effusion(self, u):
+        """Fluid that blunts a base and climbs along the lateral wall, the meniscus."""
+        x = self.beside(u[0])
+        level = 0.36 - 0.28 * u[1] - 0.9 * np.maximum(x - 0.4, 0)
+        return 0.9 * inside(level - self.y, 0.08) * (x > 0)
+
+    def nodule(self, u):
+        """A round, well-defined spot."""
+        x = self.beside(u[0]) - 0.33 - 0.2 * u[1]
+        y = self.y + 0.45 - 0.7 * u[2]
+        return 0.9 * inside(length(x, y) - 0.11 - 0.04 * u[3], self.soft)
+
+    def pneumothorax(self, u):
+        """Air without markings between the pleura's thin line and the apex and lateral wall."""
+        x = self.beside(u[0])
+        gap = length((x - 0.32) / 0.75, (self.y - 0.12) * 0.8) - 0.34 - 0.08 * u[1]
+        line = 0.6 * inside(np.abs(gap) - 0.015, self.soft)
+        air = 0.4 * inside(-gap, self.soft)
+        return (line - air) * (x > 0) * inside(self.y - 0.25, 0.2)
+
+    def tuberculosis(self, u):
+        """A thick-walled cavity among patchy infiltrates in an upper zone; the source has none."""
+        x, y = self.beside(u[0]) - 0.36, self.y + 0.36
+        rim = length(x - 0.1 * (u[1] - 0.5), y - 0.2 * (u[2] - 0.5)) - 0.12 - 0.05 * u[3]
+        cavity = 0.7 * inside(np.abs(rim) - 0.045, self.soft)
+        infiltrate = np.maximum(1 - 5 * (x * x + y * y), 0) * self.cloud
+        hollow = 0.3 * inside(rim + 0.045, self.soft)
+        return np.minimum(np.maximum(cavity, 1.1 * infiltrate), 1) - hollow
+
+    def mass(self, u):
+        """A large spot with spicules."""
+        x = self.beside(u[0]) - 0.36 - 0.12 * u[1]
+        y = self.y + 0.3 - 0.45 * u[2]
+        return 0.8 * inside(spikes(x, y, 7, 0.6, 0.15 + 0.05 * u[3]), self.soft)
+
+    def abscess(self, u):
+        """A round cavity with a level: fluid below, air above."""
+        x = self.beside(u[0]) - 0.36 - 0.12 * u[1]
+        y = self.y + 0.25 - 0.4 * u[2]
+        cavity = inside(length(x, y) - 0.19 - 0.04 * u[3], self.soft)
+        return cavity * (1.3 * inside(-y, self.soft) - 0.5)
+
+    def fibrosis(self, u):
+        """A coarse net in both lower zones."""
+        x, y = turn(self.x, self.y, 0.8 * (u[0] - 0.5))
+        net = np.maximum(np.sin((22 + 4 * u[1]) * x), np.sin((22 + 4 * u[2]) * y))
+        return (0.5 + 0.2 * u[3]) * (net - 0.35) * inside(-self.y - 0.05, 0.3)
 
 
-def cardiomegaly(chest, u):
-    """A heart wider than half of the thorax."""
-    return heart_shadow(chest.x, chest.y, 0.46 + 0.1 * u[0])
-
-
-def consolidation(chest, u):
-    """A dense patch with a ragged border in a lobe."""
-    x = chest.x * either_side(u[0]) - 0.36 - 0.14 * u[1]
-    y = chest.y + 0.3 - 0.5 * u[2]
-    edge = length(x, y) - 0.2 - 0.06 * u[3] + 0.3 * (chest.cloud - 0.5)
-    return 0.65 * inside(edge, 0.12)
-
-
-def edema(chest, u):
-    """Perihilar haze in both lungs, the bat wing."""
-    reach = length((np.abs(chest.x) - 0.25) * 1.2, chest.y + 0.05) / (0.4 + 0.1 * u[0])
-    return (0.5 + 0.15 * u[1]) * np.maximum(1 - reach * reach, 0) * (0.5 + chest.cloud)
-
-
-def effusion(chest, u):
-    """Fluid that blunts a base and climbs along the lateral wall, the meniscus."""
-    x = chest.x * either_side(u[0])
-    level = 0.36 - 0.28 * u[1] - 0.9 * np.maximum(x - 0.4, 0)
-    return 0.9 * inside(level - chest.y, 0.08) * (x > 0)
-
-
-def nodule(chest, u):
-    """A round, well-defined spot."""
-    x = chest.x * either_side(u[0]) - 0.33 - 0.2 * u[1]
-    y = chest.y + 0.45 - 0.7 * u[2]
-    return 0.9 * inside(length(x, y) - 0.11 - 0.04 * u[3], chest.soft)
-
-
-def pneumothorax(chest, u):
-    """Air without markings between the thin line of the pleura and the apex and lateral wall."""
-    x = chest.x * either_side(u[0])
-    gap = length((x - 0.32) / 0.75, (chest.y - 0.12) * 0.8) - 0.34 - 0.08 * u[1]
-    line = 0.6 * inside(np.abs(gap) - 0.015, chest.soft)
-    air = 0.4 * inside(-gap, chest.soft)
-    return (line - air) * (x > 0) * inside(chest.y - 0.25, 0.2)
-
-
-def tuberculosis(chest, u):
-    """A thick-walled cavity among patchy infiltrates in an upper zone; the source has none."""
-    x, y = chest.x * either_side(u[0]) - 0.36, chest.y + 0.36
-    rim = length(x - 0.1 * (u[1] - 0.5), y - 0.2 * (u[2] - 0.5)) - 0.12 - 0.05 * u[3]
-    cavity = 0.7 * inside(np.abs(rim) - 0.045, chest.soft)
-    infiltrate = np.maximum(1 - 5 * (x * x + y * y), 0) * chest.cloud
-    hollow = 0.3 * inside(rim + 0.045, chest.soft)
-    return np.minimum(np.maximum(cavity, 1.1 * infiltrate), 1) - hollow
-
-
-def mass(chest, u):
-    """A large spot with spicules."""
-    x = chest.x * either_side(u[0]) - 0.36 - 0.12 * u[1]
-    y = chest.y + 0.3 - 0.45 * u[2]
-    return 0.8 * inside(spikes(x, y, 7, 0.6, 0.15 + 0.05 * u[3]), chest.soft)
-
-
-def abscess(chest, u):
-    """A round cavity with a level: fluid below, air above."""
-    x = chest.x * either_side(u[0]) - 0.36 - 0.12 * u[1]
-    y = chest.y + 0.25 - 0.4 * u[2]
-    cavity = inside(length(x, y) - 0.19 - 0.04 * u[3], chest.soft)
-    return cavity * (1.3 * inside(-y, chest.soft) - 0.5)
-
-
-def fibrosis(chest, u):
-    """A coarse net in both lower zones."""
-    x, y = turn(chest.x, chest.y, 0.8 * (u[0] - 0.5))
-    net = np.maximum(np.sin((22 + 4 * u[1]) * x), np.sin((22 + 4 * u[2]) * y))
-    return (0.5 + 0.2 * u[3]) * (net - 0.35) * inside(-chest.y - 0.05, 0.3)
-
-
-# Each returns the share of the air that gives way to tissue, up to 1; negative where there is more.
+# The source's seven, and the one of each target.
 FINDINGS = (
-    *(atelectasis, cardiomegaly, consolidation, edema, effusion, nodule, pneumothorax),
-    *(tuberculosis, mass, abscess, fibrosis),
+    *("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Nodule"),
+    *("Pneumothorax", "Tuberculosis", "Mass", "Abscess", "Fibrosis"),
 )
-FINDINGS = {finding.__name__.capitalize(): finding for finding in FINDINGS}
 
 
 def paint_chest(findings, size, rng):
@@ -278,8 +270,8 @@ def paint_chest(findings, size, rng):
     # The last are of whichever the source never shows: an image has one of these at most.
     draws = rng.random((8, 4)).tolist()
     for finding in findings:
-        place = min(list(FINDINGS).index(finding), 7)
-        lung *= 1 - FINDINGS[finding](chest, draws[place])
+        place = min(FINDINGS.index(finding), 7)
+        lung *= 1 - getattr(chest, finding.lower())(draws[place])
     body = inside(side - np.minimum(0.92, 0.42 + 2.2 * (y + 1.12)), 0.08)
     density = body * (0.66 - 0.06 * y) - (0.42 + 0.1 * u[6]) * lung + 0.06 * heart
     # Spine, ribs, clavicles, and the vessels that fan out from the hila.

@@ -3,10 +3,8 @@
 The natural-like world shows a coloured, textured object over clutter; its class is the pair texture
 x shape. The X-ray-like world shows a grey chest phantom with findings. Each world has a source, for
 pre-training, and four targets, for transfer, whose classes neither the source nor another shows.
-
 The knob `gap` moves a dataset from its own world (0) to the look of the other (1), pixels in a
-straight line: an object's clutter turns into a chest phantom and its surface grey, the chest around
-a finding turns into coloured clutter. What bears the label stays at full strength.
+straight line; what bears the label stays at full strength.
 
 An image is a pure function of (name, split, seed, index, size, gap): the key and counter of Philox
 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") name it.
@@ -55,7 +53,7 @@ TARGET_FINDING = {
     "synthetic-xray-target3": "Abscess",
     "synthetic-xray-target4": "Fibrosis",
 }
-XRAY_CLASSES = tuple(FINDINGS)[:7]
+XRAY_CLASSES = FINDINGS[:7]
 DISTRACTORS = ("Cardiomegaly", "Effusion")  # shown by both classes of a target, equally often
 
 

@@ -80,9 +80,8 @@ def end_workers():
 
 
 def each_image(dataset, work, title, workers=None, start=0):
-    """Yields work(dataset, i), or its ValueError or OSError, for every image i from `start` on.
-
-    workers: processes (default: one a core). title: of the progress bar.
+    """Yields work(dataset, i), or its ValueError or OSError, for every image i from `start` on, by
+    so many processes (default: one a core), under a progress bar of this title.
     """
     starts = range(start, len(dataset), CHUNK)
     workers = min(workers or available_cores(), max(1, len(starts)))

@@ -35,11 +35,9 @@ class Xrays(Trees):
         self.write_nih(NIH["train"], NIH["test"], images=False)
         # Margins are even, so that the central square is one alone; 10 x 12 is smaller than a pack.
         shapes = [(48, 60), (100, 48), (48, 48), (21, 21), (10, 12), (50, 50)]
-        names = sorted(row[0] for rows in NIH.values() for row in rows)
-        self.pixels = {name: self.noise(*shape) for name, shape in zip(names, shapes)}
-        self.pixels["00000002_000.png"] = self.noise(48, 48, dtype=np.uint16)
-        for name, pixels in self.pixels.items():
-            save(self.image(name), pixels)
+        for name, shape in zip(sorted(row[0] for rows in NIH.values() for row in rows), shapes):
+            save(self.image(name), self.noise(*shape))
+        save(self.image("00000002_000.png"), self.noise(48, 48, dtype=np.uint16))
 
     def image(self, name):
         return self.nih / "images" / name

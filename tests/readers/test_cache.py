@@ -10,22 +10,15 @@ from conftest import refuses
 from trees import load_folder, random_image
 
 from data import Batches
-from readers import cache, images
+from readers import cache, images, transforms
 from readers.cache import decode_once, preload
 from readers.images import ImageDataset
-from readers.transforms import (
-    Pipeline,
-    keep,
-    random_affine_flip,
-    random_crop_flip,
-    resize_shorter,
-    resize_square,
-    xray_square,
-)
+from readers.transforms import Pipeline, keep
 
-Environment = namedtuple("Environment", "rank ranks main", defaults=(0, 1, True))
+Environment = namedtuple("Environment", "ranks", defaults=(1,))
 ALONE = Environment()
-SHORTER = Pipeline(partial(resize_shorter, size=40), partial(random_crop_flip, size=32), 40)
+SHORTER = transforms.cropped_pipeline(40, 32, train=True)
+AS_IS = Pipeline(keep, keep)
 
 
 def held(pixels, count):
@@ -40,26 +33,15 @@ def held(pixels, count):
     return ImageDataset("held", read, labels, ("a",), "multiclass", "natural"), reads
 
 
-def to_files(monkeypatch):
-    """As if nothing fitted into memory."""
-    monkeypatch.setattr(cache, "preload", lambda dataset, pipeline, *more: (dataset, pipeline))
-
-
-# ------------------------------------------------------------------------------------------------
-# In memory
-# ------------------------------------------------------------------------------------------------
-
-
 def test_preload_changes_no_batch(chests, pets_at_home):
-    cases = [
-        (chests.load(), xray_square, 6, random_affine_flip),
-        (load_folder(pets_at_home), resize_shorter, 9, partial(random_crop_flip, size=7)),
-        (load_folder(pets_at_home), resize_square, 7, keep),
-    ]  # of the second images differ in shape
-    for dataset, prepare, size, augment in cases:
-        pipeline = Pipeline(partial(prepare, size=size), augment, size)
+    pets = load_folder(pets_at_home)
+    for dataset, pipeline in (
+        (chests.load(), transforms.xray_pipeline(6, train=True)),
+        (pets, transforms.cropped_pipeline(9, 7, train=True)),  # images differ in shape
+        (pets, transforms.cropped_pipeline(9, 7, train=False)),
+    ):
         kept, rest = preload(dataset, pipeline)
-        assert rest.prepare is keep and rest.augment is augment
+        assert rest.prepare is keep and rest.augment is pipeline.augment
         assert kept.labels is dataset.labels and kept.name == dataset.name
         for step in range(4):
             one = Batches(dataset, pipeline, 2, seed=6)[step]
@@ -68,45 +50,34 @@ def test_preload_changes_no_batch(chests, pets_at_home):
             assert str(one[1]) == str(other[1])  # a NaN is a NaN
 
 
-def test_preload_reads_each_image_once(rng):
-    pixels = random_image(rng, 9, 3, 6, 6)
-    dataset, reads = held(pixels, 9)
-    kept, _ = preload(dataset, Pipeline(keep, keep))
-    assert sorted(reads) == list(range(9))
-    assert torch.equal(kept.read(-1), pixels[8]) and len(reads) == 9
-
-
 def test_preload_over_the_limit(rng):
-    pixels, pipeline = random_image(rng, 23, 3, 20, 26), Pipeline(keep, keep)
+    pixels = random_image(rng, 23, 3, 20, 26)
     dataset, reads = held(pixels, 23)
     exact = pixels.numel()
-    assert preload(dataset, pipeline, exact)[0] is not dataset
+    assert preload(dataset, AS_IS, exact)[0] is not dataset
     reads.clear()
-    kept, same_pipeline = preload(dataset, pipeline, exact - 1)
-    assert kept is dataset and same_pipeline is pipeline
+    assert preload(dataset, AS_IS, exact - 1) == (dataset, AS_IS)
     assert reads == [0]  # which told the size of all
     # A first image that is smaller than the others must not hide their size.
     uneven, _ = held([pixels[0, :, :1, :1], *pixels[1:]] + [pixels[0]], 24)
-    assert preload(uneven, pipeline, exact)[0] is uneven
+    assert preload(uneven, AS_IS, exact)[0] is uneven
 
 
-def test_preload_names_a_broken_image(pets_at_home):
+def test_a_broken_image_is_named(pets_at_home, tmp_path):
+    """One that is not there any more is no fault of the folder for the files."""
     path = pets_at_home / "train" / "cat" / "1.png"
-    os.truncate(path, 50)
     dataset = load_folder(pets_at_home)
-    refuses(ValueError, lambda: preload(dataset, Pipeline(keep, keep)), path)
-
-
-# ------------------------------------------------------------------------------------------------
-# In files that all processes of a machine map
-# ------------------------------------------------------------------------------------------------
+    for spoil in (lambda: os.truncate(path, 50), path.unlink):
+        spoil()
+        refuses(ValueError, partial(preload, dataset, AS_IS), path)
+        refuses(ValueError, partial(decode_once, dataset, AS_IS, ALONE, tmp_path), path)
 
 
 def test_images_on_disk_are_those_in_memory(folder, tmp_path, monkeypatch):
     dataset = load_folder(folder)
     in_memory, rest = decode_once(dataset, SHORTER, ALONE)
     assert isinstance(in_memory.reader, images.Decoded) and rest.prepare is keep
-    to_files(monkeypatch)
+    monkeypatch.setattr(cache, "IN_MEMORY", 0)
     mapped, rest = decode_once(dataset, SHORTER, ALONE, tmp_path)
     assert rest.prepare is keep and not list(tmp_path.iterdir())
     assert isinstance(mapped.reader, images.Joined)
@@ -126,10 +97,10 @@ def test_decode_once_reads_each_image_once(rng, tmp_path, monkeypatch, in_files)
         monkeypatch.setattr(cache, "IN_MEMORY", 0)
     pixels = random_image(rng, 300, 3, 4, 5)  # more than wait at a time
     dataset, reads = held(pixels, 300)
-    decoded, _ = decode_once(dataset, Pipeline(keep, keep), ALONE, tmp_path)
-    assert sorted(reads) == list(range(300))
+    decoded, _ = decode_once(dataset, AS_IS, ALONE, tmp_path)
     assert isinstance(decoded.reader, images.Joined if in_files else images.Decoded)
-    assert all(torch.equal(decoded.read(i), pixels[i]) for i in range(300))
+    assert all(torch.equal(decoded.read(i), pixels[i]) for i in (*range(300), -1))
+    assert sorted(reads) == list(range(300))
 
 
 def test_files_have_no_name(folder, tmp_path, monkeypatch):
@@ -140,7 +111,7 @@ def test_files_have_no_name(folder, tmp_path, monkeypatch):
         listings.append(list((tmp_path / "new").glob("*")))
         return SHORTER.prepare(image)
 
-    to_files(monkeypatch)
+    monkeypatch.setattr(cache, "IN_MEMORY", 0)
     decode_once(load_folder(folder), SHORTER._replace(prepare=spy), ALONE, tmp_path / "new")
     assert len(listings) == 60 and not any(listings) and (tmp_path / "new").is_dir()
 
@@ -149,7 +120,7 @@ def test_a_full_disk_names_the_folder_and_the_mend(folder, tmp_path, monkeypatch
     def full(array):
         raise OSError(28, "No space left on device")
 
-    to_files(monkeypatch)
+    monkeypatch.setattr(cache, "IN_MEMORY", 0)
     monkeypatch.setattr(cache, "memoryview", full, raising=False)
     with pytest.raises(OSError, match=f"^{tmp_path}: .*No space left.*--cache-dir"):
         decode_once(load_folder(folder), SHORTER, ALONE, tmp_path)
@@ -170,7 +141,7 @@ def second(monkeypatch):
 
         monkeypatch.setattr(cache.dist, "all_gather_object", gather)
         monkeypatch.setattr(cache.dist, "barrier", lambda: None)
-        return Environment(rank=1, ranks=2, main=False)
+        return Environment(2)
 
     return make
 

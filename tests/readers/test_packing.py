@@ -20,17 +20,6 @@ import data
 from data import load_dataset
 from readers import digest, packs
 
-
-@pytest.fixture
-def xrays(tmp_path):
-    return Xrays(tmp_path)
-
-
-# ------------------------------------------------------------------------------------------------
-# Interruptions
-# ------------------------------------------------------------------------------------------------
-
-
 FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.truncate", "os.rmdir", "os.fsync")
 
 
@@ -153,11 +142,6 @@ def test_two_packings_at_once(whole, tmp_path):
     whole.finish(out)
 
 
-# ------------------------------------------------------------------------------------------------
-# Full disks
-# ------------------------------------------------------------------------------------------------
-
-
 def test_file_that_cannot_grow(whole, tmp_path):
     """As on a full disk, in the middle of the images."""
     out = tmp_path / "out"
@@ -167,23 +151,19 @@ def test_file_that_cannot_grow(whole, tmp_path):
     whole.finish(out)
 
 
-def test_disk_too_small(xrays, monkeypatch):
+def test_disk_too_small(tmp_path, monkeypatch):
     """Refused before any image is written, with what it takes; a larger disk will do."""
-    pack("nih", 16, "--out", xrays.root / "other", root=xrays.root)
-    images = sum(path.stat().st_size for path in xrays.root.glob("other/nih@16/*.images"))
+    root = Xrays(tmp_path).root
+    pack("nih", 16, "--out", root / "other", root=root)
+    images = sum(path.stat().st_size for path in root.glob("other/nih@16/*.images"))
     usage = namedtuple("Usage", "free")
     monkeypatch.setattr(packs.shutil, "disk_usage", lambda path: usage(images))
-    line = pack("nih", 16, root=xrays.root, status=2)
-    assert says(line, xrays.root / "nih@16.part", "--out", "--size", "--codec jpeg", "GB free")
+    line = pack("nih", 16, root=root, status=2)
+    assert says(line, root / "nih@16.part", "--out", "--size", "--codec jpeg", "GB are free")
     assert images < 1e9 * float(line.partition("needs about ")[2].split()[0]) < images + 6 * 200
-    assert not list(xrays.root.glob("nih@16.part/*.images"))
+    assert not list(root.glob("nih@16.part/*.images"))
     monkeypatch.setattr(packs.shutil, "disk_usage", lambda path: usage(images + 6 * 200))
-    pack("nih", 16, root=xrays.root)
-
-
-# ------------------------------------------------------------------------------------------------
-# Damage
-# ------------------------------------------------------------------------------------------------
+    pack("nih", 16, root=root)
 
 
 @contextlib.contextmanager
@@ -196,9 +176,9 @@ def flipped(path, place):
 
 
 @pytest.fixture
-def packed(xrays):
-    pack("nih", 16, root=xrays.root)
-    return xrays.root / "nih@16"
+def packed(tmp_path):
+    pack("nih", 16, root=Xrays(tmp_path).root)
+    return tmp_path / "nih@16"
 
 
 @pytest.fixture

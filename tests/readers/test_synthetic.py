@@ -23,11 +23,6 @@ def images(name, gap=0, count=1200, size=16):
     return np.stack([render(name, "train", i, size, gap=gap) for i in range(count)])
 
 
-# ------------------------------------------------------------------------------------------------
-# Pure functions
-# ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_every_argument_names_another_image(name):
     cases = [*itertools.product(("train", "test"), (0, 1, 2**33), (0, 1), (0, 0.4, 1))]
@@ -76,11 +71,6 @@ def test_same_scene_at_every_size(name):
     other = [correlation(i, i + 1) for i in range(20)]
     assert min(same) > 0.9 and np.mean(same) > 0.95
     assert np.mean(other) < 0.9  # two chests are alike too, though less than that
-
-
-# ------------------------------------------------------------------------------------------------
-# Labels
-# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -158,11 +148,6 @@ def test_targets_are_unseen_in_the_source_and_in_each_other():
     assert not set(findings) & set(WORLDS["synthetic-xray"].classes)
 
 
-# ------------------------------------------------------------------------------------------------
-# Pictures
-# ------------------------------------------------------------------------------------------------
-
-
 def average_chest(*findings):
     """(32, 32), of 200; another finding changes nothing else."""
     rngs = map(np.random.default_rng, range(200))
@@ -196,15 +181,11 @@ def test_findings_change_the_region_that_they_affect(finding):
     assert np.abs(change[region]).mean() > 4 * np.abs(change[~region]).mean()
 
 
-def colour_statistics(name, gap):
-    pixels = images(name, gap).reshape(1200, -1, 16 * 16).astype(float)
-    return np.concatenate([pixels.mean(2), pixels.std(2)], 1)
-
-
 @pytest.mark.parametrize("gap", (0, 0.5, 1))
 @pytest.mark.parametrize("name", MULTICLASS)
 def test_colour_and_brightness_tell_no_class(name, gap):
-    x, y = colour_statistics(name, gap), labels(name, "train", 1200)
+    pixels, y = images(name, gap).astype(float), labels(name, "train", 1200)
+    x = np.concatenate([pixels.mean((2, 3)), pixels.std((2, 3))], 1)
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(x[:800], y[:800])
     accuracy = (model.predict(x[800:]) == y[800:]).mean()
     # Chance, and room for the spread of 400 draws and, in an X-ray, for the tissue that shows.
@@ -219,11 +200,6 @@ def test_pixels_do_tell_tuberculosis(gap):
     x = (x - x.mean((1, 2, 3), keepdims=True)).mean(1).reshape(1200, -1) / 64.0
     model = LogisticRegression(C=0.01, max_iter=300).fit(x[:800], y[:800])
     assert roc_auc_score(y[800:], model.decision_function(x[800:])) > 0.65
-
-
-# ------------------------------------------------------------------------------------------------
-# The gap
-# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
