@@ -36,40 +36,24 @@ os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be there, and nothing i
 
 import matplotlib
 
-from charts import (
-    curves,
-    gain_figures,
-    gains,
-    law,
-    law_figure,
-    markdown,
-    panels,
-    results,
-    study,
-    style,
-)
+from charts import curves, gain_figures, gains, law, markdown, panels, results, style
 from engine import console
 
 NAMED = 5  # files named in a notice; of the others the number is said
 
 
 class Figure(NamedTuple):
-    draw: Callable  # (what is shown, styles, title, notes) -> matplotlib's Figure
+    draw: Callable  # (what is shown, styles of lines, title, notes) -> matplotlib's Figure
     markdown: Callable  # what is shown -> text
     csv: Callable  # what is shown -> text
-    missing: str  # said where nothing is shown
 
 
 FIGURES = {
-    "fewshot": Figure(panels.draw_few_shot, markdown.few_shot, markdown.cell_csv, "no result"),
-    "gain": Figure(
-        gain_figures.draw_gains, markdown.gains, markdown.gain_csv, "no network or source to pair"
-    ),
-    "law": Figure(
-        law_figure.draw_law, markdown.laws, markdown.law_csv, "no network or source to pair"
-    ),
+    "fewshot": Figure(panels.draw_few_shot, markdown.few_shot, markdown.cell_csv),
+    "gain": Figure(gain_figures.draw_gains, markdown.gains, markdown.gain_csv),
+    "law": Figure(gain_figures.draw_law, markdown.laws, markdown.law_csv),
 }
-STUDY = Figure(study.draw_target, markdown.few_shot, markdown.cell_csv, "no result")
+STUDY = Figure(panels.draw_study, markdown.few_shot, markdown.cell_csv)
 
 
 def parse(argv):
@@ -129,10 +113,8 @@ def read(args):
     tell(skipped, f"files skipped: {len(skipped)}")
     tell(doubled, f"runs of which two files differ, the newest counts: {len(doubled)}")
     if not runs:
-        fill = f"no usable result file in {', '.join(map(str, args.paths))}: "
-        raise ValueError(
-            f"{fill}`python fewshot.py --out {shlex.quote(str(args.paths[0]))}` writes some"
-        )
+        where, out = ", ".join(map(str, args.paths)), shlex.quote(str(args.paths[0]))
+        raise ValueError(f"no result file in {where}: `python fewshot.py --out {out}` writes some")
     targets = sorted({run.target.name for run in runs})
     try:
         for name in args.target or []:
@@ -159,13 +141,14 @@ def run(args):
     cells = results.summarise(runs, args.metric)
     pairs, lacking = gains.paired_gains(runs, args.metric)
     if args.style == "paper":
-        found = study.study_cells(runs, args.metric)
+        found = panels.study_cells(runs, args.metric)
         shown = {re.sub(r"[^\w.@~+-]+", "-", f"study-{name}"): found[name] for name in found}
     else:
         shown = {"fewshot": cells, "gain": pairs}
-        shown["law"] = law.laws(runs, args.metric) if "law" in (args.figure or FIGURES) else []
-        shown = {name: shown[name] for name in args.figure or FIGURES}
-    missing = [f"no figure {name}: {FIGURES[name].missing}" for name in shown if not shown[name]]
+        shown |= {"law": law.laws(runs, args.metric)} if "law" in names else {}
+        shown = {name: shown[name] for name in names}
+    lack = "no network or source to pair"
+    missing = [f"no figure {name}: {lack}" for name in shown if not shown[name]]
     if args.figure and missing:
         raise ValueError("; ".join(missing))
     if "gain" in shown:
@@ -186,7 +169,7 @@ def run(args):
         if args.figure or name == "fewshot":
             tables.append(text)
         elif name == "gain":
-            tables += [*markdown.count_table(content), ""]
+            tables += [markdown.count_table(content), ""]
     print(*tables, *missing, *(f"wrote {path}" for path in written), sep="\n")
 
 

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,8 +45,7 @@ MARKS = 8  # about so many markers a line
 DENSE = 200  # more points than that are noise to the eye: their medians are drawn over them
 
 
-@dataclass(frozen=True)
-class Log:
+class Log(NamedTuple):
     """One training."""
 
     name: str  # of its folder, with as many of its parents as tell it apart
@@ -56,52 +54,30 @@ class Log:
     points: dict  # key of CURVES -> [(step, value)]
 
 
-def log_record(line):
-    """One line of log.jsonl -> {"step" and those keys of CURVES, and top5, that it has a number
-    for}. Raises ValueError that says what is wrong."""
-    try:
-        data = json.loads(line)
-    except (ValueError, RecursionError):
-        raise ValueError("not JSON") from None
-    if not isinstance(data, dict) or not isinstance(data.get("test", {}), dict):
-        raise ValueError('neither {"step", "loss", ...} nor {"step", "test"}')
-    values = {key: data.get(key) for key in ("step", *CURVES) if key not in TESTS}
-    values |= {key: data.get("test", {}).get(key) for key in (*TESTS, "top5")}
-    values = {key: value for key, value in values.items() if value is not None}
-    if type(values.get("step")) is not int or values["step"] < 0:
-        raise ValueError(f"step is {values.get('step')!r:.40}")
-    for key, value in values.items():
-        if type(value) not in (int, float) or not abs(value) < 1e300:  # catches NaN too
-            raise ValueError(f"{key} is {value!r:.40}")
-    return values
-
-
 def read_log(path):
-    """log.jsonl -> list of `log_record`s. Raises ValueError naming the first bad line.
-
-    A last line that a kill cut short, known by its lack of a newline, is passed over.
-    """
+    """log.jsonl -> list of {"step" and those keys of CURVES, and top5, that a line has a number
+    for}. Raises ValueError naming the first bad line; a last one that a kill cut short, known by
+    its lack of a newline, is passed over."""
     *lines, _ = path.read_bytes().decode("utf-8", "replace").split("\n")
-    records = []
+    records, fault = [], None
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(log_record(line))
-        except ValueError as error:
+            data = json.loads(line)
+            values = {key: data.get(key) for key in ("step", *CURVES) if key not in TESTS}
+            values |= {key: data.get("test", {}).get(key) for key in (*TESTS, "top5")}
+            for key, value in values.items():
+                known = value is None or type(value) in (int, float) and abs(value) < 1e300
+                if not known or key == "step" and (type(value) is not int or value < 0):  # nor NaN
+                    fault = fault or f"{key} is {value!r:.40}"
+        except (AttributeError, ValueError, RecursionError):
+            fault = 'no JSON of {"step", "loss", ...} or {"step", "test"}'
+        if fault:
             mend = "remove that line, or train anew in another folder"
-            raise ValueError(f"{path} line {number}: {error}; {mend}") from None
+            raise ValueError(f"{path} line {number}: {fault}; {mend}")
+        records.append({key: value for key, value in values.items() if value is not None})
     if not records:
         raise ValueError(f"{path} is empty: wait for its run to log, or leave the folder out")
     return records
-
-
-def read_source(folder):
-    """Domain and number of images of a run's source by its result.json; (None, 0) without."""
-    try:
-        data = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        domain, images = data["source_domain"], data["source_images"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None, 0  # it tells the colour alone
-    return (domain, images) if domain in list(LOOKS) and type(images) is int else (None, 0)
 
 
 def load_logs(folders):
@@ -109,16 +85,21 @@ def load_logs(folders):
     first. Raises ValueError for a folder without a good log."""
     folders = list({folder.resolve(): folder for folder in folders}.values())
     parts = [Path(os.path.abspath(folder)).parts for folder in folders]  # of a link: its own name
-    logs = []
+    logs, order = [], list(LOOKS)
     for folder, own in zip(folders, parts):
         if not (folder / "log.jsonl").is_file():
             mend = "--curves takes folders that pretrain.py filled, runs/SOURCE-MODEL"
             raise ValueError(f"no log.jsonl in {folder}: {mend}")
+        records = read_log(folder / "log.jsonl")
         depth = 1
         while sum(other[-depth:] == own[-depth:] for other in parts) > 1:
             depth += 1
-        domain, images = read_source(folder)
-        records = read_log(folder / "log.jsonl")
+        try:
+            data = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+            domain = order[order.index(data["source_domain"])]
+            images = int(data["source_images"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            domain, images = None, 0  # they tell the colour alone
         points = {key: [(r["step"], r[key]) for r in records if key in r] for key in CURVES}
         # One test metric a run, that of its domain; before that is known, accuracy where only
         # multi-class runs have a top5.
@@ -127,61 +108,50 @@ def load_logs(folders):
         if points[wanted]:
             points |= {key: [] for key in TESTS if key != wanted}
         logs.append(Log("/".join(own[-depth:]), domain, images, points))
-    order = list(LOOKS)
     return sorted(logs, key=lambda log: (order.index(log.domain), log.images, size_order(log.name)))
-
-
-def draw_log_axis(ax, key, values):
-    """Title and y axis of a panel: from 0 up, but logarithmic where the values span decades."""
-    ax.set_title(CURVES[key].title, loc="left", fontsize=8, pad=3)
-    ax.locator_params(axis="y", nbins=4)
-    if key in TESTS:
-        return
-    low, high = min((v for v in values if v > 0), default=0), max(values)
-    if key == "lr":
-        low = max(low, 1e-4 * high)  # a cosine's last steps come near 0: the line leaves below
-    if key in ("loss", "lr", "grad_norm") and high > 30 * low > 0:
-        margin = (high / low) ** 0.08
-        ax.set(yscale="log", ylim=(low / margin, high * margin))
-        style.log_ticks(ax.yaxis, low, high)
-    else:
-        ax.set_ylim(min(0, *values), 1.1 * high if high > 0 else None)
-
-
-def draw_log(ax, key, log, look, lag):
-    """Draw a run's line, its markers shifted by the share `lag` of their distance. Of many noisy
-    points it is that of their medians in a hundred parts, over a faint line through them all."""
-    x, y = np.array(log.points[key], float).T
-    y = CURVES[key].factor * y
-    name = f"{key} {log.name}"
-    if len(x) > DENSE and key != "lr":
-        ax.plot(x, y, color=look["color"], linewidth=0.4, alpha=0.25, gid=f"points {name}")
-        x, y = ([np.median(part) for part in np.array_split(v, 100)] for v in (x, y))
-    every = math.ceil(len(x) / MARKS)
-    ax.plot(x, y, **look, markevery=(int(lag * every), every), gid=f"line {name}")
 
 
 def draw_logs(logs, title=""):
     """Logs -> Figure with a panel for each key of CURVES that a run has, over a common step axis,
-    and a line a run. Raises ValueError when there is nothing to draw."""
+    and a line a run; of many noisy points it is that of their medians in a hundred parts, over a
+    faint line through them all. Raises ValueError when there is nothing to draw."""
     keys = [key for key in CURVES if any(log.points[key] for log in logs)]
     if not keys:
         raise ValueError("the logs hold no number: let the runs train on, and draw again")
     fig = Figure(figsize=(2 * style.PANEL[0], 1.1 * len(keys) + 0.3), layout="constrained")
     axes = fig.subplots(len(keys), sharex=True, squeeze=False)[:, 0]
-    # Hue and filling tell the domain, shade and marker the run; dashes too where the markers are
-    # used up, as they garble a noisy line.
     looks = []
     for place, log in enumerate(logs):
+        # Hue and filling tell the domain, shade and marker the run; dashes too where the markers
+        # are used up, as they garble a noisy line.
         shade = style.shades(other.name for other in logs if other.domain == log.domain)[log.name]
         cycle, marker = divmod(place, len(style.MARKERS))
         dashes = style.DASHES[cycle % len(style.DASHES)]
         looks.append(style.line_style(LOOKS[log.domain], shade, style.MARKERS[marker], dashes))
     for ax, key in zip(axes, keys):
         for place, (log, look) in enumerate(zip(logs, looks)):
-            if log.points[key]:
-                draw_log(ax, key, log, look, place / len(logs))  # those that coincide stay seen
-        draw_log_axis(ax, key, np.concatenate([line.get_ydata() for line in ax.lines]))
+            if not log.points[key]:
+                continue
+            x, y = np.array(log.points[key], float).T
+            y, name = CURVES[key].factor * y, f"{key} {log.name}"
+            if len(x) > DENSE and key != "lr":
+                ax.plot(x, y, color=look["color"], linewidth=0.4, alpha=0.25, gid=f"points {name}")
+                x, y = ([np.median(part) for part in np.array_split(v, 100)] for v in (x, y))
+            every = math.ceil(len(x) / MARKS)
+            shift = int(place / len(logs) * every)  # of the markers: runs that coincide stay seen
+            ax.plot(x, y, **look, markevery=(shift, every), gid=f"line {name}")
+        ax.set_title(CURVES[key].title, loc="left", fontsize=8, pad=3)
+        ax.locator_params(axis="y", nbins=4)
+        values = np.concatenate([line.get_ydata() for line in ax.lines])
+        low, high = min(values[values > 0], default=0), max(values)
+        if key == "lr":
+            low = max(low, 1e-4 * high)  # a cosine's last steps come near 0: the line leaves below
+        if key in ("loss", "lr", "grad_norm") and high > 30 * low > 0:
+            margin = (high / low) ** 0.08
+            ax.set(yscale="log", ylim=(low / margin, high * margin))
+            style.log_ticks(ax.yaxis, low, high)
+        elif key not in TESTS:  # from 0 up
+            ax.set_ylim(min(0, *values), 1.1 * high if high > 0 else None)
     axes[-1].xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k, not 20000
     axes[-1].set_xlabel("step")
     fig.suptitle(title)

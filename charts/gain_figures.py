@@ -1,12 +1,16 @@
-"""The figure of gains from scale: paired differences by group."""
+"""The figures of gains from scale: paired differences by group; their law, exponents against
+distance and left-out tasks, observed and predicted."""
 
 import itertools
 import math
 
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from charts import gains as numbers
+from charts import law as fits
 from charts import results, style
 from charts.style import LOOKS
 
@@ -16,6 +20,15 @@ SIGNS = {  # verdict -> marker, the same as text
     "below": ("v", "▼"),
     "no interval": ("x", "×"),
 }
+SHADES = LinearSegmentedColormap.from_list("", ("#8fd0a0", "#1f9069", "#06301f"))  # few shots first
+MARKERS = {  # of families; hollow across domains
+    ("natural", "natural"): "o",
+    ("medical", "medical"): "s",
+    ("natural", "medical"): "^",
+    ("medical", "natural"): "D",
+}
+POINT = {"markersize": 3, "markeredgewidth": 0.6, "zorder": 2}
+LAW_PANEL = (2.9, 2.8)  # inches
 ROW, HEAD = 0.13, 1.1  # inches: a row of a panel, its titles and axis
 GAIN_NOTE = """\
 Row: target and shots. ▲ 95 % interval above zero, ○ not off zero, ▼ below zero, × one seed; on \
@@ -24,27 +37,22 @@ of the same source (network) and seed, averaged over these for each seed; Studen
 seed that one arm lacks counts in neither"""
 
 
-def draw_bands(ax, rows, gains):
-    """Band and count of each regime of shots; rows: [(shots, target)] from the top."""
+def draw_gain_panel(ax, rows, gains):
+    """The gains of one kind in one group: a row a cell, rows [(shots, target)] from the top; the
+    marker tells where the interval lies, without colour too."""
     regimes = [numbers.regime(shots) for shots, _ in rows]
-    for place, name in enumerate(dict.fromkeys(regimes)):
-        first, count = regimes.index(name), regimes.count(name)
+    for place, name in enumerate(dict.fromkeys(regimes)):  # a band each, and their count
+        first, size = regimes.index(name), regimes.count(name)
         if place % 2 == 0:
-            ax.axhspan(first - 0.5, first + count - 0.5, color="#ececec", linewidth=0, zorder=0)
+            ax.axhspan(first - 0.5, first + size - 0.5, color="#ececec", linewidth=0, zorder=0)
         part = [gain for gain in gains if numbers.regime(gain.shots) == name]
         if part:
             found = numbers.counts(part)
             known = len(part) - found["no interval"]
             text = f"{found['above']} of {known}" if known else "–"
-            text += f"\n{name}" if count > 1 else ""
+            text += f"\n{name}" if size > 1 else ""
             look = {"transform": ax.get_yaxis_transform(), "va": "center", "linespacing": 1.05}
-            ax.text(1.03, first + (count - 1) / 2, text, fontsize=6.5, **look)
-
-
-def draw_gain_panel(ax, rows, gains):
-    """The gains of one kind in one group: a row a cell, from few shots to all images; the marker
-    tells where the interval lies, without colour too."""
-    draw_bands(ax, rows, gains)
+            ax.text(1.03, first + (size - 1) / 2, text, fontsize=6.5, **look)
     ax.axvline(0, color="black", linewidth=0.8, zorder=1)
     metric = results.METRICS[gains[0].metric]
     for gain in gains:
@@ -65,7 +73,7 @@ def draw_gain_panel(ax, rows, gains):
     ax.set_xlim(metric.factor * (low - margin), metric.factor * (high + margin))
     ax.locator_params(axis="x", nbins=3)
     ax.xaxis.set_major_formatter("{x:g}")
-    ax.set_xlabel(f"gain in {metric.gain}")
+    ax.set_xlabel(f"gain in {metric.axis.replace('%', 'points')}")
     found = numbers.counts(gains)
     known = len(gains) - found["no interval"]
     title = f"larger {gains[0].line.kind} better\nin {found['above']} of {known} cells\n"
@@ -75,15 +83,14 @@ def draw_gain_panel(ax, rows, gains):
     ax.grid(False)
 
 
-def gain_rows(gains):
-    """Gains -> rows of their panel, [(shots, target)] from few shots to all images."""
-    rows = {(gain.shots, gain.target.name) for gain in gains}
-    return sorted(rows, key=lambda row: (row[0] or math.inf, row[1]))
-
-
 def draw_gains(gains, styles, title="", notes=()):
     """Gains -> Figure: a row of panels for each group, a column for each kind of gain (and
     origin), a row in a panel for each target and number of shots."""
+
+    def rows_of(part):  # of a panel, from few shots to all images
+        rows = {(gain.shots, gain.target.name) for gain in part}
+        return sorted(rows, key=lambda row: (row[0] or math.inf, row[1]))
+
     kinds = {
         origin: [kind for kind in numbers.KINDS if kind in results.group(part, "line.kind")]
         for origin, part in sorted(results.group(gains, "target.origin").items())
@@ -92,29 +99,126 @@ def draw_gains(gains, styles, title="", notes=()):
     alike += "line.method", "line.recipe", "line.pretraining"
     blocks = results.group(gains, *alike).values()
     blocks = [results.group(block, "target.origin") for block in blocks]
-    rows = [max(len(gain_rows(part)) for part in block.values()) for block in blocks]
-    heights = [HEAD + ROW * count for count in rows]  # inches
+    counts = [max(len(rows_of(part)) for part in block.values()) for block in blocks]
+    heights = [HEAD + ROW * count for count in counts]  # inches
     widths = [2.15 * len(part) + 1 for part in kinds.values()]  # inches
     fig = Figure(figsize=(sum(widths), sum(heights)), layout="constrained")
     shape = {"squeeze": False, "height_ratios": heights, "width_ratios": widths}
-    differ = results.differing(gains)
+    differ = results.differing([gain.line for gain in gains])
     for block, row in zip(blocks, fig.subfigures(len(blocks), len(kinds), **shape)):
         for origin, part in zip(kinds, row):
             if origin not in block:
                 continue
             members, first = results.group(block[origin], "line.kind"), block[origin][0]
-            methods = [getattr(first.line, key) or "–" for key in differ]
-            heading = ", ".join([first.group, *methods]) + results.mark(origin)
+            heading = ", ".join([first.group, *results.words(first.line, differ)])
+            heading += results.mark(origin)
             part.suptitle(heading, fontsize=8.5, fontweight="bold")
-            rows = gain_rows(block[origin])
             axes = part.subplots(1, len(kinds[origin]), squeeze=False, sharey=True)[0]
             for ax, panel in itertools.zip_longest(axes, members.values()):
                 if panel:
-                    draw_gain_panel(ax, rows, panel)
+                    draw_gain_panel(ax, rows_of(block[origin]), panel)
                 else:
                     ax.set_axis_off()
     key = "▲ better (95 % interval above zero)   ○ not off zero   ▼ worse"
     fig.suptitle(f"{title}\n{key}".strip(), fontsize=8)
     lacking = sum(gain.lacking for gain in gains)
     style.draw_note(fig, 0, [f"{GAIN_NOTE} ({lacking} cells).", *notes])
+    return fig
+
+
+def look_of(family, colour):
+    """Keywords of Line2D for the points of a family, hollow across domains."""
+    look = {"marker": MARKERS[family], "linestyle": "none", "color": colour}
+    return look | {"markerfacecolor": colour if family[0] == family[1] else "white"}
+
+
+def draw_exponents(ax, law, looks):
+    """Exponents against distance, in these looks of the rows, with the fit: a line a family over
+    its distances, at its middle number of shots, with its band."""
+    for row, look in zip(law.rows, looks):
+        ax.plot(10**row.d, row.exponent, **look)
+    for family in sorted({row.family for row in law.rows}):
+        rows = [row for row in law.rows if row.family == family]
+        shots = sorted({row.s for row in rows})
+        s, distances = shots[len(shots) // 2], [row.d for row in rows]
+        grid = np.linspace(min(distances), max(distances), 30)
+        values = {("a", family): 1, ("b", family): s, ("c", None): grid, ("e", None): s * grid}
+        x = np.stack([np.zeros(30) + values.get(term, 0) for term in law.terms], 1)
+        line, dashes = x @ law.coefficients, "-" if family[0] == family[1] else "--"
+        half = np.array([fits.half_width(law.changes, at, law.terms, law.rows) for at in x])
+        ax.plot(10**grid, line, color="black", linewidth=1, linestyle=dashes, zorder=3)
+        ax.fill_between(10**grid, line - half, line + half, color="#888888", alpha=0.2, linewidth=0)
+    c = [letter for letter, _ in law.terms].index("c")
+    title = f"ten times the distance: {law.coefficients[c]:+.3f} ± {law.ci95[c]:.3f}\nat 10 shots"
+    ax.set_title(title, fontsize=7.5)
+    ax.set_xscale("log")
+    style.log_ticks(ax.xaxis, *ax.dataLim.intervalx)
+    ax.set_xlabel("relative Fréchet distance of source and target")
+
+
+def draw_predictions(ax, law, looks):
+    """Left-out tasks, observed against predicted, and in three lines how well that went."""
+    observed = [row.exponent for row in law.rows]
+    bars = {"fmt": "none", "ecolor": "#bbbbbb", "elinewidth": 0.5, "zorder": 1}
+    ax.errorbar(law.predicted, observed, xerr=law.reach, **bars)
+    for x, y, look in zip(law.predicted, observed, looks):
+        ax.plot(x, y, **look)
+    ax.axline((0, 0), slope=1, color="black", linewidth=0.8)
+    ax.set_title(f"{law.tasks} tasks, each predicted\nby a fit of the others", fontsize=7.5)
+    b0, b1, own = law.rmse.values()
+    text = f"RMSE {own:.3f}: {own / b0:.2f} of B0's, {own / b1:.2f} of B1's, p = {law.p:.3f}\n"
+    text += f"{100 * law.coverage:.0f} % of {len(law.rows)} cells within their 95 % intervals\n"
+    noise = "one pre-training seed: its noise is not in the band"
+    if not math.isnan(law.seed_share):
+        noise = f"pre-training seeds: {100 * law.seed_share:.0f} % of the band's variance"
+    ax.set_xlabel(f"predicted exponent\n{text}{noise}", fontsize=7)
+    ax.set_ylabel("observed exponent")
+
+
+def draw_relations(ax, law):
+    """Mean exponents by regime of shots, where no distance is known."""
+    found = fits.relations(law.rows)
+    families = list(dict.fromkeys(family for family, _ in found))
+    regimes = [name for name in numbers.REGIMES if any(name == regime for _, regime in found)]
+    for (family, regime), cell in found.items():
+        x = regimes.index(regime) + 0.18 * (families.index(family) - (len(families) - 1) / 2)
+        look = look_of(family, "#333333") | {"markersize": 4} | style.BARS
+        ax.errorbar(x, cell["mean"], cell["ci95"], **look)
+    ax.set_xticks(range(len(regimes)), [name.replace(" and", "\nand") for name in regimes])
+
+
+def draw_law(laws, styles, title="", notes=()):
+    """Laws -> Figure: a row a law, exponents on the left, predictions on the right; where none has
+    a fit, a panel each with the means by relation of domains."""
+    fitted = [law for law in laws if law.terms]
+    shots = sorted({row.shots for law in fitted for row in law.rows}, key=lambda k: k or math.inf)
+    colours = {name: SHADES(shade) for name, shade in style.shades(shots).items()}
+    rows, columns = (len(laws), 2) if fitted else (1, len(laws))
+    fig = Figure(figsize=(columns * LAW_PANEL[0], rows * LAW_PANEL[1]), layout="constrained")
+    panels = fig.subplots(rows, columns, squeeze=False).reshape(len(laws), -1)
+    several = len({law.about[1:] for law in laws}) > 1
+    for (ax, *beside), law in zip(panels, laws):
+        words = " ".join(filter(None, law.about[1:])) if several else ""
+        ax.set_ylabel(f"exponent of the {law.about[0]}\n{words}".strip())
+        ax.axhline(0, color="black", linewidth=0.7, linestyle=":", zorder=1)
+        if law.terms:
+            looks = [look_of(row.family, colours[row.shots]) | POINT for row in law.rows]
+            draw_exponents(ax, law, looks)
+            draw_predictions(*beside, law, looks)
+        else:
+            draw_relations(ax, law)
+            for empty in beside:
+                empty.set_axis_off()
+    fig.suptitle(title)
+    families = {row.family for law in laws for row in law.rows}
+    legend = [[(style.BLANK, "pre-trained on → target:")], []]
+    for family in [family for family in MARKERS if family in families]:
+        handle = Line2D([], [], **look_of(family, "#555555"), markersize=4)
+        legend[0].append((handle, " → ".join(family)))
+    for name, colour in colours.items():
+        handle = Line2D([], [], marker="o", color=colour, linestyle="none", markersize=4)
+        legend[1].append((handle, results.shots_words(name)))
+    about = [fits.FIT_NOTE, "Lines: at the middle number of shots."] if fitted else []
+    about += [fits.RELATION_NOTE] if len(fitted) < len(laws) else []
+    style.draw_foot(fig, legend, [fits.NOTE, *about, *notes])
     return fig

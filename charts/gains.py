@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -12,8 +13,8 @@ from charts.results import Cell, group
 from engine.console import MAIN_METRIC
 
 KINDS = {  # kind of gain -> what differs, and what is shared beside target, shots and seed
-    "network": ("model", "source"),
-    "source": ("source", "model"),
+    "network": ("line.model", "line.source"),
+    "source": ("line.source", "line.model"),
 }
 VERDICTS = {  # where an interval lies -> heading in a table
     "above": "above zero",
@@ -21,7 +22,8 @@ VERDICTS = {  # where an interval lies -> heading in a table
     "below": "below zero",
     "no interval": "no interval",
 }
-REGIMES = ("up to 10 shots", "11 to 99 shots", "100 and more", "full")
+# Regime of shots -> its most.
+REGIMES = {"up to 10 shots": 10, "11 to 99 shots": 99, "100 and more": 10**9, "full": math.inf}
 
 
 class GainLine(NamedTuple):
@@ -63,22 +65,26 @@ class Gain(Cell):
 
 def regime(shots):
     """The one of REGIMES that a number of shots (None: full) lies in."""
-    if shots is None:
-        return "full"
-    if shots <= 10:
-        return "up to 10 shots"
-    return "11 to 99 shots" if shots < 100 else "100 and more"
+    return next(name for name, most in REGIMES.items() if (shots or math.inf) <= most)
 
 
-def widest(runs, arm, scores):
-    """The arms furthest apart in size among those that share the most partners: (small, large), or
-    None. Networks are as large as the numbers in their names, sources as their images (those of
-    unknown size, and none at all, are no arms). scores: {arm: {partner: ...}}."""
-    if arm == "model":
-        sizes = {run.line.model: results.size_order(run.line.model)[0] for run in runs}
-    else:
-        known = [run for run in runs if run.line.source_domain and run.source_images]
-        sizes = {run.line.source: run.source_images for run in known}
+def widest(kind, runs, metric, *also):
+    """The arms furthest apart in size among those that share the most partners: {arm: {partner:
+    {seed: score}}}, the small one first; {} without. Networks are as large as the numbers in their
+    names, sources as their images (those of unknown size, and none at all, are no arms).
+
+    also: attributes of runs that partners share too.
+    """
+    arm_of, partner_of = attrgetter(KINDS[kind][0]), attrgetter(KINDS[kind][1], *also)
+    scores, sizes = {}, {}
+    for run in runs:
+        if kind == "network":
+            sizes[run.line.model] = results.size_order(run.line.model)[0]
+        elif run.line.source_domain and run.source_images:
+            sizes[run.line.source] = run.source_images
+        if run.metrics[metric] is not None:
+            partners = scores.setdefault(arm_of(run), {})
+            partners.setdefault(partner_of(run), {})[run.seed] = run.metrics[metric]
     arms = sorted(sizes.keys() & scores.keys(), key=lambda name: (sizes[name], name))
     ranks = {}
     for small, large in itertools.combinations(arms, 2):
@@ -86,21 +92,7 @@ def widest(runs, arm, scores):
         if shared and sizes[small] < sizes[large]:
             place = arms.index(large)
             ranks[small, large] = shared, place - arms.index(small), place
-    return max(ranks, key=ranks.get, default=None)
-
-
-def block(differences):
-    """{partner: {seed: difference}} -> that part of it in which every partner has every seed and
-    which holds the most pairs (then the most seeds): an average over partners of one seed would
-    else shift where a partner lacks it."""
-    sets = [set(seeds) for seeds in differences.values()]
-
-    def size(seeds):
-        return len(seeds) * sum(seeds <= other for other in sets), len(seeds)
-
-    seeds = max([*sets, set.intersection(*sets)], key=size)
-    full = {name: values for name, values in differences.items() if seeds <= values.keys()}
-    return {name: {seed: full[name][seed] for seed in sorted(seeds)} for name in full}
+    return {arm: scores[arm] for arm in max(ranks, key=ranks.get, default=())}
 
 
 def paired_gain(line, runs, metric):
@@ -111,35 +103,33 @@ def paired_gain(line, runs, metric):
     seeds. The few-shot draw of a seed is common to all partners, so their differences are not
     independent; what is particular to a source cancels, as the same sources count in every seed.
     """
-    (differing, sharing), target, shots = KINDS[line.kind], runs[0].target, runs[0].shots
-    scores = {}  # arm -> partner -> seed -> score
-    for run in runs:
-        if run.metrics[metric] is not None:
-            partners = scores.setdefault(getattr(run.line, differing), {})
-            seeds = partners.setdefault(getattr(run.line, sharing), {})
-            seeds[run.seed] = run.metrics[metric]
-    arms = widest(runs, differing, scores)
-    if arms is None:
+    arms = widest(line.kind, runs, metric)
+    if not arms:
         return None, []
-    small, large = arms
+    (small, low), (large, high) = arms.items()
+    target, shots = runs[0].target, runs[0].shots
     where = f"{target.name}, {results.shots_words(shots)}, larger {line.kind}"
-    partners = sorted(scores[small].keys() & scores[large].keys())
-    seeds = {seed for arm in arms for partner in partners for seed in scores[arm][partner]}
+    partners = sorted(low.keys() & high.keys())
+    seeds = {seed for arm in (low, high) for partner in partners for seed in arm[partner]}
     differences, notices = {}, []
     for partner in partners:
-        low, high = scores[small][partner], scores[large][partner]
-        for arm in (large, small):
-            lacking = sorted(seeds - scores[arm][partner].keys())
-            if lacking:
-                text = f"{where}: {arm} with {partner} lacks seed"
-                notices.append(f"{text} {', '.join(map(str, lacking))}")
-        both = sorted(low.keys() & high.keys())
+        for name in (large, small):
+            lacking = ", ".join(map(str, sorted(seeds - arms[name][partner].keys())))
+            notices += [f"{where}: {name} with {partner} lacks seed {lacking}"] if lacking else []
+        both = low[partner].keys() & high[partner].keys()
         if both:
-            differences[partner] = {seed: high[seed] - low[seed] for seed in both}
+            differences[partner] = {seed: high[partner][seed] - low[partner][seed] for seed in both}
     if not differences:
         return None, notices
-    kept = block(differences)
-    table = np.array([list(values.values()) for values in kept.values()])  # partners x seeds
+    # The part in which every partner has every seed and which holds the most pairs, then the most
+    # seeds: an average over partners of one seed would else shift where a partner lacks it.
+    sets = [set(seeds) for seeds in differences.values()]
+    seeds = max(
+        [*sets, set.intersection(*sets)],
+        key=lambda some: (len(some) * sum(some <= other for other in sets), len(some)),
+    )
+    kept = [partner for partner, values in differences.items() if seeds <= values.keys()]
+    table = np.array([[differences[partner][seed] for seed in sorted(seeds)] for partner in kept])
     gain = Gain(
         target,
         line,

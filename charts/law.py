@@ -68,17 +68,16 @@ class Row(NamedTuple):
 
 
 class Law(NamedTuple):
-    """A fit: arrays go with rows or with terms, nan where too few tasks carry them. None of it but
-    about and rows where there are fewer than FEWEST tasks of known distance."""
+    """A fit: arrays go with rows or with terms, nan where too few tasks carry them. None of it from
+    terms on where there are fewer than FEWEST tasks of known distance."""
 
     about: tuple  # kind of KINDS, method, recipe, origin
     rows: list
+    tasks: int
     terms: list = ()  # (letter, family or None)
     coefficients: np.ndarray = None
     ci95: np.ndarray = None  # half-widths of the coefficients' intervals
-    changes: np.ndarray = (
-        None  # (units, terms): of the coefficients, without a task, without a seed
-    )
+    changes: np.ndarray = None  # (units, terms): of the coefficients, without a task, or a seed
     seed_share: float = math.nan  # of the variance, of pre-training seeds
     predicted: np.ndarray = None  # rows, by a fit without their task
     reach: np.ndarray = None  # half-widths of the intervals of predicted
@@ -86,43 +85,26 @@ class Law(NamedTuple):
     rmse: dict = None  # B0, B1, law -> of left-out tasks
     p: float = math.nan  # of the distances, by permutation
 
-    @property
-    def tasks(self):
-        return sorted({row.task for row in self.rows})
-
-
-# ------------------------------------------------------------------------------------------------
-# Exponents
-# ------------------------------------------------------------------------------------------------
-
 
 def exponents(kind, runs, metric):
     """Results of one target, family and number of shots -> {pre-training seed: exponent}.
 
     The arms are the furthest apart that share the most partners: whatever else pre-training was,
     its seed included. A partner's errors are of the transfer seeds that both arms have."""
-    differing, sharing = KINDS[kind]
-    errors, by_seed = {}, {}  # arm -> partner -> seed -> error
-    for run in runs:
-        if run.metrics[metric] is not None and run.line.model in PARAMETERS:
-            partners = errors.setdefault(getattr(run.line, differing), {})
-            seeds = partners.setdefault(
-                (getattr(run.line, sharing), run.line.pretraining or ""), {}
-            )
-            seeds[run.seed] = 1 - run.metrics[metric]
-    arms = widest(runs, differing, errors)
-    if arms is None:
+    known, by_seed = [run for run in runs if run.line.model in PARAMETERS], {}
+    arms = widest(kind, known, metric, "line.pretraining")
+    if not arms:
         return {}
     scales = {run.line.source: run.source_images for run in runs}
-    small, large = (PARAMETERS[arm] if kind == "network" else scales[arm] for arm in arms)
+    small, large = ((PARAMETERS if kind == "network" else scales)[arm] for arm in arms)
     floor = 0.5 / (runs[0].test_images or 1e9)
-    for partner in errors[arms[0]].keys() & errors[arms[1]].keys():
-        both = [errors[arm][partner] for arm in arms]
-        seeds = both[0].keys() & both[1].keys()
-        if seeds:
-            low, high = (max(np.mean([arm[seed] for seed in seeds]), floor) for arm in both)
+    first, second = arms.values()
+    for partner in filter(second.get, first):
+        both = first[partner], second[partner]
+        if seeds := both[0].keys() & both[1].keys():
+            low, high = (max(np.mean([1 - arm[seed] for seed in seeds]), floor) for arm in both)
             exponent = math.log10(low / high) / math.log10(large / small)
-            by_seed.setdefault(partner[1], []).append(exponent)
+            by_seed.setdefault(partner[1] or "", []).append(exponent)
     return {seed: float(np.mean(values)) for seed, values in by_seed.items()}
 
 
@@ -159,11 +141,6 @@ def relations(rows):
                 means = [np.mean([row.exponent for row in task]) for task in tasks]
                 found[family, name] = spread(means)
     return found
-
-
-# ------------------------------------------------------------------------------------------------
-# Fits
-# ------------------------------------------------------------------------------------------------
 
 
 def design(rows, relation=True, distance=True):
@@ -230,12 +207,12 @@ def prediction_reach(x, y, tasks):
 def trading(rows):
     """Which targets may trade their distances: lists of those of a task; targets that are alone in
     theirs trade with each other. In a list all are in the same families."""
-    targets = {task: group(part, "target") for task, part in group(rows, "task").items()}
     lists = {}
-    for task, members in targets.items():
-        for target, part in members.items():
-            families = frozenset(row.family for row in part)
-            lists.setdefault((families, task if len(members) > 1 else None), []).append(target)
+    for task, members in group(rows, "task").items():
+        targets = group(members, "target")
+        for target, part in targets.items():
+            key = frozenset(row.family for row in part), task if len(targets) > 1 else None
+            lists.setdefault(key, []).append(target)
     return list(lists.values())
 
 
@@ -257,12 +234,6 @@ def permutation_p(rows, y, draws=PERMUTATIONS):
     return np.mean(np.array(errors) <= errors[0] * (1 + 1e-9), 0)
 
 
-def without_seed(row, seed):
-    """The exponent of a row by its other pre-training seeds; by all where there is no other."""
-    others = [value for other, value in row.by_seed.items() if other != seed]
-    return np.mean(others) if others else row.exponent
-
-
 def law(about, rows):
     """Rows of one kind, method, recipe and origin -> Law.
 
@@ -272,15 +243,14 @@ def law(about, rows):
     known = [row for row in rows if not math.isnan(row.s + row.d)]
     names, tasks = np.unique([row.task for row in known], return_inverse=True)
     if len(names) < FEWEST:
-        return Law(about, rows)
+        return Law(about, rows, len({row.task for row in rows}))
     y, (terms, x) = np.array([row.exponent for row in known]), design(known)
-    seeds = {seed for row in known for seed in row.by_seed}
-    changes = [*changes_without(x, y, tasks)]
-    for seed in seeds if len(seeds) > 1 else ():
-        others = np.array([without_seed(row, seed) for row in known])
-        changes.append(solve(x, others) - solve(x, y))
-    changes = np.array(changes)
-    by_seed = changes[len(names) :]
+    changes, seeds = [*changes_without(x, y, tasks)], {s for row in known for s in row.by_seed}
+    for seed in sorted(seeds) if len(seeds) > 1 else ():
+        others = [[value for key, value in row.by_seed.items() if key != seed] for row in known]
+        others = [np.mean(rest or [*row.by_seed.values()]) for rest, row in zip(others, known)]
+        changes.append(solve(x, np.array(others)) - solve(x, y))
+    changes, by_seed = np.array(changes), np.array(changes[len(names) :])
     share = np.sum(by_seed**2) / np.sum(changes**2) if len(by_seed) else math.nan
     ci95 = np.array([half_width(changes, one, terms, known) for one in np.eye(len(terms))])
     predicted, reach = predict_tasks(x, y, tasks), prediction_reach(x, y, tasks)
@@ -289,6 +259,5 @@ def law(about, rows):
         error = predict_tasks(design(known, *parts)[1], y, tasks) - y
         rmse[name] = math.sqrt(np.mean(error[seen] ** 2))
     coverage = np.mean(np.abs(predicted - y)[seen] <= reach[seen])
-    p = permutation_p(known, y)
-    fitted = solve(x, y), ci95, changes, share, predicted, reach, coverage, rmse, p
-    return Law(about, known, terms, *fitted)
+    fitted = solve(x, y), ci95, changes, share, predicted, reach, coverage, rmse
+    return Law(about, known, len(names), terms, *fitted, permutation_p(known, y))

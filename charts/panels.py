@@ -1,4 +1,5 @@
-"""The figure of scores over shots: a panel a target."""
+"""The figures of scores: over shots, a panel a target; and the study's own (arXiv:2106.00116), a
+figure a target."""
 
 import math
 import textwrap
@@ -6,15 +7,20 @@ import textwrap
 import numpy as np
 from matplotlib.figure import Figure  # without pyplot: writes files, needs no display
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from charts import results, style
 from charts.style import BARS, LOOKS, PANEL
 
 CROWDED = 8  # a panel with more lines than that needs the width of two
+STUDY_NOTE = """\
+Mean ± standard deviation over seeds. Over networks: sources with several of them."""
 
 
-def draw_shots_axis(ax, cells):
-    """Log axis of shots, full-shot set apart at its end; returns {shots: place on the axis}."""
+def draw_few_shot_lines(ax, cells, styles, half, chance=None):
+    """Lines over shots, with intervals of this half-width: ci95 or sd; published ones beside own
+    ones paler. chance: as of style.draw_y_axis."""
+    # A log axis of shots, with full-shot set apart at its end.
     places = {shots: shots for shots in sorted({cell.shots for cell in cells if cell.shots})}
     last = max(places, default=1)
     gap = max(2, (last / min(places, default=1)) ** 0.2)  # from the last shots to "full"
@@ -25,32 +31,14 @@ def draw_shots_axis(ax, cells):
     ax.set_xlim(min(places.values()) / gap**0.5, max(places.values()) * gap**0.5)
     ax.set_xticks(list(places.values()), [str(shots or "full") for shots in places])
     ax.minorticks_off()
-    return places
-
-
-def draw_few_shot_panel(ax, target, cells, styles):
-    """Draw the lines of one target, each moved sideways a little so that the intervals part."""
-    words = f"{textwrap.fill(target.name, 40)}\n{target.domain} target{results.mark(target.origin)}"
-    ax.set_title(words, color=LOOKS[target.domain].hues[-1], fontsize=8.5)
-    chance = (0.5, "0.5") if cells[0].metric == "mean_auc" else None  # of precision: unknown
-    classes = cells[0].classes
-    if cells[0].metric == "accuracy" and {cell.classes for cell in cells} == {classes or None}:
-        chance = 1 / classes, f"1/{classes}"
-    draw_few_shot_lines(ax, cells, styles, "ci95", chance)
-
-
-def draw_few_shot_lines(ax, cells, styles, half, chance=None):
-    """Lines over shots, with intervals of this half-width: ci95 or sd; published ones beside own
-    ones paler. chance: as of style.draw_y_axis."""
-    places = draw_shots_axis(ax, cells)
     style.draw_y_axis(ax, cells, chance)
     factor = results.METRICS[cells[0].metric].factor
     lines = results.group([cell for cell in cells if cell.n], "line", "target.origin")
     both = len({origin for _, origin in lines}) > 1
-    step = min(0.008, 0.06 / len(lines)) if lines else 0  # of the axis, 6 % for them all
+    step = min(0.008, 0.06 / max(1, len(lines)))  # of the axis, 6 % for them all
     step *= np.ptp(np.log10(ax.get_xlim()))  # decades
     for place, ((line, origin), points) in enumerate(lines.items()):
-        shift = 10 ** (step * (place - (len(lines) - 1) / 2))
+        shift = 10 ** (step * (place - (len(lines) - 1) / 2))  # so that the intervals part
         x = [places[point.shots] * shift for point in points]
         y, bars = ([factor * getattr(point, key) for point in points] for key in ("mean", half))
         look = styles[line] | {"alpha": 0.5 if both and origin == "published" else 1}
@@ -62,32 +50,116 @@ def draw_few_shot_lines(ax, cells, styles, half, chance=None):
 
 
 def draw_few_shot(cells, styles, title="", notes=()):
-    """Cells -> Figure with a panel a target: two a row, or one where one of them is crowded."""
+    """Cells, {line: its style} -> Figure with a panel a target: two a row, or one where one of them
+    is crowded."""
     panels = results.group(cells, "target")
     crowded = any(len({cell.line for cell in panel}) > CROWDED for panel in panels.values())
     columns = 1 if crowded or len(panels) == 1 else 2
     rows = math.ceil(len(panels) / columns)
     width = 2 * PANEL[0] if crowded else max(3.3, PANEL[0] * columns)
     fig = Figure(figsize=(width, PANEL[1] * rows), layout="constrained")
-    styles = style.styles_of(cells, styles)
     for place, (target, panel) in enumerate(panels.items(), start=1):
-        draw_few_shot_panel(fig.add_subplot(rows, columns, place), target, panel, styles)
+        ax = fig.add_subplot(rows, columns, place)
+        heading = f"{textwrap.fill(target.name, 40)}\n{target.domain} target"
+        heading += results.mark(target.origin)
+        ax.set_title(heading, color=LOOKS[target.domain].hues[-1], fontsize=8.5)
+        metric, classes = panel[0].metric, panel[0].classes
+        chance = (0.5, "0.5") if metric == "mean_auc" else None  # of precision: unknown
+        if metric == "accuracy" and {cell.classes for cell in panel} == {classes or None}:
+            chance = 1 / classes, f"1/{classes}"
+        draw_few_shot_lines(ax, panel, styles, "ci95", chance)
     fig.supxlabel("training images per class (shots)", fontsize=8)
     fig.suptitle(title)
-    style.draw_foot(fig, line_columns(cells, styles), [style.NOTE, *notes])
+    handles = {line: Line2D([], [], **look) for line, look in styles.items()}
+    style.draw_foot(fig, style.line_columns(handles), [style.NOTE, *notes])
     return fig
 
 
-def line_columns(cells, styles):
-    """The two columns of a legend of lines, named by source and network."""
-    differ = results.differing(cells)
+def study_cells(runs, metric):
+    """Results -> {target's name: its cells}, own and published together; metric auto: accuracy on
+    the study's targets but PadChest, as there, and elsewhere as everywhere."""
+    found = {}
+    for target, members in results.group(runs, "target").items():
+        name = results.plain_name(target.name).partition(" ")[0]
+        accurate = metric == "auto" and name in results.TARGETS and name != "padchest"
+        cells = results.summarise(members, "accuracy" if accurate else metric)
+        found.setdefault(target.name, []).extend(cell for cell in cells if cell.n)
+    return {name: cells for name, cells in sorted(found.items()) if cells}
 
-    def entry(line):
-        return Line2D([], [], **styles[line]), f"{line.source}, {network_name(line, differ)}"
 
-    return style.domain_columns(styles, entry)
+def draw_study(cells, styles, title="", notes=()):
+    """Cells of one target, {line: its style} -> Figure: bars of all pre-trainings grouped by shots;
+    under them lines over shots from natural sources, from medical ones, and over networks with all
+    images; ± one standard deviation."""
+    lines = results.group(cells, "line")
+    styles = {line: look for line, look in styles.items() if line in lines}
+    networks, bars = sorted({line.model for line in lines}, key=results.size_order), {}
+    for line, look in styles.items():
+        # Hue and shade of the source; the largest network full, others hatched.
+        rank, colour = networks[::-1].index(line.model), look["color"]
+        bars[line] = {"facecolor": "white" if rank else colour, "edgecolor": colour}
+        bars[line] |= {"hatch": ("", "////", "....", "xxxx")[min(rank, 3)], "linewidth": 0.6}
+    few, full = results.group(cells, "line.source_domain"), [c for c in cells if c.shots is None]
+    axis = results.METRICS[cells[0].metric].axis
+    fig = Figure(figsize=(7, 4.6), layout="constrained")
+    rows = fig.subfigures(2, 1, height_ratios=(1, 1.05))
+    draw_bars(rows[0].subplots(), cells, bars)
+    rows[0].suptitle(title or f"{cells[0].target.name}: {axis}")
+    below = rows[1].subplots(1, len(few) + bool(full), squeeze=False)[0]
+    few_axes = below[: len(few)]
+    for ax, domain in zip(few_axes, [domain for domain in LOOKS if domain in few]):
+        draw_few_shot_lines(ax, few[domain], styles, "sd")
+        ax.set(xlabel="training images per class", ylabel="")
+        heading = LOOKS[domain].heading.removesuffix(":")
+        ax.set_title(heading, fontsize=7.5, color=LOOKS[domain].hues[-1])
+    lows, highs = zip(*(ax.get_ylim() for ax in few_axes))
+    for ax in few_axes:
+        ax.set_ylim(min(lows), max(highs))
+    if full:
+        draw_networks(below[-1], full, styles)
+    below[0].set_ylabel(axis)
+    columns = style.line_columns({line: Patch(**look) for line, look in bars.items()})
+    columns[0].append((style.BLANK, "lines:"))
+    for name in networks:
+        look = next(look for line, look in styles.items() if line.model == name)
+        grey = look | {"color": "#555555", "markerfacecolor": "#555555", "linewidth": 1.2}
+        columns[0].append((Line2D([], [], **grey), name))
+    style.draw_foot(fig, columns, [STUDY_NOTE, *notes])
+    return fig
 
 
-def network_name(line, differ):
-    """The network of a line, with its method and recipe where lines differ in them."""
-    return ", ".join([line.model, *(getattr(line, key) or "–" for key in differ)])
+def draw_bars(ax, cells, bars):
+    """Bars in groups of a number of shots, in the order of the legend; own ones before published
+    ones, which are paler. bars: {line: keywords of its bars}."""
+    metric, origins = results.METRICS[cells[0].metric], {cell.target.origin for cell in cells}
+    kinds = [(line, origin) for line in bars for origin in sorted(origins)]
+    kinds = [kind for kind in kinds if kind in results.group(cells, "line", "target.origin")]
+    groups = sorted({cell.shots for cell in cells}, key=lambda shots: shots or math.inf)
+    for cell in cells:
+        line, origin = kind = cell.line, cell.target.origin
+        x = groups.index(cell.shots) * (len(kinds) + 1.5) + kinds.index(kind)
+        y, half = metric.factor * cell.mean, metric.factor * cell.sd
+        look = {"alpha": 0.5 if len(origins) > 1 and origin == "published" else 1, "error_kw": BARS}
+        ax.bar(x, y, 0.85, yerr=half, **look, **bars[line])
+    middles = [place * (len(kinds) + 1.5) + (len(kinds) - 1) / 2 for place in range(len(groups))]
+    ax.set_xticks(middles, [results.shots_words(shots) for shots in groups])
+    ax.tick_params(axis="x", length=0)
+    ax.set(ylabel=metric.axis, ylim=(0, None), xmargin=0.01)
+
+
+def draw_networks(ax, cells, styles):
+    """A line a source over the networks, of cells with all training images."""
+    factor = results.METRICS[cells[0].metric].factor
+    networks = sorted({cell.line.model for cell in cells}, key=results.size_order)
+    alike = "line.source", "line.source_domain", "line.method", "line.recipe", "target.origin"
+    for members in results.group(cells, *alike).values():
+        if len(members) == 1 < len(networks):
+            continue
+        members = sorted(members, key=lambda cell: networks.index(cell.line.model))
+        x = [networks.index(cell.line.model) for cell in members]
+        y, bars = ([factor * getattr(cell, key) for cell in members] for key in ("mean", "sd"))
+        look = styles[members[-1].line] | {"linestyle": "-", "marker": "."}
+        ax.errorbar(x, y, yerr=bars, **look, **BARS)
+    ax.set_xticks(range(len(networks)), networks)
+    ax.set(xlim=(-0.3, len(networks) - 0.7))
+    ax.set_title("all training images, a scale of its own", fontsize=7.5)

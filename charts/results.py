@@ -17,13 +17,12 @@ class Metric(NamedTuple):
     axis: str  # its name at an axis
     factor: int  # from the fraction, as it is everywhere else, to the number shown
     decimals: int  # of that number in tables
-    gain: str  # its name where two are subtracted
 
 
 METRICS = {
-    "accuracy": Metric("accuracy (%)", 100, 1, "accuracy (points)"),
-    "mean_auc": Metric("mean AUC", 1, 3, "mean AUC"),
-    "mean_ap": Metric("mean average precision", 1, 3, "mean average precision"),
+    "accuracy": Metric("accuracy (%)", 100, 1),
+    "mean_auc": Metric("mean AUC", 1, 3),
+    "mean_ap": Metric("mean average precision", 1, 3),
 }
 DOMAINS = ("natural", "medical", None)  # of sources; None without pre-training
 # What published.json leaves out. Source -> domain, images; target -> domain, classes (0: several),
@@ -66,8 +65,7 @@ class Line(NamedTuple):
     pretraining: str | None = None  # its recipe and seed, where they are not the default: seed1
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """One run of a network on a target, at a number of shots, with one seed."""
 
     target: Target
@@ -79,9 +77,9 @@ class Result:
     distance: float | None  # of source and target: frechet_relative
     classes: int  # of the target, 0 when unknown
     path: Path
-    train_images: int | None = None  # of the target; None where unknown
-    test_images: int | None = None
-    made_of: str = ""  # digests of weights and data; "" where unknown
+    train_images: int | None  # of the target; None where unknown
+    test_images: int | None
+    made_of: str  # digests of weights and data; "" where unknown
 
 
 @dataclass(frozen=True)
@@ -101,15 +99,17 @@ class Cell:
 
 
 KINDS = ("fewshot", "transfer", "fewshot-validation", "transfer-validation")
-# What a result file must hold, and of what type; bounds of its numbers.
-BOUNDS = {"seed": (0, 2**64), "source_images": (0, 10**12), "shots": (1, 10**9)}
+# What a result file must hold (older ones lack OPTIONAL), of what type; bounds of its numbers.
+OPTIONAL = {"distance": None, "config": None}
 FIELDS = {key: kind for key, kind in Line.__annotations__.items() if key != "pretraining"}
-FIELDS |= {"target": str, "target_domain": str, "metrics": dict}
-FIELDS |= {"seed": int, "source_images": int | None, "shots": int | None}
+FIELDS |= {"target": str, "target_domain": str, "metrics": dict, "seed": int}
+FIELDS |= {"source_images": int | None, "shots": int | None}
+FIELDS |= dict.fromkeys(OPTIONAL, dict | None)
+BOUNDS = {"seed": (0, 2**64), "source_images": (0, 10**12), "shots": (1, 10**9)}
 
 
 def number(values, key, low, high):
-    """values[key] where it is a number within bounds, None where there is none. Raises
+    """values[key] where it is a number from low to high, None where there is none. Raises
     ValueError."""
     value = values.get(key)
     if value is not None and (type(value) not in (int, float) or not low <= value <= high):
@@ -118,9 +118,9 @@ def number(values, key, low, high):
 
 
 def checked_result(data, path, origin="own", classes=0):
-    """Content of a result file -> Result. Raises ValueError."""
-    data = {"distance": None, **data}
-    for key, kind in {**FIELDS, "distance": dict | None}.items():
+    """Content of a result file -> Result. Raises ValueError or, of a foreign config, others."""
+    data = OPTIONAL | data
+    for key, kind in FIELDS.items():
         if key not in data:
             raise ValueError(f"no {key}")
         wrong = not isinstance(data[key], kind) or isinstance(data[key], bool)
@@ -128,66 +128,67 @@ def checked_result(data, path, origin="own", classes=0):
             raise ValueError(f"{key} is {data[key]!r:.40}")
     for key, bounds in BOUNDS.items():
         number(data, key, *bounds)
-    metrics = {key: number(data["metrics"], key, 0, 1) for key in METRICS}
-    if not data["metrics"].keys() & METRICS.keys():
+    scores, config, target = data["metrics"], data["config"] or {}, data["target"]
+    metrics = {key: number(scores, key, 0, 1) for key in METRICS}
+    if not scores.keys() & METRICS.keys():
         raise ValueError(f"metrics hold none of {', '.join(METRICS)}")
     if data["source_domain"] not in DOMAINS or data["target_domain"] not in MAIN_METRIC:
         raise ValueError(f"a domain is none of {', '.join(MAIN_METRIC)}")
-    target = Target(data["target"], data["target_domain"], origin)
+    options = config.get("target_options")
+    if options is not None:
+        # One label an image is another task than all; of padchest it is the study's.
+        usual = target.split("@")[0] == "padchest"
+        if bool(options.get("single_label")) != usual:
+            target += " (all labels)" if usual else " (single-label)"
+        if options.get("validation"):
+            target += f" (validation {options['validation']:g})"
     pretraining = str(data.get("run")).partition(f"-{data['model']}")[2].lstrip("-") or None
-    line = Line(*(data[key] for key in Line._fields[:-1]), pretraining)
-    distance = number(data["distance"] or {}, "frechet_relative", -1e300, 1e300)
-    rest = data["shots"], data["seed"], data["source_images"]
-    per_class = data["metrics"].get("per_class")
-    classes = classes or (len(per_class) if isinstance(per_class, dict) else 0)
-    config = data.get("config") or {}
-    sizes = (number(config, key, 1, 2**63) for key in ("train_images", "test_images"))
-    made_of = json.dumps([config[key] for key in ("weights", "data")]) if "data" in config else ""
-    return Result(target, line, *rest, metrics, distance, classes, path, *sizes, made_of)
+    per_class = scores.get("per_class")
+    return Result(
+        Target(target, data["target_domain"], origin),
+        Line(*(data[key] for key in Line._fields[:-1]), pretraining),
+        *(data[key] for key in ("shots", "seed", "source_images")),
+        metrics,
+        number(data["distance"] or {}, "frechet_relative", -1e300, 1e300),
+        classes or (len(per_class) if isinstance(per_class, dict) else 0),
+        path,
+        *(number(config, key, 1, 2**63) for key in ("train_images", "test_images")),
+        json.dumps([config[key] for key in ("weights", "data")]) if "data" in config else "",
+    )
 
 
 def read_result(path):
-    """One result file -> Result. Raises OSError, ValueError or, of deep nesting, RecursionError."""
+    """One result file -> Result. Raises as checked_result, OSError and RecursionError (nesting)."""
     data = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(data, dict) or data.get("schema") != 1:
         raise ValueError('not a result file of "schema": 1')
     if data.get("kind") not in KINDS:
         raise ValueError(f"kind is {data.get('kind')!r}, not fewshot or transfer")
-    options = data["config"].get("target_options") if isinstance(data.get("config"), dict) else None
-    if isinstance(options, dict) and isinstance(data.get("target"), str):
-        # One label an image is another task than all; of padchest it is the study's.
-        usual = data["target"].split("@")[0] == "padchest"
-        if bool(options.get("single_label")) != usual:
-            data["target"] += " (all labels)" if usual else " (single-label)"
-        if options.get("validation"):
-            data["target"] += f" (validation {options['validation']:g})"
     return checked_result(data, path)
 
 
 def read_published(path):
     """A file of published numbers -> list of Result. Without "seeds", a seed is the place
     in the lists. Raises ValueError."""
-    results, entry = [], None
+    found, entry = [], None
     try:
         for entry in json.loads(path.read_text(encoding="utf-8"))["records"]:
-            sources = [SOURCES[name] for name in entry["source"].split("+")]
-            (domain,) = {domain for domain, _ in sources}
+            domains, images = zip(*(SOURCES[name] for name in entry["source"].split("+")))
+            (domain,) = set(domains)
             target_domain, classes, test_images = TARGETS[entry["target"]]
-            data = {**entry, "source_domain": domain, "target_domain": target_domain}
-            data["config"] = {"test_images": test_images}
-            data |= {"source_images": sum(images for _, images in sources)}
-            data |= {"method": "finetune", "recipe": "paper"}
-            data["shots"] = None if entry["shots"] == "full" else entry["shots"]
+            data = {**entry, "method": "finetune", "recipe": "paper", "source_domain": domain}
+            data |= {"source_images": sum(images), "target_domain": target_domain}
+            data |= {"config": {"test_images": test_images}}
+            data |= {"shots": None} if entry["shots"] == "full" else {}
             runs = list(zip(*entry["metrics"].values(), strict=True))
-            seeds = entry.get("seeds", range(len(runs)))
-            for seed, scores in zip(seeds, runs, strict=True):
+            for seed, scores in zip(entry.get("seeds", range(len(runs))), runs, strict=True):
                 data |= {"seed": seed, "metrics": dict(zip(entry["metrics"], scores))}
-                results.append(checked_result(data, path, "published", classes))
+                found.append(checked_result(data, path, "published", classes))
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         mend = 'it must hold {"about": …, "records": […]} as published.json does, or name a folder'
         where = f"{error!r:.80} in {entry!r:.60}"
         raise ValueError(f"{path} holds no published numbers: {where}; {mend}") from None
-    return results
+    return found
 
 
 def load(paths):
@@ -207,15 +208,14 @@ def load(paths):
         else:
             mend = "give published.json, or a folder that `python fewshot.py --out FOLDER` fills"
             raise ValueError(f"no file or folder {path}: {mend}")
-    named = {path.resolve() for path in paths}
-    results, skipped = [], []
+    named, results, skipped = {path.resolve() for path in paths}, [], []
     for place, path in sorted(files.items(), key=lambda item: item[1]):
         if place in named:
             results += read_published(path)
             continue
         try:
             results.append(read_result(path))
-        except (OSError, TypeError, ValueError, RecursionError) as error:
+        except (AttributeError, KeyError, OSError, TypeError, ValueError, RecursionError) as error:
             skipped.append(f"skipped {path}: {' '.join(str(error).split())}")
     if len({" (validation " in result.target.name for result in results}) > 1:
         mixed = "results on test images and on images held out by --validation"
@@ -254,9 +254,9 @@ def t_quantile(degrees):
     (Abramowitz & Stegun 1964, 26.7.3 and 26.7.4); it rises with the angle, so bisection finds
     P = 0.95.
     """
-    low, high = 0.0, math.pi / 2
+    low, high, odd = 0.0, math.pi / 2, degrees % 2
     for _ in range(60):  # down to the spacing of floats
-        angle, odd = (low + high) / 2, degrees % 2
+        angle = (low + high) / 2
         term = math.cos(angle) if odd else 1.0
         total = term if degrees > 1 else 0.0
         for power in range(2 + odd, degrees, 2):
@@ -278,12 +278,6 @@ def spread(values):
     return {"mean": mean, "sd": sd, "ci95": ci95, "n": n}
 
 
-def within_noise(one, other):
-    """Whether two means lie no further apart than sqrt(a² + b²), of their half-widths a and b."""
-    gap = abs(one.mean - other.mean)  # nothing is within nan: no interval, no claim
-    return gap == 0 or gap <= math.hypot(one.ci95, other.ci95)
-
-
 def size_order(model):
     """Sort key that puts R50x1 before R50x3 and R152x2: the numbers in the name, then the name."""
     return tuple(float(number) for number in re.findall(r"\d+(?:\.\d+)?", model)), model
@@ -296,13 +290,17 @@ def line_order(cell):
     return *source, size_order(line.model), line.method, line.recipe or "", line.pretraining or ""
 
 
+def target_order(item):
+    """Sort key of cells and gains: natural targets first."""
+    return item.target.domain != "natural", item.target
+
+
 def plain_name(name):
     """Name of a source or target without its pack: nih@256+chexpert@256 -> chexpert+nih."""
     return "+".join(sorted(re.sub(r"@\d+", "", part) for part in name.split("+")))
 
 
 def shots_words(shots):
-    """Number of shots in words."""
     return f"{shots}-shot" if shots else "full"
 
 
@@ -311,16 +309,14 @@ def mark(origin):
     return ", published" if origin == "published" else ""
 
 
-def differing(cells):
-    """Those of method, recipe and pre-training in which cells or gains differ: these are said."""
-    return [
-        key for key in ("method", "recipe", "pretraining") if len(group(cells, f"line.{key}")) > 1
-    ]
+def differing(lines):
+    """Those of method, recipe and pre-training in which lines differ: these are said."""
+    keys = "method", "recipe", "pretraining"
+    return [key for key in keys if len({getattr(line, key) for line in lines}) > 1]
 
 
-def target_order(item):
-    """Sort key of cells and gains: natural targets first."""
-    return item.target.domain != "natural", item.target
+def words(line, keys):
+    return [getattr(line, key) or "–" for key in keys]
 
 
 def summarise(results, metric):

@@ -95,12 +95,6 @@ def line_styles(cells):
     return styles
 
 
-def styles_of(cells, styles):
-    """Those of the styles whose lines are among the cells, in the order of the styles."""
-    lines = {cell.line for cell in cells}
-    return {line: style for line, style in styles.items() if line in lines}
-
-
 def draw_y_axis(ax, cells, chance=None):
     """Name and limits of the metric, and the level of chance: (fraction, its name)."""
     metric = results.METRICS[cells[0].metric]
@@ -129,14 +123,17 @@ def log_ticks(axis, low, high, formatter="{x:g}"):
     axis.set_minor_locator(NullLocator())
 
 
-def domain_columns(lines, entry):
-    """Lines -> the two columns of a legend, natural and no sources on the left, medical on the
-    right: under each domain the entries (handle, label) that entry(line) makes."""
-    columns = [[], []]
+def line_columns(handles):
+    """{line: its handle} -> the two columns of a legend, natural and no sources on the left,
+    medical on the right: under each domain (handle, source and network)."""
+    columns, differ = [[], []], results.differing(handles)
     for domain, look in LOOKS.items():
-        entries = [entry(line) for line in lines if line.source_domain == domain]
-        column = columns[domain == "medical"]
-        column += [(BLANK, look.heading), *entries] if entries else []
+        entries = [
+            (handle, ", ".join([line.source, line.model, *results.words(line, differ)]))
+            for line, handle in handles.items()
+            if line.source_domain == domain
+        ]
+        columns[domain == "medical"] += [(BLANK, look.heading), *entries] if entries else []
     return columns
 
 

@@ -160,10 +160,10 @@ def test_a_last_line_cut_short_is_passed_over(tmp_path):
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
-        ('{"step": 3, "lo\n', "not JSON"),  # cut short, but another line follows
-        ("[" * 100_000 + "\n", "not JSON"),
-        ("[1]\n", 'neither {"step", "loss", ...} nor {"step", "test"}'),
-        ({"step": 1, "test": 0.5}, 'neither {"step", "loss", ...} nor {"step", "test"}'),
+        ('{"step": 3, "lo\n', "no JSON of "),  # cut short, but another line follows
+        ("[" * 100_000 + "\n", "no JSON of "),
+        ("[1]\n", 'no JSON of {"step", "loss", ...} or {"step", "test"}'),
+        ({"step": 1, "test": 0.5}, "no JSON of "),
         ({"loss": 1.0}, "step is None"),
         ({**OLD, "step": -1}, "step is -1"),
         ({"step": 1, "loss": "2.5"}, "loss is '2.5'"),

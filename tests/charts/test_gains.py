@@ -4,13 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from conftest import ROOT
-from result_files import write_seeds
+from result_files import PUBLISHED, write_seeds
 from scipy import stats
 
 from charts import gains, results
-
-PUBLISHED = ROOT / "published.json"
 
 
 def gains_of(*paths, kind="network"):
@@ -18,10 +15,9 @@ def gains_of(*paths, kind="network"):
     return [gain for gain in found if gain.line.kind == kind], notices
 
 
-def scipy_gains():
-    """Network gains of the published file by other means: {(target, shots, domain): verdict}, with
-    scipy's test on plain lists."""
-    scores, found = {}, {}
+def test_network_gains_of_the_study_are_those_of_scipy():
+    """With scipy's test, on plain lists."""
+    scores, found, verdicts = {}, {}, {}
     for entry in json.loads(PUBLISHED.read_text())["records"]:
         natural = entry["target"] in ("cifar10", "cifar100", "pets", "flowers102")
         key = entry["target"], entry["shots"], entry["source"]
@@ -33,21 +29,15 @@ def scipy_gains():
             domain = "natural" if "imagenet" in source else "medical"
             difference = arms["R152x4"][:n] - arms["R50x1"][:n]
             found.setdefault((target, shots, domain), []).append(difference)
-    verdicts = {}
     for key, lists in found.items():
         n = min(map(len, lists))
-        table = np.stack([values[:n] for values in lists])
-        test = stats.ttest_1samp(table.mean(0), 0)
-        sure = test.pvalue < 0.05
-        verdicts[key] = ("above" if test.statistic > 0 else "below") if sure else "unclear"
-    return verdicts
-
-
-def test_network_gains_of_the_study_are_those_of_scipy():
-    assert {
+        test = stats.ttest_1samp(np.mean([values[:n] for values in lists], 0), 0)
+        sign = "above" if test.statistic > 0 else "below"
+        verdicts[key] = sign if test.pvalue < 0.05 else "unclear"
+    assert verdicts == {
         (gain.target.name, gain.shots or "full", gain.line.source_domain): gain.verdict
         for gain in gains_of(PUBLISHED)[0]
-    } == scipy_gains()
+    }
 
 
 def test_gain_is_that_of_seed_means_over_sources(tmp_path):

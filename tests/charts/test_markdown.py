@@ -4,13 +4,11 @@ import math
 import re
 
 import pytest
-from conftest import ROOT
-from result_files import read_csv, texts, write, write_seeds
+from result_files import PUBLISHED, read_csv, texts, write, write_seeds
 from scipy import stats
 
 from charts import gains, markdown, results
-
-PUBLISHED = ROOT / "published.json"
+from engine import console
 
 
 def test_table_and_csv_hold_mean_deviation_interval_and_count(call, tmp_path):
@@ -52,23 +50,19 @@ def test_null_metrics_are_left_out_and_not_counted(call, tmp_path):
     assert found["synthetic-natural"][0] == "2" and found["synthetic-xray"] == ("0", "")
 
 
-def bold_rows(text):
-    return [line.split("|")[1].strip() for line in text.splitlines() if "**" in line]
-
-
 def test_bold_marks_the_best_and_what_its_noise_covers(call, tmp_path):
-    folder = tmp_path / "results"
-    write_seeds(folder, [0.70, 0.72, 0.74], source="best")
-    write_seeds(folder, [0.66, 0.70, 0.74], source="near")  # gap 0.02 < sqrt(0.05² + 0.10²)
-    write_seeds(folder, [0.51, 0.52, 0.53], source="far")  # gap 0.20 > sqrt(0.05² + 0.02²)
-    write_seeds(folder, [0.719], source="single")  # nearest of all, but its noise is unknown
-    assert sorted(bold_rows(call()[1])) == ["best", "near"]
+    def bold(folder, **sources):
+        for source, scores in sources.items():
+            write_seeds(tmp_path / folder, scores, source=source)
+        lines = call(folder)[1].splitlines()
+        return sorted(line.split("|")[1].strip() for line in lines if "**" in line)
 
-
-def test_a_single_seed_is_bold_only_as_the_best(call, tmp_path):
-    write_seeds(tmp_path / "results", [0.9], source="single")
-    write_seeds(tmp_path / "results", [0.1, 0.99], source="noisy")
-    assert bold_rows(call()[1]) == ["single"]
+    near = [0.66, 0.70, 0.74]  # gap 0.02 < sqrt(0.05² + 0.10²)
+    far = [0.51, 0.52, 0.53]  # gap 0.20 > sqrt(0.05² + 0.02²)
+    single = [0.719]  # nearest of all, but its noise is unknown
+    best = [0.70, 0.72, 0.74]
+    assert bold("a", best=best, near=near, far=far, single=single) == ["best", "near"]
+    assert bold("b", single=[0.9], noisy=[0.1, 0.99]) == ["single"]  # bold only as the best
 
 
 @pytest.mark.parametrize("field", ["method", "recipe"])
@@ -82,13 +76,9 @@ def test_methods_and_recipes_part_lines_and_are_named_only_when_they_differ(call
     assert "synthetic-natural, R14x0.5, other" in texts("figures/fewshot.svg")
 
 
-@pytest.fixture(scope="module")
-def published():
-    return results.load([PUBLISHED])[0]
-
-
-def test_counts_of_the_study(published):
-    head, _, *lines = markdown.count_table(gains.paired_gains(published, "auto")[0])
+def test_counts_of_the_study():
+    found, _ = gains.paired_gains(results.load([PUBLISHED])[0], "auto")
+    head, _, *lines = markdown.count_table(found).splitlines()
     names, *rows = ([cell.strip() for cell in line[1:-1].split("|")] for line in (head, *lines))
     rows = [dict(zip(names, row)) for row in rows]
     heads = "above zero", "not off zero", "below zero"
@@ -108,4 +98,4 @@ def test_counts_of_the_study(published):
 
 
 def test_a_bar_in_a_name_stays_in_its_cell():
-    assert markdown.table([["a|b"], [None]]) == [r"| a\|b |", "| ---- |", "| –    |"]
+    assert console.table([[1]], ["a|b"]) == "| a\\|b |\n| ---- |\n| 1    |"

@@ -6,14 +6,10 @@ import os
 from collections import Counter
 
 import pytest
-from conftest import ROOT
-from result_files import write, write_seeds
+from result_files import PUBLISHED, write, write_seeds
 from scipy import stats
 
 from charts import results
-
-PUBLISHED = ROOT / "published.json"
-NATURAL = {"cifar10", "cifar100", "pets", "flowers102"}
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 6, 9, 10, 29, 100, 999])
@@ -38,6 +34,7 @@ def test_t_quantile_is_that_of_scipy(degrees):
         ({}, {"distance": {"frechet_relative": 1e301}}),
         ({}, {"distance": {"frechet_relative": "3"}}),
         ({}, {"distance": [1]}),
+        ({}, {"config": [1]}),
     ],
 )
 def test_each_fault_is_found(tmp_path, metrics, values):
@@ -47,7 +44,7 @@ def test_each_fault_is_found(tmp_path, metrics, values):
 
 
 def test_results_older_than_a_metric_or_without_distance_stay_readable(tmp_path, monkeypatch):
-    monkeypatch.setitem(results.METRICS, "f1", results.Metric("F1", 1, 2, "F1"))
+    monkeypatch.setitem(results.METRICS, "f1", results.Metric("F1", 1, 2))
     write_seeds(tmp_path, [0.25, 0.75])
     write(tmp_path, metrics={"f1": 0.5}, seed=2, distance={"frechet_relative": 2.5})
     runs, skipped, doubled = results.load([tmp_path])
@@ -88,11 +85,10 @@ def test_published_runs_have_domains_sizes_and_places_as_seeds(published):
     assert about["chexpert+mimic"] == ("medical", 224_316 + 377_110)
     assert about["chexpert+mimic+nih+padchest"] == ("medical", 874_407)
     natural = {run.target.name for run in published if run.target.domain == "natural"}
-    assert natural == NATURAL
+    assert natural == {"cifar10", "cifar100", "pets", "flowers102"}
     assert Counter(run.seed for run in published) == {0: 289, 1: 289, 2: 289, 3: 289, 4: 284}
-    assert {(run.line.method, run.target.origin) for run in published} == {
-        ("finetune", "published")
-    }
+    about = {(run.line.method, run.target.origin) for run in published}
+    assert about == {("finetune", "published")}
     assert "arXiv:2106.00116" in json.loads(PUBLISHED.read_text())["about"]
 
 
