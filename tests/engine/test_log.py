@@ -83,12 +83,18 @@ def test_a_damaged_line_is_named(line, tmp_path):
     assert path.read_text() == text
 
 
-@pytest.mark.parametrize("bad", ("loss", "gradient"))
+@pytest.mark.parametrize(
+    "bad, precision, mend",
+    (
+        ("loss", "fp32", "; lower --lr"),
+        ("gradient", "bf16", "; lower --lr, or give --precision fp32, and give"),
+    ),
+)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_first_step_that_is_not_finite_is_named(name, bad):
+def test_the_first_step_that_is_not_finite_is_named(name, bad, precision, mend):
     weight = torch.ones(3, requires_grad=True)
     optimizer = OPTIMIZERS[name]([weight])
-    with Log(CPU, 0, 9, 4, 5) as log:
+    with Log(CPU._replace(precision=precision), 0, 9, 4, 5) as log:
         for step in range(1, 5):
             weight.grad = torch.full((3,), math.inf if (bad, step) == ("gradient", 3) else 0.5)
             optimizer.step()
@@ -96,15 +102,7 @@ def test_the_first_step_that_is_not_finite_is_named(name, bad):
             log.add(step, 0.1 * step, loss, 4, optimizer)
             assert log.finite() == (step < 3)
         add = partial(log.add, 5, 0.5, torch.tensor(1.0), 4, optimizer)
-        refuses(Diverged, add, "not finite at step 2, learning rate 0.3; lower --lr")
-
-
-def test_of_bf16_the_advice_names_fp32():
-    weight = torch.ones(3, requires_grad=True)
-    with Log(CPU._replace(precision="bf16"), 0, 9, 4, 1) as log:
-        weight.grad, optimizer = torch.full((3,), math.nan), OPTIMIZERS["SGD"]([weight])
-        add = partial(log.add, 1, 0.5, torch.tensor(1.0), 4, optimizer)
-        refuses(Diverged, add, "; lower --lr, or give --precision fp32, and give")
+        refuses(Diverged, add, f"not finite at step 2, learning rate 0.3{mend}")
 
 
 def test_divergence_is_named_on_every_rank(folder, tmp_path):
