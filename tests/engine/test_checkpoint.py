@@ -1,5 +1,6 @@
 """Pre-training killed, refused the disk or struck by an error: continued as if it had not been."""
 
+import json
 import os
 import re
 import shutil
@@ -7,21 +8,20 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import interruption
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import refuses
 from interruption import SAVE_EACH_STEP, STEPS, Training, at_step, die, send
 
 import data
 import pretrain
 from engine import checkpoint, processes
+from engine.console import write_json
 from readers import digest
-
-# ------------------------------------------------------------------------------------------------
-# SIGKILL
-# ------------------------------------------------------------------------------------------------
 
 
 def killed_at_file(name, count=1):
@@ -104,20 +104,12 @@ def test_a_second_process_is_refused_and_disturbs_nothing(folder, tmp_path):
         for _ in range(2):
             ((out, err),) = Training(folder, second, out=training.out).go(2)
             (run,) = training.out.iterdir()
-            assert (out, err) == (
-                "",
-                f"error: {run}: another process is writing there; wait for its end, or give "
-                "another --out\n",
-            )
+            said = f"error: {run}: another process is writing there; wait for its end, or give "
+            assert (out, err) == ("", f"{said}another --out\n")
     finally:
         os.kill(pid, signal.SIGCONT)
     assert interruption.wait(pid) == 0
     training.assert_same(interruption.undisturbed(folder, 1))
-
-
-# ------------------------------------------------------------------------------------------------
-# Damaged files
-# ------------------------------------------------------------------------------------------------
 
 
 def test_a_flipped_bit_or_a_cut_is_refused_or_changes_nothing(tmp_path):
@@ -168,11 +160,6 @@ def test_finished_without_a_whole_model(damage, folder, tmp_path):
     result.unlink()
     ((out, _),) = training.finish()
     assert f"continues after step {STEPS}" in out
-
-
-# ------------------------------------------------------------------------------------------------
-# The background write
-# ------------------------------------------------------------------------------------------------
 
 
 def slow_write(events, then=lambda: None):
@@ -252,11 +239,6 @@ def test_a_failed_write_stops_the_run(folder, tmp_path):
     training.finish()
 
 
-# ------------------------------------------------------------------------------------------------
-# A full disk
-# ------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def disk(tmp_path):
     """A file system of 64 MB; a checkpoint takes 16, beside the one before."""
@@ -283,11 +265,6 @@ def test_no_room_for_the_second_checkpoint(folder, tmp_path, disk):
     training.finish()
 
 
-# ------------------------------------------------------------------------------------------------
-# Errors
-# ------------------------------------------------------------------------------------------------
-
-
 def test_an_exception_that_nobody_expects(folder, tmp_path):
     """The checkpoint that was being written then is whole; only the same options continue it."""
 
@@ -299,10 +276,8 @@ def test_an_exception_that_nobody_expects(folder, tmp_path):
     assert err == "error: RuntimeError: out of luck; TRACEBACK=1 shows where\n"
     ((_, err),) = Training(folder, tmp_path, "--schedule", "cosine").go(2)
     (path,) = training.paths("checkpoint.pt")
-    assert err.startswith(
-        f"error: {path} was made with schedule = step, not cosine; use the same options"
-    )
-    assert err.count("\n") == 1 and training.step == 8
+    said = f"error: {path} was made with schedule = step, not cosine; use the same options"
+    assert err.startswith(said) and err.count("\n") == 1 and training.step == 8
     training.finish()
 
 
@@ -327,11 +302,6 @@ def test_a_broken_image_reached_late(folder, tmp_path):
     assert training.losses() == interruption.undisturbed(folder, 1).losses()
 
 
-# ------------------------------------------------------------------------------------------------
-# Ranks
-# ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("ranks", (1, 2))
 def test_summary(ranks, monkeypatch):
     """A training step counts as three forward passes, and every rank has a device."""
@@ -354,41 +324,45 @@ def test_ranks_that_see_different_checkpoints_are_refused(monkeypatch):
 
     monkeypatch.setattr(dist, "all_gather_object", all_gather_object)
     env = processes.Env(0, 2, torch.device("cpu"), "fp32")
-    with pytest.raises(ValueError, match=r"continue after steps \[0, 8\]: share --out"):
-        checkpoint.Run(None, torch.nn.Linear(1, 1), None, {}, env)
+    run = partial(checkpoint.Run, None, torch.nn.Linear(1, 1), None, {}, env)
+    refuses(ValueError, run, "continue after steps [0, 8]: share --out")
 
-
-# ------------------------------------------------------------------------------------------------
-# Data that changed
-# ------------------------------------------------------------------------------------------------
 
 DATA = {f"{split} {part}": "0" * 16 for split in ("train", "test") for part in ("names", "content")}
+CONFIG = {"lr": 0.1, "decays": (3, 6), "clipping": None}
+CHANGED = {"data": DATA | {"test content": "1", "test names": "2"}}
 
 
 @pytest.mark.parametrize(
     "theirs, ours, said",
-    [
+    (
+        ({"out": "results", "workers": 8}, {}, None),  # as older files have, decides nothing
+        ({}, {"lr": 0.2}, "lr = 0.1, not 0.2; use the same options, give another --out"),
+        ({}, {"decays": (3, 7)}, "with decays = [3, 6], not [3, 7]"),
+        ({}, {"clipping": 0.01}, "with clipping = None, not 0.01"),
+        ({}, {"mixup": 0.1}, "with mixup = None, not 0.1"),  # they did not have it yet
         ({"data": DATA}, {"data": dict(DATA)}, None),
         ({}, {"data": DATA}, None),  # older than the digest
         ({"data": None}, {"data": DATA}, None),
         ({"data": {"train names": "0" * 16}}, {"data": DATA}, None),  # older than some of it
         ({"data": DATA | {"train faces": "1"}}, {"data": DATA}, None),  # newer
         ({"data": DATA}, {"data": DATA | {"train names": "1"}}, "train names changed since; use"),
-        (
-            {"data": DATA},
-            {"data": DATA | {"test content": "1", "test names": "2"}},
-            "x.pt was made of other data: test names, test content changed since; use the same",
-        ),
-        ({"data": DATA, "lr": 1}, {"data": {}, "lr": 2}, "x.pt was made with lr = 1, not 2; use"),
-        ({"data": DATA, "lr": 1}, {"data": DATA | {"train names": "1"}, "lr": 2}, "lr = 1, not"),
-    ],
+        ({"data": DATA}, CHANGED, "of other data: test names, test content changed since; use the"),
+        ({"data": DATA}, {"data": {}, "lr": 2}, "with lr = 0.1, not 2; use"),
+        ({"data": DATA}, CHANGED | {"lr": 2}, "with lr = 0.1, not 2; use"),
+    ),
 )
-def test_what_changed_is_said(theirs, ours, said):
-    if said is None:
-        return checkpoint.check_same_config("x.pt", theirs, ours)
-    with pytest.raises(ValueError) as caught:
-        checkpoint.check_same_config("x.pt", theirs, ours)
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+def test_another_config_or_data_is_refused_by_what_changed(theirs, ours, said, tmp_path):
+    theirs, ours = CONFIG | theirs, CONFIG | ours
+    paths = tmp_path / "x.json", tmp_path / "x.pt"
+    write_json(paths[0], {"schema": 1, "kind": "pretrain", "config": theirs, "metrics": {}})
+    checkpoint.save_tensors(paths[1], {"config": theirs})
+    reads = partial(checkpoint.read_result, paths[0], "pretrain", ours)
+    for path, read in zip(paths, (reads, partial(checkpoint.load_checkpoint, paths[1], ours))):
+        if said:
+            refuses(ValueError, read, f"{path} was made ", said)
+        else:
+            assert json.dumps(read()["config"]) == json.dumps(theirs)
 
 
 def swap(one, other):

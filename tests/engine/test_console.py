@@ -1,4 +1,4 @@
-"""What a script says, reads and writes: options, one-line errors, whole files, the same config."""
+"""What a script says, reads and writes: options, one-line errors, whole files, locks."""
 
 import errno
 import fcntl
@@ -12,10 +12,13 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from conftest import refuses
 from interruption import HANG
 
-from engine import checkpoint, console, options
+from engine import console, options
 from engine.processes import run_script
+
+PRECISIONS = "did you mean bf16? (auto, fp32, tf32, bf16)"
 
 
 def test_a_crash_or_nan_leaves_the_old_file(tmp_path):
@@ -83,11 +86,6 @@ def test_no_symbolic_link_is_followed(planted, tmp_path, monkeypatch):
     assert (tmp_path / planted).is_symlink()
 
 
-# ------------------------------------------------------------------------------------------------
-# Locks
-# ------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def holder(tmp_path):
     """The number of a process that is in the locked block of tmp_path/run."""
@@ -100,25 +98,22 @@ def holder(tmp_path):
         os._exit(0)
     os.read(reading, 1)
     yield pid
+    kill(pid)
+    os.waitpid(pid, 0)
 
 
 def kill(pid):
     os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
 
 def test_a_killed_process_leaves_no_lock(holder, tmp_path):
     run = tmp_path / "run"
-    try:
-        for _ in range(2):
-            with pytest.raises(ValueError, match=f"{run}: another process is writing there"):
-                with console.locked(run):
-                    pytest.fail("both are in it")
-        with console.locked(run, main=False):  # of torchrun's other processes
-            pass
+    for _ in range(2):
+        refuses(ValueError, console.locked(run).__enter__, f"{run}: another process is writing")
+    with console.locked(run, main=False):  # of torchrun's other processes
         (run / ".checkpoint.pt.1234.tmp").touch()
-    finally:
-        kill(holder)
+    kill(holder)
     assert sorted(p.name for p in run.iterdir()) == [".checkpoint.pt.1234.tmp", "lock"]
     with console.locked(run):
         assert [p.name for p in run.iterdir()] == ["lock"]
@@ -148,42 +143,13 @@ def test_a_lock_that_its_holder_has_just_removed_is_none(tmp_path, monkeypatch):
 
 
 def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, capsys):
-    error = OSError(errno.ENOLCK, "No locks available")
-    monkeypatch.setattr(fcntl, "lockf", Mock(side_effect=error))
+    lock = Mock(side_effect=OSError(errno.ENOLCK, "No locks available"))
+    monkeypatch.setattr(fcntl, "lockf", lock)
     with console.locked(tmp_path / "a" / "run"):
         pass
     said = f"{tmp_path}/a/run: cannot be locked (No locks available); start no second process\n"
     assert capsys.readouterr().err == said
     assert not list(tmp_path.iterdir())  # nothing was written
-
-
-CONFIG = {"lr": 0.1, "decays": (3, 6), "clipping": None}
-
-
-@pytest.mark.parametrize(
-    "ours, message",
-    (
-        (CONFIG, None),
-        (CONFIG | {"lr": 0.2}, r"result.json was made with lr = 0\.1, not 0\.2; use the same"),
-        (CONFIG | {"decays": (3, 7)}, r"with decays = \[3, 6\], not \[3, 7\]"),
-        (CONFIG | {"clipping": 0.01}, "with clipping = None, not 0.01"),
-        (CONFIG | {"mixup": 0.1}, "with mixup = None, not 0.1"),  # they did not have it yet
-    ),
-)
-def test_a_result_of_another_config_is_refused_by_the_setting(tmp_path, ours, message):
-    """What theirs holds beside ours, as older files do, decides nothing."""
-    path, older = tmp_path / "result.json", CONFIG | {"out": "results", "workers": 8}
-    record = {"schema": 1, "kind": "pretrain", "config": older, "metrics": {}}
-    console.write_json(path, record)
-    checkpoint.save_tensors(tmp_path / "checkpoint.pt", {"config": older})
-    if message is None:
-        assert checkpoint.read_result(path, "pretrain", ours)["config"]["workers"] == 8
-        assert checkpoint.load_checkpoint(tmp_path / "checkpoint.pt", ours)["config"] == older
-        return
-    with pytest.raises(ValueError, match=message):
-        checkpoint.read_result(path, "pretrain", ours)
-    with pytest.raises(ValueError, match=message.replace("result.json", "checkpoint.pt")):
-        checkpoint.load_checkpoint(tmp_path / "checkpoint.pt", ours)
 
 
 @pytest.mark.parametrize(
@@ -194,27 +160,20 @@ def test_a_result_of_another_config_is_refused_by_the_setting(tmp_path, ours, me
         ("--batch-size 0", "argument --batch-size: 0 is not from 1 to 1048576"),
         ("--lr nan", "argument --lr: nan is not from 1e-12 to 1000000000"),
         ("--batch-size x", "argument --batch-size: invalid int value: 'x'"),
-        (
-            "--precision fp16",
-            "argument --precision: unknown 'fp16', did you mean bf16? (auto, fp32, tf32, bf16)",
-        ),
+        ("--precision fp16", f"argument --precision: unknown 'fp16', {PRECISIONS}"),
+        ("", "no such column"),
     ),
 )
-def test_a_wrong_option_is_one_line_and_status_2(arguments, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["script.py", *arguments.split()])
-    with pytest.raises(SystemExit) as caught:
-        run_script(lambda: options.parse("A script.", "--epochs"))
-    assert (caught.value.code, *capsys.readouterr()) == (2, "", f"error: {message}\n")
-
-
-def test_bad_input_is_one_line_and_status_2(capsys, monkeypatch):
+def test_a_wrong_option_or_input_is_one_line_and_status_2(arguments, message, monkeypatch, capsys):
     def main():
+        options.parse("A script.", "--epochs")
         raise ValueError("no such\ncolumn")
 
     monkeypatch.delenv("TRACEBACK", raising=False)
+    monkeypatch.setattr(sys, "argv", ["script.py", *arguments.split()])
     with pytest.raises(SystemExit) as caught:
         run_script(main)
-    assert (caught.value.code, capsys.readouterr().err) == (2, "error: no such column\n")
+    assert (caught.value.code, *capsys.readouterr()) == (2, "", f"error: {message}\n")
     monkeypatch.setenv("TRACEBACK", "1")
     with pytest.raises(ValueError):
         run_script(main)
