@@ -86,12 +86,20 @@ SCRATCH = "fewshot --checkpoint scratch"
         ("fewshot --method linear --save model", "--save model means nothing for --method linear"),
         ("fewshot --eval-only --shots 1", "--shots means nothing for --method eval"),
         ("fewshot --method features --seeds 2", "--seeds means nothing for --method features"),
+        ("pretrain --bach-size=4", "unknown option --bach-size; did you mean --batch-size?"),
+        ("pretrain --batch 4", "unknown option --batch; did you mean --batch-size?"),
+        ("pretrain --batch-size x", "argument --batch-size: invalid int value: 'x'"),
+        (
+            "pretrain --precision fp16",
+            "unknown 'fp16', did you mean bf16? (auto, fp32, tf32, bf16)",
+        ),
         ("data", "COMMAND"),
         ("data chek nih", "invalid choice: 'chek' (choose from"),
         ("data info", "name"),
         ("data info folder:", "folder:"),
         ("data info hin@64", "did you mean 'nih'?"),
         ("data download nih+chexpert", "nih+chexpert: torchvision cannot fetch it"),
+        ("data info synthetic-xray --sheet r.jpg", "--sheet r.jpg"),
         ("data download nih@16", "nih@16: torchvision cannot fetch it"),
         ("fewshot --checkpoint runs/none --scratch-steps 3", "--scratch-steps: name scratch"),
         *(
@@ -182,6 +190,7 @@ def opened(content, path):
 IMPOSSIBLE = {
     "name": (5, ["R14x0.5"]),
     "source": (5, "", "a\nb"),
+    "run": ("../x", "/x", "a/../../x", "..", ".x"),
     "domain": ("satellite",),
     "images": (-3, "many"),
     "mean": ("abc", (0.5, 0.5), (math.nan,) * 3),
@@ -330,11 +339,13 @@ def test_places_that_cannot_be_written(refuse, tiny, tmp_path, out):
         ("pretrain", "--source", images, *small),
         ("transfer", "--checkpoint", "scratch", "--target", images, *small),
         ("fewshot", "--checkpoint", "scratch", "--target", images, "--shots", 1, *small),
-        ("data", "pack", images, "--size", 8, "--out", out),
         ("plot", "--out", out),
+        ("data", "pack", images, "--size", 8, "--out", out),
+        ("data", "info", images, "--sheet", f"{out}/r.png"),
+        ("data", "check", images, "--report", f"{out}/r.json"),
     ):
         line = refuse(script, *words)
-        assert line.startswith(f"error: --out: {out}/") or out == LONG and LONG in line
+        assert line.startswith(f"error: {words[-2]}: {out}/") or out == LONG and LONG in line
 
 
 @pytest.mark.parametrize("name", ("model.pt", "checkpoint.pt", "log.jsonl", "result.json"))

@@ -69,10 +69,9 @@ def test_networks_that_are_found(tmp_path, monkeypatch):
     torch.save(facts | {"run": "pets-R14x0.5-seed1"}, file)
     network = transfer.open_network(file, SimpleNamespace(model=None, source=None))
     assert (network.name, network.recipe, network.seed) == ("pets-R14x0.5-seed1", "paper", 1)
-    planted = itertools.product(("run", "source"), ("../x", "/x", "a/../../x"))
-    for key, name in [*planted, ("run", ".."), ("run", ".x"), ("source", "")]:
-        torch.save(facts | {key: name}, file)
-        with pytest.raises(ValueError, match=f"its {key} is|{name}': a dataset's name with /"):
+    for name in ("../x", "/x", "a/../../x"):
+        torch.save(facts | {"source": name}, file)
+        with pytest.raises(ValueError, match=f"{name}': a dataset's name with /"):
             found("runs/pets")
     with pytest.raises(ValueError, match="model.pt: is another file than when it was opened"):
         weights_of(network.path, network.digest)

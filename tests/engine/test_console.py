@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from unittest.mock import Mock
@@ -14,8 +13,7 @@ from unittest.mock import Mock
 import pytest
 from interruption import HANG
 
-from engine import checkpoint, console, options
-from engine.processes import run_script
+from engine import checkpoint, console
 
 
 def test_a_crash_or_nan_leaves_the_old_file(tmp_path):
@@ -184,37 +182,3 @@ def test_a_result_of_another_config_is_refused_by_the_setting(tmp_path, ours, me
         checkpoint.read_result(path, "pretrain", ours)
     with pytest.raises(ValueError, match=message.replace("result.json", "checkpoint.pt")):
         checkpoint.load_checkpoint(tmp_path / "checkpoint.pt", ours)
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    (
-        ("--bach-size=4", "unknown option --bach-size; did you mean --batch-size?"),
-        ("--batch 4", "unknown option --batch; did you mean --batch-size?"),
-        ("--batch-size 0", "argument --batch-size: 0 is not from 1 to 1048576"),
-        ("--lr nan", "argument --lr: nan is not from 1e-12 to 1000000000"),
-        ("--batch-size x", "argument --batch-size: invalid int value: 'x'"),
-        (
-            "--precision fp16",
-            "argument --precision: unknown 'fp16', did you mean bf16? (auto, fp32, tf32, bf16)",
-        ),
-    ),
-)
-def test_a_wrong_option_is_one_line_and_status_2(arguments, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["script.py", *arguments.split()])
-    with pytest.raises(SystemExit) as caught:
-        run_script(lambda: options.parse("A script.", "--epochs"))
-    assert (caught.value.code, *capsys.readouterr()) == (2, "", f"error: {message}\n")
-
-
-def test_bad_input_is_one_line_and_status_2(capsys, monkeypatch):
-    def main():
-        raise ValueError("no such\ncolumn")
-
-    monkeypatch.delenv("TRACEBACK", raising=False)
-    with pytest.raises(SystemExit) as caught:
-        run_script(main)
-    assert (caught.value.code, capsys.readouterr().err) == (2, "error: no such column\n")
-    monkeypatch.setenv("TRACEBACK", "1")
-    with pytest.raises(ValueError):
-        run_script(main)
