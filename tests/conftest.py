@@ -120,8 +120,8 @@ def refuses(error, call, *words):
 
 
 @pytest.fixture
-def chests(tmp_path, rng):
-    return Chests(tmp_path, rng)
+def chests(tmp_path):
+    return Chests(tmp_path)
 
 
 @pytest.fixture

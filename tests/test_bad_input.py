@@ -100,6 +100,12 @@ SCRATCH = "fewshot --checkpoint scratch"
         ("data info hin@64", "did you mean 'nih'?"),
         ("data download nih+chexpert", "nih+chexpert: torchvision cannot fetch it"),
         ("data info synthetic-xray --sheet r.jpg", "--sheet r.jpg"),
+        ("data pack nih", "--size"),
+        ("data pack nih --size 0", "argument --size: 0 is not from"),
+        ("data pack nih --size 16 --codec jpeg --quality 101", "argument --quality: 101 is not"),
+        ("data pack nih@16 --size 8", "nih@16: nothing to pack"),
+        ("data pack nih+chexpert --size 8", "nih+chexpert: pack the datasets of a union one by"),
+        ("data pack synthetic-xray~0.4 --size 8", "synthetic-xray~0.4: nothing to pack"),
         ("data download nih@16", "nih@16: torchvision cannot fetch it"),
         ("fewshot --checkpoint runs/none --scratch-steps 3", "--scratch-steps: name scratch"),
         *(
