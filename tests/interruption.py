@@ -30,11 +30,6 @@ ROOT = Path(__file__).parent.parent
 HANG = 900  # seconds after which a process ends itself and says where it is; only a hang takes them
 
 
-# ------------------------------------------------------------------------------------------------
-# Processes and moments
-# ------------------------------------------------------------------------------------------------
-
-
 def start(main, argv, home, patch=None, rank=0, ranks=1, port=0):
     """Starts a script's main(), after patch(), as one of so many ranks; returns its number.
 
@@ -140,10 +135,6 @@ def time_passes():
     real = time.monotonic
     processes.time = SimpleNamespace(monotonic=lambda: real() + 3600)
 
-
-# ------------------------------------------------------------------------------------------------
-# Pre-training
-# ------------------------------------------------------------------------------------------------
 
 STEPS, BATCH, IMAGES = 23, 8, 60
 EPOCHS = (8, 15, 23)  # the steps after which they end, two of them within a batch

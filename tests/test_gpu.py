@@ -27,11 +27,6 @@ CPU = processes.Env(0, 1, torch.device("cpu"), "fp32")
 CUDA = torch.device("cuda", 0)
 
 
-# ------------------------------------------------------------------------------------------------
-# The network
-# ------------------------------------------------------------------------------------------------
-
-
 # In a process of its own: after fake CUDA tensors PyTorch has threads that no fork survives.
 LAYERS = """
 import sys; sys.path.insert(0, {root!r})
@@ -93,11 +88,6 @@ def test_kept_weights_change_no_output_and_follow_the_weights(precision):
     assert not any("kept" in key for key in model.state_dict())
 
 
-# ------------------------------------------------------------------------------------------------
-# A step
-# ------------------------------------------------------------------------------------------------
-
-
 VIEWS = "view expand split unbind split_with_sizes alias detach slice select _unsafe_view".split()
 
 
@@ -143,11 +133,6 @@ def test_fp32_is_fp32_unless_asked():
     processes.setup("fp32")
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
     refuses(ValueError, lambda: processes.setup("tf32"), "--precision tf32")
-
-
-# ------------------------------------------------------------------------------------------------
-# Memory
-# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -243,11 +228,6 @@ def test_sums_by_batches_are_the_metrics_of_the_whole(task, monkeypatch, capsys)
     assert sums["accuracy"] == whole["accuracy"] and sums["top5"] == whole["top5"]
     assert sums["loss"] == pytest.approx(whole["loss"], rel=1e-5)
     assert sums["mean_auc"] is None and whole["mean_auc"] > 0
-
-
-# ------------------------------------------------------------------------------------------------
-# Errors, and reading ahead
-# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

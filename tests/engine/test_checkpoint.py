@@ -19,10 +19,6 @@ import pretrain
 from engine import checkpoint, processes
 from readers import digest
 
-# ------------------------------------------------------------------------------------------------
-# SIGKILL
-# ------------------------------------------------------------------------------------------------
-
 
 def killed_at_file(name, count=1):
     """A patch: dies when such a file is about to be opened, renamed or removed, the count-th time.
@@ -115,11 +111,6 @@ def test_a_second_process_is_refused_and_disturbs_nothing(folder, tmp_path):
     training.assert_same(interruption.undisturbed(folder, 1))
 
 
-# ------------------------------------------------------------------------------------------------
-# Damaged files
-# ------------------------------------------------------------------------------------------------
-
-
 def test_a_flipped_bit_or_a_cut_is_refused_or_changes_nothing(tmp_path):
     """Headers and padding too. The last ones mark a record as a directory (APPNOTE.TXT 4.4.15)."""
     path, state = tmp_path / "model.pt", {"model": {"a": torch.arange(40.0), "b": torch.ones(3)}}
@@ -168,11 +159,6 @@ def test_finished_without_a_whole_model(damage, folder, tmp_path):
     result.unlink()
     ((out, _),) = training.finish()
     assert f"continues after step {STEPS}" in out
-
-
-# ------------------------------------------------------------------------------------------------
-# The background write
-# ------------------------------------------------------------------------------------------------
 
 
 def slow_write(events, then=lambda: None):
@@ -252,11 +238,6 @@ def test_a_failed_write_stops_the_run(folder, tmp_path):
     training.finish()
 
 
-# ------------------------------------------------------------------------------------------------
-# A full disk
-# ------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def disk(tmp_path):
     """A file system of 64 MB; a checkpoint takes 16, beside the one before."""
@@ -281,11 +262,6 @@ def test_no_room_for_the_second_checkpoint(folder, tmp_path, disk):
         assert training.step == 8 and not training.paths(".*")
     (disk / "filler").unlink()
     training.finish()
-
-
-# ------------------------------------------------------------------------------------------------
-# Errors
-# ------------------------------------------------------------------------------------------------
 
 
 def test_an_exception_that_nobody_expects(folder, tmp_path):
@@ -327,11 +303,6 @@ def test_a_broken_image_reached_late(folder, tmp_path):
     assert training.losses() == interruption.undisturbed(folder, 1).losses()
 
 
-# ------------------------------------------------------------------------------------------------
-# Ranks
-# ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("ranks", (1, 2))
 def test_summary(ranks, monkeypatch):
     """A training step counts as three forward passes, and every rank has a device."""
@@ -357,10 +328,6 @@ def test_ranks_that_see_different_checkpoints_are_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"continue after steps \[0, 8\]: share --out"):
         checkpoint.Run(None, torch.nn.Linear(1, 1), None, {}, env)
 
-
-# ------------------------------------------------------------------------------------------------
-# Data that changed
-# ------------------------------------------------------------------------------------------------
 
 DATA = {f"{split} {part}": "0" * 16 for split in ("train", "test") for part in ("names", "content")}
 

@@ -81,11 +81,6 @@ def test_no_symbolic_link_is_followed(planted, tmp_path, monkeypatch):
     assert (tmp_path / planted).is_symlink()
 
 
-# ------------------------------------------------------------------------------------------------
-# Locks
-# ------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def holder(tmp_path):
     """The number of a process that is in the locked block of tmp_path/run."""

@@ -32,11 +32,6 @@ def normal(seed, *shape):
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape))
 
 
-# ------------------------------------------------------------------------------------------------
-# Which images, and their features
-# ------------------------------------------------------------------------------------------------
-
-
 def test_sample_is_fixed_sorted_and_without_repeats():
     chosen = sample(100_000)
     assert chosen.dtype == np.int64 and chosen.shape == (SAMPLE,)
@@ -72,11 +67,6 @@ def test_projection_is_orthonormal_and_depends_on_the_width_alone():
         project(normal(0, 3, 64))
 
 
-# ------------------------------------------------------------------------------------------------
-# The two measures
-# ------------------------------------------------------------------------------------------------
-
-
 def scipy_frechet(x):
     """Dowson & Landau's distance from the standard Gaussian, with SciPy's matrix root."""
     covariance = np.cov(x, rowvar=False)
@@ -106,11 +96,6 @@ def test_energy_is_a_double_loop():
     within = sum(mean(itertools.permutations(z, 2)) for z in (x, y))
     assert energy(x, y) == pytest.approx((2 * between - within) / (2 * between), rel=1e-9)
     assert energy(torch.ones(4, 3).double(), torch.ones(5, 3).double()) == 0
-
-
-# ------------------------------------------------------------------------------------------------
-# The comparison
-# ------------------------------------------------------------------------------------------------
 
 
 def plain(source, target):
@@ -196,11 +181,6 @@ def test_compare_refuses_what_has_no_distance():
     constant = compare(torch.ones(20, 8), good)
     assert constant == {"frechet": None, "frechet_relative": None, "energy": None, "images": 20}
     assert compare(good, torch.ones(20, 8))["frechet_relative"] > 1
-
-
-# ------------------------------------------------------------------------------------------------
-# The sample of a source
-# ------------------------------------------------------------------------------------------------
 
 
 def test_the_sample_is_the_networks_features():

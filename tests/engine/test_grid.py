@@ -69,11 +69,6 @@ def others(monkeypatch):
     return send
 
 
-# ------------------------------------------------------------------------------------------------
-# Turns
-# ------------------------------------------------------------------------------------------------
-
-
 def test_jobs_come_longest_first_and_stay_whole(capsys):
     # 3 x 8 images a step, and 21 test images; frozen ones are all seen once.
     assert operations([make_cell(steps=5)]) == (3 * 5 * 8 + 21) * FLOPS
@@ -102,11 +97,6 @@ def test_when_one_process_stops_all_do(store):
     with one.tolerating(next(first)):
         raise Stopped("stopped by SIGTERM")
     assert seeds(second) == [1] and list(first) == []  # that is, the job in hand is done
-
-
-# ------------------------------------------------------------------------------------------------
-# Failures and the table
-# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -161,11 +151,6 @@ def test_undefined_metrics_are_said_so_and_counted_as_none(capsys):
     columns = [column.strip() for column in header.split("|")[4:7]]
     assert columns == ["1 shot", "5 shots", "full"]
     assert [text.strip() for text in row.split("|")[4:7]] == ["0.500 (1)", "", "0.500 ± 0.354 (2)"]
-
-
-# ------------------------------------------------------------------------------------------------
-# What is there already
-# ------------------------------------------------------------------------------------------------
 
 
 def test_finished_cells_are_left_out_and_others_refused_by_name(tmp_path, others):

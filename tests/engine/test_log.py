@@ -22,11 +22,6 @@ OPTIMIZERS = {
 }
 
 
-# ------------------------------------------------------------------------------------------------
-# Readings
-# ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_readings_are_means_since_the_last(name, tmp_path):
     """Steps of 4 images with 2 valid labels each; every second one is read, and the last."""
@@ -87,11 +82,6 @@ def test_a_damaged_line_is_named(line, tmp_path):
     with pytest.raises(ValueError, match=f"{path}, line 2: damaged; remove that line"):
         trim_log(CPU, path, 5)
     assert path.read_text() == text
-
-
-# ------------------------------------------------------------------------------------------------
-# Divergence
-# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", ("loss", "gradient"))

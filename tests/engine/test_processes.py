@@ -17,10 +17,6 @@ from interruption import SAVE_EACH_STEP, STEPS, Training, at_step, run_forked, s
 
 from engine import processes
 
-# ------------------------------------------------------------------------------------------------
-# Signals
-# ------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize(
     "name, workers, step",
@@ -51,11 +47,6 @@ def test_one_rank_is_asked_and_all_save(before, asked, after, folder, tmp_path):
     assert training.losses() == pytest.approx(undisturbed(folder, 1).losses(), rel=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------
-# --time-limit
-# ------------------------------------------------------------------------------------------------
-
-
 def test_time_limit(folder, tmp_path):
     """In minutes of the script, of which loading is a part; each start does one step at least."""
     training = Training(folder, tmp_path, "--time-limit", 1e-9)
@@ -79,11 +70,6 @@ def test_time_limit_under_torchrun(folder, tmp_path):
     said = f"stopped by --time-limit after step {training.step}; the same command continues\n"
     assert (err, silence) == (said, "")
     training.finish(ranks=2)
-
-
-# ------------------------------------------------------------------------------------------------
-# torchrun
-# ------------------------------------------------------------------------------------------------
 
 
 def test_a_dead_rank_is_started_again_and_sigterm_is_passed_on(folder, tmp_path):
@@ -159,10 +145,6 @@ at_step(3, fail, rank={rank})()"""
     assert "RuntimeError" not in said and said.count("Traceback") == 1  # of torchrun
 
 
-# ------------------------------------------------------------------------------------------------
-# Two nodes, here of one machine: an agent of torchrun each
-# ------------------------------------------------------------------------------------------------
-
 # In node 2, once, the agent dies and its worker with it.
 DYING = """
 def die_with_agent():
@@ -204,10 +186,6 @@ def test_a_node_dies_and_another_takes_its_place(folder, tmp_path):
     # Two numbers have one sum: it does not matter which node came to be which rank.
     training.assert_same(undisturbed(folder, 2))
 
-
-# ------------------------------------------------------------------------------------------------
-# A step on several processes
-# ------------------------------------------------------------------------------------------------
 
 CPU = processes.Env(0, 1, torch.device("cpu"), "fp32")
 
