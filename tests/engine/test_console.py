@@ -13,7 +13,7 @@ from unittest.mock import Mock
 import pytest
 from interruption import HANG
 
-from engine import checkpoint, console
+from engine import console
 
 
 def test_a_crash_or_nan_leaves_the_old_file(tmp_path):
@@ -148,32 +148,3 @@ def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, capsys):
     said = f"{tmp_path}/a/run: cannot be locked (No locks available); start no second process\n"
     assert capsys.readouterr().err == said
     assert not list(tmp_path.iterdir())  # nothing was written
-
-
-CONFIG = {"lr": 0.1, "decays": (3, 6), "clipping": None}
-
-
-@pytest.mark.parametrize(
-    "ours, message",
-    (
-        (CONFIG, None),
-        (CONFIG | {"lr": 0.2}, r"result.json was made with lr = 0\.1, not 0\.2; use the same"),
-        (CONFIG | {"decays": (3, 7)}, r"with decays = \[3, 6\], not \[3, 7\]"),
-        (CONFIG | {"clipping": 0.01}, "with clipping = None, not 0.01"),
-        (CONFIG | {"mixup": 0.1}, "with mixup = None, not 0.1"),  # they did not have it yet
-    ),
-)
-def test_a_result_of_another_config_is_refused_by_the_setting(tmp_path, ours, message):
-    """What theirs holds beside ours, as older files do, decides nothing."""
-    path, older = tmp_path / "result.json", CONFIG | {"out": "results", "workers": 8}
-    record = {"schema": 1, "kind": "pretrain", "config": older, "metrics": {}}
-    console.write_json(path, record)
-    checkpoint.save_tensors(tmp_path / "checkpoint.pt", {"config": older})
-    if message is None:
-        assert checkpoint.read_result(path, "pretrain", ours)["config"]["workers"] == 8
-        assert checkpoint.load_checkpoint(tmp_path / "checkpoint.pt", ours)["config"] == older
-        return
-    with pytest.raises(ValueError, match=message):
-        checkpoint.read_result(path, "pretrain", ours)
-    with pytest.raises(ValueError, match=message.replace("result.json", "checkpoint.pt")):
-        checkpoint.load_checkpoint(tmp_path / "checkpoint.pt", ours)
