@@ -1,11 +1,13 @@
 """Which networks are transferred, and how one is fine-tuned on all images of a target."""
 
 import itertools
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import refuses
 from grids import QUICK, call, results
 
 import fewshot
@@ -28,10 +30,6 @@ def test_the_domain_of_foreign_weights_is_that_of_their_source(tmp_path, monkeyp
     state = {"model": models.create_model("R14x0.5", 3).state_dict(), "epoch": 90}
     torch.save(state, path)
     npz.touch()
-    with pytest.raises(ValueError, match="--model and --source"):
-        open_weights(path)
-    with pytest.raises(ValueError, match="another network"):
-        open_weights(path, model="R26x1", source="imagenet1k")
     monkeypatch.setattr(transfer, "weights_of", lambda path: (state, "0"))
     for domain, names in (("medical", MEDICAL), ("natural", NATURAL)):
         for source in names.split():
@@ -60,21 +58,19 @@ def test_networks_that_are_found(tmp_path, monkeypatch):
     (tmp_path / "runs" / "unfinished").mkdir()
     assert found() == "nih-R26x0.5 pets-R14x0.5 scratch-R14x0.5 scratch-R26x0.5"
     assert found(method="linear") == "nih-R26x0.5 pets-R14x0.5"
-    with pytest.raises(FileNotFoundError, match="unfinished: holds no model.pt; pretrain.py has"):
-        found("runs/unfinished")
-    with pytest.raises(ValueError, match="model.pt is of R14x0.5, not of --model R50x1"):
-        found("runs/pets", model="R50x1")
+    refuses(FileNotFoundError, lambda: found("runs/unfinished"), "unfinished: holds no model.pt;")
+    call = partial(found, "runs/pets", model="R50x1")
+    refuses(ValueError, call, "model.pt is of R14x0.5, not of --model R50x1")
     # Another seed or recipe of pre-training is another run; a name leads nowhere else.
     file, facts = tmp_path / "runs" / "pets" / "model.pt", facts | {"recipe": "paper", "seed": 1}
     torch.save(facts | {"run": "pets-R14x0.5-seed1"}, file)
-    network = transfer.open_network(file, SimpleNamespace(model=None, source=None))
+    network = open_weights(file)
     assert (network.name, network.recipe, network.seed) == ("pets-R14x0.5-seed1", "paper", 1)
     for name in ("../x", "/x", "a/../../x"):
         torch.save(facts | {"source": name}, file)
-        with pytest.raises(ValueError, match=f"{name}': a dataset's name with /"):
-            found("runs/pets")
-    with pytest.raises(ValueError, match="model.pt: is another file than when it was opened"):
-        weights_of(network.path, network.digest)
+        refuses(ValueError, lambda: found("runs/pets"), f"{name}': a dataset's name with /")
+    call = partial(weights_of, network.path, network.digest)
+    refuses(ValueError, call, "model.pt: is another file than when it was opened")
 
 
 @pytest.fixture
