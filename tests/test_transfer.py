@@ -1,6 +1,7 @@
 """Which networks are transferred, and how one is fine-tuned on all images of a target."""
 
 import itertools
+import signal
 from functools import partial
 from types import SimpleNamespace
 
@@ -9,10 +10,12 @@ import pytest
 import torch
 from conftest import refuses
 from grids import QUICK, call, results
+from interruption import at_step, run_forked, send
 
 import fewshot
 import models
 import transfer
+from engine.checkpoint import read_tensors
 from engine.grid import open_networks
 from engine.weights import weights_of
 from readers.transforms import NORMALIZATION
@@ -121,3 +124,20 @@ def test_fewshot_on_all_images_is_the_same_run(folder, checkpoint, tmp_path, cap
         assert one[name][key] == other[name][key]
     call(fewshot, *words, tmp_path / "a", "--shots", "full")
     assert "2 cells, 2 finished already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+def test_full_shot_transfer_continues(ranks, checkpoint, folder, tmp_path):
+    argv = ("transfer.py", "--checkpoint", checkpoint, "--target", f"folder:{folder}", *QUICK)
+    argv += ("--image-size", 16, "--batch-size", 8, "--steps", 40, "--log-every", 5, "--out")
+    run_forked(transfer.main, (*argv, tmp_path / "a"), tmp_path, ranks=ranks)
+    argv, stop = (*argv, tmp_path / "b"), at_step(20, send(signal.SIGTERM), ranks - 1)
+    run_forked(transfer.main, argv, tmp_path, 75, stop, ranks)
+    (path,) = (tmp_path / "b").glob("*/*/*")
+    assert 20 <= read_tensors(path)["step"] <= 21
+    ((said, _), *_) = run_forked(transfer.main, argv, tmp_path, ranks=ranks)
+    assert "step 20/40" not in said and "step 25/40" in said
+    (a,), (b,) = (results(tmp_path / name).values() for name in "ab")
+    assert a["metrics"] == b["metrics"] and a["shots"] is None and a["kind"] == "transfer"
+    assert a["metrics"]["accuracy"] > 0.6  # chance is a third
+    assert [path.name for path in (tmp_path / "b").glob("*/*/*")] == ["full-seed0.json"]
