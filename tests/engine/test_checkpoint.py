@@ -277,9 +277,8 @@ def test_an_exception_that_nobody_expects(folder, tmp_path):
     assert err == "error: RuntimeError: out of luck; TRACEBACK=1 shows where\n"
     ((_, err),) = Training(folder, tmp_path, "--schedule", "cosine").go(2)
     (path,) = training.paths("checkpoint.pt")
-    assert err.startswith(
-        f"error: {path} was made with schedule = step, not cosine; use the same options"
-    )
+    said = f"error: {path} was made with schedule = step, not cosine; use the same"
+    assert err.startswith(said)
     assert err.count("\n") == 1 and training.step == 8
     training.finish()
 

@@ -114,9 +114,8 @@ def test_divergence_is_named_on_every_rank(folder, tmp_path):
     first = errors[0].removeprefix("error: ")
     step = int(first.split(" step ")[1].split(",")[0])
     rate = 1e9 / 256 * BATCH
-    assert first.startswith(
-        f"loss or gradient is not finite at step {step}, learning rate {rate:g}"
-    )
+    said = f"loss or gradient is not finite at step {step}, learning rate {rate:g}"
+    assert first.startswith(said)
     assert first.count("\n") == 1 and "--lr" in first
     assert errors[1] == f"error (rank 1): {first}"
     assert list(training.losses()) == list(range(1, step + 1))  # that many were finite

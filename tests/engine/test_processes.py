@@ -139,9 +139,8 @@ at_step(3, fail, rank={rank})()"""
     said = "".join(*run_forked(torch.distributed.run.main, argv, tmp_path, 1, own_store))
     who = f"error{' (rank 1)' * rank}: "
     text = "broken" if error == "ValueError" else "KeyError: 'broken'; TRACEBACK=1 shows where"
-    assert [line for line in said.splitlines() if "rror" in line and "broken" in line] == [
-        who + text
-    ]
+    lines = [line for line in said.splitlines() if "rror" in line and "broken" in line]
+    assert lines == [who + text]
     assert "RuntimeError" not in said and said.count("Traceback") == 1  # of torchrun
 
 
