@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import run
-from grids import call
+from grids import call, outputs
 from interruption import EPOCHS, Training, assert_same_tensors, at_step, die, undisturbed
+from packing import rows_of
 
 import data
 import models
 import pretrain
-from engine import evaluate, memory, processes
+from engine import memory
+from engine.metrics import compute_metrics
 from readers import transforms
 from readers.images import ImageDataset
-from readers.workers import in_order
 
 CHESTS = 96
 LAYOUTS = {  # ranks, options
@@ -174,8 +175,7 @@ def test_a_dry_run_says_steps_memory_and_time(folder, tmp_path, monkeypatch, cap
     monkeypatch.setattr(memory, "flops_per_second", lambda *args: 3 * args[3] * 0.04)
     words = ("--source", f"folder:{folder}", "--image-size", 32, "--batch-size", 8, "--epochs", 3)
     call(pretrain, *words, "--dry-run", "--out", tmp_path / "runs")
-    lines = [line.split("|")[1:3] for line in capsys.readouterr().out.splitlines() if "|" in line]
-    rows = {key.strip(): value.strip() for key, value in lines}
+    rows = {key: cells[0] for key, cells in rows_of(capsys.readouterr().out).items()}
     expected = {"images": "60", "batch_size": "8", "lr": "0.1", "epochs": "3.0", "steps": "23"}
     expected["hours"] = "1.28"  # 23 * 8 / 0.04 / 3600
     assert expected.items() <= rows.items() and 0.1 < float(rows["GB of memory a process"]) < 20
@@ -228,12 +228,10 @@ def test_the_weights_of_the_least_loss_are_kept_also_when_killed(folder, tmp_pat
     assert (best["step"], best["loss"]) == (least, losses[least]) and least == EPOCHS[1]
     assert_same_tensors(best["model"], again["model"])
     assert torch.equal(best["sample"], again["sample"]) and best["classes"] == again["classes"]
-    model = models.create_model("R14x0.5", 3)
-    models.load_weights(model, *one.paths("model-best.pt"))
     test = data.load_dataset(f"folder:{folder}", split="test")
-    stream = in_order(test, pretrain.choose_pipeline(test, 16, False), 21)
-    env, norm = processes.setup("fp32"), transforms.NORMALIZATION["natural"]
-    found = evaluate.evaluate(model, stream, test.labels, test.classes, env, norm)
+    shown = types.SimpleNamespace(read=lambda i: transforms.resize_center_crop(test.read(i), 16))
+    (path,) = one.paths("model-best.pt")
+    found = compute_metrics(outputs(path, shown, range(21), "forward"), test.labels, test.classes)
     assert found["loss"] == pytest.approx(losses[least], rel=1e-5)
 
 
