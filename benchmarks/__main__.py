@@ -44,7 +44,7 @@ OPTIONS = {
 NETWORK = {"--model": "R50x1", "--image-size": 64, "--batch-size": 32}
 TRAINING = {"--rounds": 5, "--steps": 4, "--threads": torch.get_num_threads()}
 TRAINING |= {"--no-compile": False, "--peers": False, "--folder": None}
-# {benchmark, (args, env) -> Report: {flag: its default}}.
+# {benchmark, (args, env) -> (rows of the table, bounds): {flag: its default}}
 BENCHMARKS = {
     train: NETWORK | TRAINING,
     gpu: {"--minutes": 10.0, "--out": "gpu"},
@@ -55,8 +55,7 @@ BENCHMARKS = {
 
 
 def main():
-    about = f"{__doc__}\nBENCHMARK --help states its options."
-    parser = Parser(about, prog="python -m benchmarks")
+    parser = Parser(f"{__doc__}\nBENCHMARK --help states its options.", prog="python -m benchmarks")
     names = {measure.__name__: measure for measure in BENCHMARKS}
     settings = {"default": "train", "help": ", ".join(names)}
     parser.add_argument("benchmark", nargs="?", type=one_of(*names), **settings)
@@ -68,27 +67,25 @@ def main():
     args = parser.parse_args(sys.argv[2:])
     env = setup()
     try:
-        report = measure(args, env)
+        rows, bounds = measure(args, env)
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed; pip install {error.name}") from error
-    print_table([map(text, row.values()) for row in report.rows], report.rows[0])
-    for found in report.required:
-        verdict = "reached" if found.reached else "MISSED"
-        ratio = f"{found.ratio:.2f}, required {found.least:.2f}"
-        print(f"{found.of} / {found.to}: {ratio}: {verdict}")
+    print_table([map(text, row.values()) for row in rows], rows[0])
+    for found in bounds:
+        verdict = "reached" if found["reached"] else "MISSED"
+        ratio = f"{found['ratio']:.2f}, required {found['least']:.2f}"
+        print(f"{found['of']} / {found['to']}: {ratio}: {verdict}")
     if args.json:
-        required = [found._asdict() | {"reached": found.reached} for found in report.required]
-        record = {"schema": 1, "kind": f"bench-{name}", "rows": report.rows, "required": required}
-        record |= {"config": vars(args), "environment": environment(env)}
-        write_json(args.json, record)
-    return 0 if all(found.reached for found in report.required) else 1
+        record = {"schema": 1, "kind": f"bench-{name}", "rows": rows, "required": bounds}
+        write_json(args.json, record | {"config": vars(args), "environment": environment(env)})
+    return 0 if all(found["reached"] for found in bounds) else 1
 
 
 def text(value):
     """A cell of the table: numbers to four digits."""
     if isinstance(value, float):
         return f"{value:.0f}" if value >= 1000 else f"{value:#.4g}"
-    return "" if value is None else str(value)
+    return "" if value is None else value
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Every arm is written to OUT/gpu.jsonl as it ends, so that a run that is cut shor
 found. On a CPU everything runs in small: that tests this file, and measures nothing.
 """
 
-import contextlib
 import itertools
 import json
 import signal
@@ -23,7 +22,7 @@ import torch
 import data
 import models
 from benchmarks.loading import make_images
-from benchmarks.measure import Report, Required, repeat, seconds, synchronize
+from benchmarks.measure import bound, seconds
 from benchmarks.train import our_network, training, training_loop
 from engine import memory
 from engine.checkpoint import Run
@@ -56,10 +55,6 @@ class Arm(NamedTuple):
     unit: str
     most: float | None = None
 
-    @property
-    def ratio(self):
-        return self.most / self.value if self.value else 1.0
-
 
 def gpu(args, env):
     """Proofs and speeds of one GPU in --minutes: agreement with the CPU, synchronising calls,
@@ -79,62 +74,50 @@ def gpu(args, env):
             parts.append((f"speed of {about}", speed(env, small, *about), share))
     parts += [("loading", loading(env, small), 8), ("cells", cells(env, small), 6)]
     unit = 60 * args.minutes / sum(share for _, _, share in parts)
-    found, end = [], time.monotonic()
+    rows, bounds, end = [], [], time.monotonic()
+    signal.signal(signal.SIGALRM, late)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     with open(Path(args.out, "gpu.jsonl"), "a") as file:
         for name, part, share in parts:
             end += unit * share  # what a part leaves of its time is the next one's
-            with within(max(1, end - time.monotonic()), name):
+            signal.setitimer(signal.ITIMER_REAL, max(1, end - time.monotonic()))
+            try:
                 for arm in part:
-                    found.append(arm)
-                    file.write(json.dumps(arm._asdict()) + "\n")
+                    rows.append(arm._asdict())
+                    file.write(json.dumps(rows[-1]) + "\n")
                     file.flush()
                     say(env, f"{arm.part}: {arm.arm}: {arm.value:.4g} {arm.unit}")
-    bounded = [arm for arm in found if arm.most is not None]
-    required = [Required(f"the bound of {a.part}", a.arm, a.ratio, 1.0) for a in bounded]
-    return Report([arm._asdict() for arm in found], required)
+                    if arm.most is not None:
+                        ratio = arm.most / arm.value if arm.value else 1.0
+                        bounds.append(bound(f"the bound of {arm.part}", arm.arm, ratio, 1.0))
+            except Exception as error:
+                print(f"{name}: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+    return rows, bounds
 
 
-@contextlib.contextmanager
-def within(limit, name):
-    """A block that ends after so many seconds; its error is a line on stderr, and no more."""
-
-    def late(*_):
-        raise TimeoutError(f"more than {limit:.0f} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, limit)
-    try:
-        yield
-    except Exception as error:
-        print(f"{name}: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def network(env, name="R14x0.5", classes=10):
-    """(model, optimiser with AGC) of seed 0, on the device."""
-    torch.manual_seed(0)
-    return our_network(name, classes, env, clipping=0.01)
-
-
-def batches(count, size=16, side=32):
-    """An endless stream of `count` batches: (images uint8, labels, count of valid labels)."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (count, size, 3, side, side), generator=generator)
-    images, labels = images.byte(), torch.randint(10, (count, size), generator=generator)
-    return itertools.cycle([(x, y, size) for x, y in zip(images, labels)])
+def late(*_):
+    raise TimeoutError("its share of --minutes is over")
 
 
 def trained(env, count, accumulate=1, start=None, skip=0):
     """(network, optimiser) after `count` steps of the loop, from `start`."""
-    model, optimizer = start or network(env)
-    stream = itertools.islice(batches(8), skip, None)
-    loop = training_loop(parallel(model, env), optimizer, stream, 16, env, accumulate)
+    model, optimizer = start or our_network(env)
+    loop = steps(model, optimizer, env, accumulate, skip)
     for _ in range(count):
         next(loop)
     return model, optimizer
+
+
+def steps(model, optimizer, env, accumulate=1, skip=0):
+    """The loop, on eight batches of 16 images in turn; skip: so many to begin with."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (8, 16, 3, 32, 32), generator=generator).byte()
+    labels = torch.randint(10, (8, 16), generator=generator)
+    stream = itertools.cycle([(x, y, 16) for x, y in zip(images, labels)])
+    stream = itertools.islice(stream, skip, None)
+    return training_loop(parallel(model, env), optimizer, stream, 16, env, accumulate)
 
 
 def difference(a, b):
@@ -158,14 +141,14 @@ def agreement(env, small):
     for precision, most in (("fp32", 1e-4), ("tf32", 2e-2), ("bf16", 2 * rounded)):
         if not (small and precision == "tf32"):
             model = trained(env.computing(precision), 20)[0]
-            yield Arm("agreement", precision, difference(expected, model), "of a logit", most=most)
+            yield Arm("agreement", precision, difference(expected, model), "of a logit", most)
     env.computing(env.precision)
 
 
 def accumulated(env, small):
     exact = env._replace(precision="fp32")
     found = difference(trained(exact, 5)[0], trained(exact, 5, accumulate=4)[0])
-    yield Arm("accumulate", "4 parts", found, "of a logit", most=1e-4)
+    yield Arm("accumulate", "4 parts", found, "of a logit", 1e-4)
 
 
 def resumed(env, small):
@@ -176,53 +159,47 @@ def resumed(env, small):
         run = Run(path, *trained(exact, 3), {}, exact)
         run.step = 3
         run.save()
-        again = Run(path, *network(exact), {}, exact)
+        again = Run(path, *our_network(exact), {}, exact)
         model, _ = trained(exact, 3, start=(again.model, again.optimizer), skip=3)
-    found, most = difference(trained(exact, 6)[0], model), 0.0 if small else 1e-4
-    yield Arm("resume", "after 3 steps", found, "of a logit", most=most)
-
-
-def warm_loop(env, name="R14x0.5"):
-    """The loop of a training under way, two steps in."""
-    loop = training_loop(*network(env, name), batches(2, size=2), 2, env)
-    next(loop), next(loop)
-    return loop
+    found = difference(trained(exact, 6)[0], model)
+    yield Arm("resume", "after 3 steps", found, "of a logit", 0.0 if small else 1e-4)
 
 
 def synchronising(env, small):
     """CUDA's own check of 20 steps: an error where the host waits for the device."""
-    loop = warm_loop(env)
-    if not small:
-        torch.cuda.set_sync_debug_mode("error")
+    loop = steps(*our_network(env), env)
+    next(loop), next(loop)
     try:
+        if not small:
+            torch.cuda.set_sync_debug_mode("error")
         for _ in range(20):
             next(loop)
     finally:
         if not small:
             torch.cuda.set_sync_debug_mode("default")
-    yield Arm("synchronise", "CUDA's own check", 0, "calls", most=0)
+    yield Arm("synchronise", "CUDA's own check", 0, "calls", 0)
 
 
 def compiled(env, small):
     """Gradients of the compiled network beside the eager one's: the least cosine of a tensor."""
     name, side = ("R14x0.5", 32) if small else ("R50x1", 64)
-    images, found = torch.randn(8, 3, side, side, device=env.device), []
+    images, gradients = torch.randn(8, 3, side, side, device=env.device), []
     for compile in (False, True):
-        model, _ = network(env, name)
+        model, began = our_network(env, name)[0], time.perf_counter()
         if compile:
-            began = time.perf_counter()
             model.compile_blocks()
         logits = model(images)  # in fp32: bf16 rounds otherwise where kernels are fused
         logits.square().sum().backward()
-        found.append([p.grad.flatten().double() for p in model.parameters()])
-    yield Arm("compile", f"{name}, first step", time.perf_counter() - began, "s", most=120)
-    cosines = [torch.cosine_similarity(a, b, dim=0) for a, b in zip(*found) if a.norm() > 1e-6]
-    yield Arm("compile", "1 - least cosine of gradients", 1 - float(min(cosines)), "", most=1e-3)
+        gradients.append([p.grad.flatten().double() for p in model.parameters()])
+    yield Arm("compile", f"{name}, first step", time.perf_counter() - began, "s", 120)
+    pairs = [(a, b) for a, b in zip(*gradients) if a.norm() > 1e-6]
+    least = min(float(torch.cosine_similarity(a, b, dim=0)) for a, b in pairs)
+    yield Arm("compile", "1 - least cosine of gradients", 1 - least, "", 1e-3)
 
 
 def layouts(env, small):
     """Convolutions whose input and kernel lie otherwise than the other."""
-    model, mixed = network(env, "R14x0.5" if small else "R50x1")[0], []
+    model, mixed = our_network(env, "R14x0.5" if small else "R50x1")[0], []
 
     def look(module, inputs):
         x, weight = inputs[0], models.standardize(module.weight)
@@ -240,10 +217,10 @@ def launches(env, small):
     """Kernels of a training step: the device's launches, or a CPU's profiled calls."""
     kind = torch.profiler.ProfilerActivity.CPU if small else torch.profiler.ProfilerActivity.CUDA
     for name in ("R14x0.5",) if small else ("R50x1", "R152x4"):
-        loop = warm_loop(env, name)
+        loop = steps(*our_network(env, name), env)
+        next(loop), next(loop)
         with torch.profiler.profile(activities=[kind]) as profile:
-            next(loop)
-            synchronize(env.device)
+            seconds(loop, 1, env.device)
         count = sum(small or "LaunchKernel" in event.name for event in profile.events())
         yield Arm("launches", name, count, "a step")
 
@@ -255,9 +232,11 @@ def out_of_memory(env, small):
         if small and parts < 4:
             raise torch.OutOfMemoryError("imitated")
         room = 1 if small else memory.free_memory(env.device)
-        return torch.empty(int(2 * room) // parts, dtype=torch.uint8, device=env.device).numel()
+        torch.empty(int(2 * room) // parts, dtype=torch.uint8, device=env.device)
+        return parts
 
-    _, count = memory.halving_parts(work, 1, 16, env)
+    create = partial(models.create_model, "R14x0.5", 10)
+    count = memory.in_parts(work, create, 32, 16, env, wanted=1)
     yield Arm("out of memory", "parts that fit", count, "parts")
     trained(env, 1)
     yield Arm("out of memory", "a step after it", 1, "step")
@@ -298,9 +277,9 @@ def loading(env, small):
             yield Arm("loading", f"JPEG, {workers} workers", speed, "images/s")
         args = SimpleNamespace(model="R50x1", image_size=side, batch_size=size)
         for arm, what in (("ours", "decoded in memory"), ("timm, bf16, fused", "its prefetcher")):
-            loop, steps = training(arm, args, env, 10, dataset), 2 if small else 20
+            loop, count = training(arm, args, env, 10, dataset), 2 if small else 20
             next(loop)
-            speed = steps * size / seconds(loop, steps, env.device)
+            speed = count * size / seconds(loop, count, env.device)
             yield Arm("loading", f"end to end, {arm}: {what}", speed, "images/s")
 
 
@@ -310,8 +289,9 @@ def cells(env, small):
     for pixels in (32,) if small else (128, 480):
         options = f"--checkpoint scratch --seeds 2 --shots 1 --model {name} --image-size {pixels}"
         options += f" --steps {5 if small else 100} --target synthetic-natural-target --out"
+        began = time.perf_counter()
         with tempfile.TemporaryDirectory() as out:
             command = [sys.executable, script, *options.split(), out]
-            run = partial(subprocess.run, command, check=True, stdout=subprocess.DEVNULL)
-            spent = seconds(repeat(run), 1, env.device)
-        yield Arm("few-shot", f"{pixels} pixels", 2 * 60 / spent, "cells a minute")
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        speed = 2 * 60 / (time.perf_counter() - began)
+        yield Arm("few-shot", f"{pixels} pixels", speed, "cells a minute")

@@ -4,7 +4,6 @@ import itertools
 import tempfile
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from torchvision import transforms as T
 
 import data
 import pretrain
-from benchmarks.measure import best_speeds, repeat, speed_report
+from benchmarks.measure import best_speeds, speed_report
 from engine.evaluate import to_input
 from readers import packs, synthetic, xrays
 from readers.transforms import NORMALIZATION, xray_pipeline
@@ -44,56 +43,38 @@ def load(args, env):
     """
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
-        tables = table_arms(folder, args.rows)
-        arms = xray_arms(folder)
+        folder, sets, arms = Path(made), {}, {}
+        photos = make_images(folder, 1024, "synthetic-xray", "png")
+        for split in data.SPLITS:
+            dataset = data.load_dataset(f"folder:{photos}", split=split)
+            grey = dataset.reader._replace(mode="L")
+            sets[split] = replace(dataset, domain="medical", reader=grey)
+        packs.pack("xrays", sets, SIZE, folder / f"xrays@{SIZE}")
+        dataset, packed = sets["train"], packs.open_pack(f"xrays@{SIZE}", folder, "train")
+        arms["study"] = one_by_one(study, [dataset.where(i) for i in range(len(dataset))])
+        arms["ours, decoding"] = batches(dataset, xray_pipeline(SIZE, train=False))
+        arms["ours, pack, training"] = batches(packed, xray_pipeline(SIZE, train=True))
+        arms["ours, pack, test"] = batches(packed, xray_pipeline(SIZE, train=False))
         for side, size in ((32, 32), (256, SIZE)):
-            arms |= photo_arms(make_images(folder, side), f"{side} px JPEG", size, env)
+            photos, norm = make_images(folder, side), NORMALIZATION["natural"]
+            augment = T.RandomResizedCrop(size), T.RandomHorizontalFlip()
+            transform = T.Compose([*augment, T.ToTensor(), T.Normalize(*norm)])
+            peer = torchvision.datasets.ImageFolder(photos / "train", transform)
+            images = one_by_one(lambda i, peer=peer: peer[i][0], range(len(peer)))
+            arms[f"torchvision, {side} px JPEG"] = images
+            dataset = data.load_dataset(f"folder:{photos}")
+            stream = batches(dataset, pretrain.choose_pipeline(dataset, size, train=True))
+            arms[f"ours, {side} px JPEG"] = (to_input(x, norm, env.device) for x in stream)
         for arm in arms.values():
             next(arm)
         speeds = best_speeds(arms, args.rounds, 4, BATCH, env, time.process_time)
-        speeds |= best_speeds(tables, args.rounds, 1, args.rows, env, time.process_time)
+        make_mimic(folder, args.rows)
+        works = {"ours, tables": ours_of_mimic, "pandas, tables": pandas_of_mimic}
+        for found in zip(*(work(folder) for work in works.values())):
+            np.testing.assert_array_equal(*found)
+        arms = {k: itertools.starmap(v, itertools.repeat([folder])) for k, v in works.items()}
+        speeds |= best_speeds(arms, args.rounds, 1, args.rows, env, time.process_time)
     return speed_report(speeds, "study", REQUIRED)
-
-
-def xray_arms(folder):
-    """{arm: iterator of batches} of made X-rays, and of their pack, in `folder`."""
-    made = f"folder:{make_images(folder, 1024, 'synthetic-xray', 'png')}"
-    sets = {}
-    for split in data.SPLITS:
-        dataset = data.load_dataset(made, split=split)
-        grey = dataset.reader._replace(mode="L")
-        sets[split] = replace(dataset, domain="medical", reader=grey)
-    packs.pack("xrays", sets, SIZE, folder / f"xrays@{SIZE}")
-    dataset, packed = sets["train"], packs.open_pack(f"xrays@{SIZE}", folder, "train")
-    return {
-        "study": one_by_one(study, [dataset.where(i) for i in range(len(dataset))]),
-        "ours, decoding": batches(dataset, xray_pipeline(SIZE, train=False)),
-        "ours, pack, training": batches(packed, xray_pipeline(SIZE, train=True)),
-        "ours, pack, test": batches(packed, xray_pipeline(SIZE, train=False)),
-    }
-
-
-def photo_arms(folder, title, size, env):
-    """{arm: iterator of batches} of a folder of JPEGs, in size x size pixels."""
-    normalization, dataset = NORMALIZATION["natural"], data.load_dataset(f"folder:{folder}")
-    stream = batches(dataset, pretrain.choose_pipeline(dataset, size, train=True))
-    augment = T.RandomResizedCrop(size), T.RandomHorizontalFlip()
-    transform = T.Compose([*augment, T.ToTensor(), T.Normalize(*normalization)])
-    peer = torchvision.datasets.ImageFolder(folder / "train", transform)
-    return {
-        f"torchvision, {title}": one_by_one(lambda i: peer[i][0], range(len(peer))),
-        f"ours, {title}": (to_input(batch, normalization, env.device) for batch in stream),
-    }
-
-
-def table_arms(folder, rows):
-    """{arm: iterator of readings} of MIMIC's tables, which are made; both find the same labels."""
-    make_mimic(folder, rows)
-    works = {"ours, tables": ours_of_mimic, "pandas, tables": pandas_of_mimic}
-    for found in zip(*(work(folder) for work in works.values())):
-        np.testing.assert_array_equal(*found)
-    return {name: repeat(partial(work, folder)) for name, work in works.items()}
 
 
 def ours_of_mimic(folder):

@@ -2,31 +2,10 @@
 
 import math
 import time
-from typing import NamedTuple
 
 import torch
 
 from engine.console import progress_bar
-
-
-class Required(NamedTuple):
-    """That `of` is at least `least` times as much as `to`; ratio: what was found."""
-
-    of: str
-    to: str
-    ratio: float
-    least: float
-
-    @property
-    def reached(self):
-        return self.ratio >= self.least
-
-
-class Report(NamedTuple):
-    """What a benchmark found. rows: of the table, {column: value} each. required: [Required]."""
-
-    rows: list
-    required: list
 
 
 def best_speeds(arms, rounds, steps, images, env, clock=time.perf_counter):
@@ -47,38 +26,28 @@ def best_speeds(arms, rounds, steps, images, env, clock=time.perf_counter):
 
 def seconds(arm, steps, device, clock=time.perf_counter):
     """Of so many steps of an arm, and the work they queued."""
-    synchronize(device)
+    synchronize = torch.get_device_module(device).synchronize
+    synchronize()
     began = clock()
     for _ in range(steps):
         next(arm)
-    synchronize(device)
+    synchronize()
     return clock() - began
 
 
-def synchronize(device):
-    """Waits for the work that was only queued, so that the clock tells when it is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def repeat(work):
-    """An arm, of which each step is work()."""
-    while True:
-        yield work()
+def bound(of, to, ratio, least):
+    """A line of a report: that `of` is at least `least` times `to`; ratio: what was found."""
+    return {"of": of, "to": to, "ratio": ratio, "least": least, "reached": ratio >= least}
 
 
 def speed_report(speeds, peer, required, unit="images/s"):
-    """Report of {arm: images, or what else `unit` says, a second}.
+    """(rows of the table {column: value}, [bound]) of {arm: so many `unit`}.
 
     required: (numerator, denominator, least ratio) each; the fastest arm whose name begins so.
     """
-    ratio, found = f"ratio to {peer}", []
-    rows = [{"arm": name, unit: v, ratio: v / speeds[peer]} for name, v in speeds.items()]
-    for numerator, denominator, least in required:
-        over, under = fastest(speeds, numerator), fastest(speeds, denominator)
-        found.append(Required(over, under, speeds[over] / speeds[under], least))
-    return Report(rows, found)
-
-
-def fastest(speeds, prefix):
-    return max((name for name in speeds if name.startswith(prefix)), key=speeds.get)
+    rows = [{"arm": k, unit: v, f"ratio to {peer}": v / speeds[peer]} for k, v in speeds.items()]
+    by_speed, bounds = sorted(speeds, key=speeds.get, reverse=True), []
+    for *prefixes, least in required:
+        over, under = (next(k for k in by_speed if k.startswith(prefix)) for prefix in prefixes)
+        bounds.append(bound(over, under, speeds[over] / speeds[under], least))
+    return rows, bounds

@@ -11,58 +11,56 @@ from pathlib import Path
 from benchmarks.measure import speed_report
 from readers.synthetic import WORLDS
 
-REQUIRED = (("2 processes", "1 process", 1.8),)
 CELLS = 6  # a seed, of fewshot.py with one network and its own defaults: two targets, three shots
 
 
 def scaling(args, env):
-    """Images a second of pretrain.py under torchrun with one process and with two, a thread each.
+    """Images a second of pretrain.py under torchrun with one process and with two, a thread each:
+    the fastest two steps of a short run, after the first two.
 
     Each process has the same batch, as each GPU has in the study.
     """
-    arms = {"1 process": (1, args.batch_size), "2 processes": (2, 2 * args.batch_size)}
-    return fastest_runs(args, pretraining_speed, arms, "images/s")
 
-
-def fastest_runs(args, speed, arms, unit):
-    """Report of speed(args, *setting) of {arm: setting} by turns."""
-    speeds = dict.fromkeys(arms, 0.0)
-    for _ in range(args.rounds):
-        for name, setting in arms.items():
-            speeds[name] = max(speeds[name], speed(args, *setting))
-    return speed_report(speeds, "1 process", REQUIRED, unit)
-
-
-def pretraining_speed(args, ranks, batch_size):
-    """The fastest two steps of a short run, after the first two."""
-    epochs = (args.steps + 2) * batch_size / WORLDS["synthetic-natural"].train
-    options = f"--model {args.model} --image-size {args.image_size} --batch-size {batch_size}"
-    options += f" --epochs {epochs} --warmup 0 --log-every 2"
-    with tempfile.TemporaryDirectory() as out:
-        torchrun(ranks, "pretrain.py", *options.split(), "--out", out)
+    def speed(ranks, out):
+        batch_size = ranks * args.batch_size
+        epochs = (args.steps + 2) * batch_size / WORLDS["synthetic-natural"].train
+        options = f"--model {args.model} --image-size {args.image_size} --batch-size {batch_size}"
+        torchrun(ranks, f"pretrain.py {options} --epochs {epochs} --warmup 0 --log-every 2", out)
         (log,) = Path(out).glob("*/log.jsonl")
         lines = [json.loads(line) for line in log.read_text().splitlines()]
-    return max(line["images_per_second"] for line in lines if "loss" in line and line["step"] > 2)
+        return max(x["images_per_second"] for x in lines if "loss" in x and x["step"] > 2)
+
+    return two_beside_one(args.rounds, speed, "images/s")
 
 
 def grid(args, env):
     """Cells a second of fewshot.py under torchrun with one process and with two, a thread each:
     the whole command, from its start to its closing table.
     """
-    return fastest_runs(args, grid_speed, {"1 process": (1,), "2 processes": (2,)}, "cells/s")
+
+    def speed(ranks, out):
+        began = time.perf_counter()
+        torchrun(ranks, f"fewshot.py --checkpoint scratch --seeds {args.seeds}", out)
+        return CELLS * args.seeds / (time.perf_counter() - began)
+
+    return two_beside_one(args.rounds, speed, "cells/s")
 
 
-def grid_speed(args, ranks):
-    began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as out:
-        options = "--checkpoint", "scratch", "--seeds", str(args.seeds)
-        torchrun(ranks, "fewshot.py", *options, "--out", out)
-    return CELLS * args.seeds / (time.perf_counter() - began)
+def two_beside_one(rounds, speed, unit):
+    """speed_report of speed(ranks, temporary folder) by turns."""
+    speeds = {"1 process": 0.0, "2 processes": 0.0}
+    for _ in range(rounds):
+        for ranks, name in enumerate(speeds, 1):
+            with tempfile.TemporaryDirectory() as out:
+                speeds[name] = max(speeds[name], speed(ranks, out))
+    return speed_report(speeds, "1 process", [("2 processes", "1 process", 1.8)], unit)
 
 
-def torchrun(ranks, script, *options):
-    """A script of this project on so many processes of one thread, without GPUs."""
+def torchrun(ranks, line, out):
+    """A script of this project with its options, on processes of one thread, without GPUs."""
+    script, *options = line.split()
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launch += [f"--nproc_per_node={ranks}", str(Path(__file__).parent.parent / script)]
+    launch += [f"--nproc_per_node={ranks}", Path(__file__).parent.parent / script]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([*launch, *options], env=environment, check=True, capture_output=True)
+    command = [*launch, *options, "--out", out]
+    subprocess.run(command, env=environment, check=True, capture_output=True)

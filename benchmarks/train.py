@@ -44,7 +44,6 @@ def train(args, env):
     With --peers each package has its own loader too. "timm, defaults": what its training script
     does (fp32, a worker a core, RandomResizedCrop, flip and colour jitter; on CUDA its prefetcher).
     """
-    torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     arms, required = {}, PEERS_REQUIRED if args.peers else REQUIRED
     with tempfile.TemporaryDirectory() as made:
@@ -70,18 +69,20 @@ def training(name, args, env, classes, dataset=None, clipping=None):
     batch that lies on the device). clipping: of ours, for AGC.
     """
     package, *options = name.split(", ")
-    if package == "timm":
-        env = env._replace(precision="bf16" if "bf16" in options else "fp32")
-        return timm_training(args, options, env, classes, dataset)
     for precision in {"fp32", "bf16"}.intersection(options):
         env = env._replace(precision=precision)
-    network, optimizer = our_network(args.model, classes, env, clipping)
+    shape = args.batch_size, 3, args.image_size, args.image_size
+    images = torch.randint(256, shape, dtype=torch.uint8, device=env.device)
+    batch = images, torch.randint(classes, shape[:1], device=env.device)
+    if package == "timm":
+        env = env if "bf16" in options else env._replace(precision="fp32")
+        return timm_training(args, options, env, classes, batch, dataset)
+    network, optimizer = our_network(env, args.model, classes, clipping)
+    stream = itertools.repeat((*batch, args.batch_size))
     if dataset:
         pipeline = pretrain.choose_pipeline(dataset, args.image_size, train=True)
         batches = data.Batches(*preload(dataset, pipeline), args.batch_size)
         stream = loader(batches, 0, sys.maxsize, None, env.device)
-    else:
-        stream = itertools.repeat((*one_batch(args, env, classes), args.batch_size))
     if "contiguous" in options:
         network.to(memory_format=torch.contiguous_format)
     if "compiled" in options:
@@ -91,15 +92,9 @@ def training(name, args, env, classes, dataset=None, clipping=None):
     return training_loop(parallel(network, env), optimizer, stream, args.batch_size, env)
 
 
-def one_batch(args, env, classes):
-    """(images uint8 (N,3,H,W), labels (N,)) on the device."""
-    shape = args.batch_size, 3, args.image_size, args.image_size
-    images = torch.randint(256, shape, dtype=torch.uint8, device=env.device)
-    return images, torch.randint(classes, shape[:1], device=env.device)
-
-
-def our_network(name, classes, env, clipping):
-    """(network on the device, its optimiser for training_loop, which sets the learning rate)."""
+def our_network(env, name="R14x0.5", classes=10, clipping=0.01):
+    """(network of seed 0 on the device, its optimiser for training_loop, which sets the rate)."""
+    torch.manual_seed(0)
     network = models.create_model(name, classes, device=env.device).train()
     settings = {"weight_decay": RECIPE.weight_decay, "clipping": clipping}
     return network, SGD_AGC(network.parameter_groups(), 0.0, **settings)
@@ -129,11 +124,14 @@ def training_loop(network, optimizer, stream, batch_size, env, accumulate=1):
             yield
 
 
-def timm_training(args, options, env, classes, dataset):
-    """Iterator of steps as in timm's training script: its loader, network and optimiser."""
+def timm_training(args, options, env, classes, batch, dataset):
+    """Iterator of steps as in timm's training script: its network, optimiser and, for a dataset,
+    its loader; on CUDA with pinned memory and its prefetcher, which normalises on its own stream.
+    """
+    import timm.data
     import timm.optim
 
-    name = f"resnetv2_{args.model.removeprefix('R')}_bit"
+    name, on_gpu = f"resnetv2_{args.model.removeprefix('R')}_bit", env.device.type == "cuda"
     if args.model not in models.MODELS or not timm.is_model(name):
         raise ValueError(f"--model {args.model}: timm has no {name}; BiT's sizes are in both")
     timm.layers.set_fast_norm("fast_norm" in options)
@@ -144,34 +142,25 @@ def timm_training(args, options, env, classes, dataset):
     optimizer = timm.optim.create_optimizer_v2(network, "sgd", **settings)
     if {"compiled", "graphs"}.intersection(options):
         network.compile(mode="reduce-overhead" if "graphs" in options else None)
-    images, labels = one_batch(args, env, classes)
-    epoch = timm_batches(args, env, dataset) if dataset else [(images / 128 - 1, labels)]
-    stream = itertools.chain.from_iterable(itertools.repeat(epoch))
-    return timm_loop(network, optimizer, stream, env, layout)
+    epoch = [(batch[0] / 128 - 1, batch[1])]
+    if dataset:
+        files = timm.data.ImageDataset(f"{dataset.name.removeprefix('folder:')}/train")
+        settings = {"is_training": True, "color_jitter": 0.4, "num_workers": available_cores()}
+        settings |= {"use_prefetcher": on_gpu, "pin_memory": on_gpu, "device": env.device}
+        size = 3, args.image_size, args.image_size
+        epoch = timm.data.create_loader(files, size, args.batch_size, **settings)
+    return timm_loop(network, optimizer, epoch, env, layout)
 
 
-def timm_loop(network, optimizer, stream, env, layout):
-    """The loop of timm's training script; stream: (images float (N,3,H,W), labels (N,))."""
-    for images, labels in stream:
-        images, labels = images.to(env.device, memory_format=layout), labels.to(env.device)
-        with env.autocast():
-            logits = network(images)
-        loss = F.cross_entropy(logits.float(), labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        yield
-
-
-def timm_batches(args, env, dataset):
-    """An epoch of timm's loader; on CUDA with pinned memory and its prefetcher, as in its script,
-    which copies and normalises on a stream of its own.
-    """
-    import timm.data
-
-    on_gpu = env.device.type == "cuda"
-    images = timm.data.ImageDataset(f"{dataset.name.removeprefix('folder:')}/train")
-    settings = {"is_training": True, "color_jitter": 0.4, "num_workers": available_cores()}
-    settings |= {"use_prefetcher": on_gpu, "pin_memory": on_gpu, "device": env.device}
-    size = 3, args.image_size, args.image_size
-    return timm.data.create_loader(images, size, args.batch_size, **settings)
+def timm_loop(network, optimizer, epoch, env, layout):
+    """The loop of timm's training script; epoch: [(images float (N,3,H,W), labels (N,))]."""
+    while True:
+        for images, labels in epoch:
+            images, labels = images.to(env.device, memory_format=layout), labels.to(env.device)
+            with env.autocast():
+                logits = network(images)
+            loss = F.cross_entropy(logits.float(), labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            yield

@@ -18,6 +18,7 @@ import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.distributed.run
 from tqdm import tqdm
@@ -27,6 +28,7 @@ from engine import log, memory, processes
 from readers import workers
 
 ROOT = Path(__file__).parent.parent
+strict = functools.partial(json.loads, parse_constant=pytest.fail)  # refuses NaN
 HANG = 900  # seconds after which a process ends itself and says where it is; only a hang takes them
 
 
@@ -91,10 +93,8 @@ def run_forked(main, argv, home, status=0, patch=None, ranks=1):
     port = free_port()
     pids = [start(main, argv, home, patch, rank, ranks, port) for rank in range(ranks)]
     statuses = [wait(pid) for pid in pids]
-    texts = [
-        tuple((home / f"rank{rank}.{end}").read_text() for end in ("out", "err"))
-        for rank in range(ranks)
-    ]
+    files = [[home / f"rank{rank}.{end}" for end in ("out", "err")] for rank in range(ranks)]
+    texts = [tuple(file.read_text() for file in pair) for pair in files]
     assert statuses == [status] * ranks, (statuses, texts)
     return texts
 
@@ -236,13 +236,6 @@ def undisturbed(folder, ranks):
     assert tuple(line["step"] for line in training.lines("test")) == EPOCHS
     assert training.losses()[STEPS] < training.losses()[1]
     return training
-
-
-def strict(text):
-    def refuse(word):
-        raise AssertionError(f"{word} is not JSON")
-
-    return json.loads(text, parse_constant=refuse)
 
 
 def assert_same_tensors(a, b):

@@ -1,5 +1,6 @@
 """Pre-training killed, refused the disk or struck by an error: continued as if it had not been."""
 
+import json
 import os
 import re
 import shutil
@@ -18,7 +19,8 @@ from interruption import SAVE_EACH_STEP, STEPS, Training, at_step, die, send
 
 import data
 import pretrain
-from engine import checkpoint, console, processes
+from engine import checkpoint, processes
+from engine.console import write_json
 from readers import digest
 
 
@@ -102,11 +104,8 @@ def test_a_second_process_is_refused_and_disturbs_nothing(folder, tmp_path):
         for _ in range(2):
             ((out, err),) = Training(folder, second, out=training.out).go(2)
             (run,) = training.out.iterdir()
-            assert (out, err) == (
-                "",
-                f"error: {run}: another process is writing there; wait for its end, or give "
-                "another --out\n",
-            )
+            said = f"error: {run}: another process is writing there; wait for its end, or give "
+            assert (out, err) == ("", f"{said}another --out\n")
     finally:
         os.kill(pid, signal.SIGCONT)
     assert interruption.wait(pid) == 0
@@ -277,9 +276,8 @@ def test_an_exception_that_nobody_expects(folder, tmp_path):
     assert err == "error: RuntimeError: out of luck; TRACEBACK=1 shows where\n"
     ((_, err),) = Training(folder, tmp_path, "--schedule", "cosine").go(2)
     (path,) = training.paths("checkpoint.pt")
-    said = f"error: {path} was made with schedule = step, not cosine; use the same"
-    assert err.startswith(said)
-    assert err.count("\n") == 1 and training.step == 8
+    said = f"error: {path} was made with schedule = step, not cosine; use the same options"
+    assert err.startswith(said) and err.count("\n") == 1 and training.step == 8
     training.finish()
 
 
@@ -326,52 +324,45 @@ def test_ranks_that_see_different_checkpoints_are_refused(monkeypatch):
 
     monkeypatch.setattr(dist, "all_gather_object", all_gather_object)
     env = processes.Env(0, 2, torch.device("cpu"), "fp32")
-    with pytest.raises(ValueError, match=r"continue after steps \[0, 8\]: share --out"):
-        checkpoint.Run(None, torch.nn.Linear(1, 1), None, {}, env)
+    run = partial(checkpoint.Run, None, torch.nn.Linear(1, 1), None, {}, env)
+    refuses(ValueError, run, "continue after steps [0, 8]: share --out")
 
 
 DATA = {f"{split} {part}": "0" * 16 for split in ("train", "test") for part in ("names", "content")}
-
-
 CONFIG = {"lr": 0.1, "decays": (3, 6), "clipping": None}
-OLDER = CONFIG | {"out": "results", "workers": 8}  # which decide nothing
+CHANGED = {"data": DATA | {"test content": "1", "test names": "2"}}
 
 
 @pytest.mark.parametrize(
     "theirs, ours, said",
-    [
+    (
+        ({"out": "results", "workers": 8}, {}, None),  # as older files have, decides nothing
+        ({}, {"lr": 0.2}, "lr = 0.1, not 0.2; use the same options, give another --out"),
+        ({}, {"decays": (3, 7)}, "with decays = [3, 6], not [3, 7]"),
+        ({}, {"clipping": 0.01}, "with clipping = None, not 0.01"),
+        ({}, {"mixup": 0.1}, "with mixup = None, not 0.1"),  # they did not have it yet
         ({"data": DATA}, {"data": dict(DATA)}, None),
         ({}, {"data": DATA}, None),  # older than the digest
         ({"data": None}, {"data": DATA}, None),
         ({"data": {"train names": "0" * 16}}, {"data": DATA}, None),  # older than some of it
         ({"data": DATA | {"train faces": "1"}}, {"data": DATA}, None),  # newer
         ({"data": DATA}, {"data": DATA | {"train names": "1"}}, "train names changed since; use"),
-        (
-            {"data": DATA},
-            {"data": DATA | {"test content": "1", "test names": "2"}},
-            "was made of other data: test names, test content changed since; use the same",
-        ),
-        ({"data": DATA, "lr": 1}, {"data": {}, "lr": 2}, "was made with lr = 1, not 2; use"),
-        ({"data": DATA, "lr": 1}, {"data": DATA | {"train names": "1"}, "lr": 2}, "lr = 1, not"),
-        (OLDER, CONFIG, None),
-        (OLDER, CONFIG | {"lr": 0.2}, "was made with lr = 0.1, not 0.2; use the same"),
-        (OLDER, CONFIG | {"decays": (3, 7)}, "with decays = [3, 6], not [3, 7]"),
-        (OLDER, CONFIG | {"clipping": 0.01}, "with clipping = None, not 0.01"),
-        (OLDER, CONFIG | {"mixup": 0.1}, "with mixup = None, not 0.1"),  # new since then
-    ],
+        ({"data": DATA}, CHANGED, "of other data: test names, test content changed since; use the"),
+        ({"data": DATA}, {"data": {}, "lr": 2}, "with lr = 0.1, not 2; use"),
+        ({"data": DATA}, CHANGED | {"lr": 2}, "with lr = 0.1, not 2; use"),
+    ),
 )
-def test_what_changed_is_said(tmp_path, theirs, ours, said):
-    result, state = tmp_path / "result.json", tmp_path / "checkpoint.pt"
-    console.write_json(result, {"schema": 1, "kind": "pretrain", "config": theirs, "metrics": {}})
-    checkpoint.save_tensors(state, {"config": theirs})
-    for path, call in (
-        (result, partial(checkpoint.read_result, result, "pretrain", ours)),
-        (state, partial(checkpoint.load_checkpoint, state, ours)),
-    ):
-        if said is None:
-            assert call()["config"].keys() == theirs.keys()
+def test_another_config_or_data_is_refused_by_what_changed(theirs, ours, said, tmp_path):
+    theirs, ours = CONFIG | theirs, CONFIG | ours
+    paths = tmp_path / "x.json", tmp_path / "x.pt"
+    write_json(paths[0], {"schema": 1, "kind": "pretrain", "config": theirs, "metrics": {}})
+    checkpoint.save_tensors(paths[1], {"config": theirs})
+    reads = partial(checkpoint.read_result, paths[0], "pretrain", ours)
+    for path, read in zip(paths, (reads, partial(checkpoint.load_checkpoint, paths[1], ours))):
+        if said:
+            refuses(ValueError, read, f"{path} was made ", said)
         else:
-            refuses(ValueError, call, path, said)
+            assert json.dumps(read()["config"]) == json.dumps(theirs)
 
 
 def swap(one, other):

@@ -129,14 +129,12 @@ def test_lies_and_other_answers_leave_nothing_to_be_loaded(changes, error, said,
     refuses(error, get, server.url, said)
 
 
-def test_a_network_by_name_is_fetched_once_and_found_offline(
-    server, folder, tmp_path, monkeypatch, capsys
-):
+def test_a_network_is_fetched_once_and_found_offline(server, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     state = models.create_model("R14x0.5", 5).state_dict()
-    path = tmp_path / "written.npz"
-    write_npz(path, state)
-    server.content, known = path.read_bytes(), ("imagenet21k", "R14x0.5", server.url)
+    write_npz("written.npz", state)
+    server.content = Path("written.npz").read_bytes()
+    known = "imagenet21k", "R14x0.5", server.url
     monkeypatch.setitem(weights.PUBLISHED, "bit:toy", weights.Published(*known))
     words = ("--checkpoint", "bit:toy", "--target", f"folder:{folder}", "--shots", 1, "--seeds", 1)
     words += ("--method", "nearest-mean", "--cache-dir", "cache", *QUICK)
@@ -155,10 +153,7 @@ def test_a_network_by_name_is_fetched_once_and_found_offline(
     assert capsys.readouterr().out.count(f"cache/networks/bit-toy.npz, SHA-256 {digest}\n") == 1
     call(models, "list", "--cache-dir", "cache")
     (row,) = (line for line in capsys.readouterr().out.splitlines() if "bit:toy" in line)
-    assert [cell.strip() for cell in row.split("|")[2:5]] == [
-        "imagenet21k",
-        "98",
-        "cache/networks/bit-toy.npz",
-    ]
+    found = [cell.strip() for cell in row.split("|")[2:5]]
+    assert found == ["imagenet21k", "98", "cache/networks/bit-toy.npz"]
     unknown = ("--checkpoint", "bit:BiT-M-R50x2")
     refuses(ValueError, lambda: call(fewshot, *unknown), "did you mean 'bit:BiT-M-R50x")

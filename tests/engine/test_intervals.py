@@ -47,11 +47,10 @@ def test_influences_sum_to_the_variance_of_the_pairs(clusters):
 def test_variance_of_delong_by_hand():
     # 1 and 3 against 0 and 2: three of four pairs won; placements 1/2, 1 and 1/2, 1.
     influence = auc_influence(np.array([1, 3, 0, 2]), np.array([1, 1, 0, 0]) == 1, np.arange(4))
-    assert influence * 2**0.5 == pytest.approx([-0.25, 0.25, 0.25, -0.25])
-    low, high = auc_interval(0.75, influence, np.arange(4))
+    assert influence == pytest.approx(np.array([-0.25, 0.25, 0.25, -0.25]) / 2**0.5)
     half = special.ndtri(0.975) * 0.125**0.5 / (0.75 * 0.25)
-    expected = [special.expit(math.log(3) + way * half) for way in (-1, 1)]
-    assert (low, high) == pytest.approx(expected, abs=1e-6)
+    expected = special.expit([math.log(3) - half, math.log(3) + half])
+    assert auc_interval(0.75, influence, np.arange(4)) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("truth", ([1, 0, 0], [1, 1, 1], [0, 0, 0]))
@@ -88,14 +87,14 @@ def test_intervals_of_metrics_are_as_wide_as_those_of_a_bootstrap(task):
     found = compute_metrics(logits, labels, "abc", groups=groups)
     members, draws = [np.flatnonzero(units == unit) for unit in range(units.max() + 1)], []
     for _ in range(2000):
-        chosen = rng.integers(0, len(members), len(members))
-        rows = np.concatenate([members[unit] for unit in chosen])
+        numbers = rng.integers(0, len(members), len(members))
+        rows = np.concatenate([members[unit] for unit in numbers])
         draws.append(quick(logits[rows], labels[rows]))
     for name, values in zip(("accuracy", "mean_auc", "a"), np.transpose(draws)):
         interval = found["intervals"].get(name) or found["per_class"]["a"]["auc_interval"]
         assert interval[0] < (found.get(name) or found["per_class"]["a"]["auc"]) < interval[1]
-        expected = np.diff(np.quantile(values, [0.025, 0.975]))
-        assert np.diff(interval) == pytest.approx(expected, rel=0.1)
+        width = np.diff(np.quantile(values, [0.025, 0.975]))
+        assert np.diff(interval) == pytest.approx(width, rel=0.1)
 
 
 def quick(logits, labels):

@@ -2,10 +2,12 @@
 
 import json
 import math
+from functools import partial
 
 import interruption
 import pytest
 import torch
+from conftest import refuses
 from interruption import BATCH, SAVE_EACH_STEP, Training
 
 import pretrain
@@ -51,16 +53,14 @@ def test_lines_of_a_run(folder, tmp_path):
     rare.go()
     found, single = rare.lines(), interruption.undisturbed(folder, 1).lines()
     assert [line["step"] for line in found] == [3, 6, 8, 9, 12, 15, 18, 21, 23]
+    keys = {"step", "lr", "loss", "grad_norm", "clipped", "images_per_second"}
     for line in found + single:
-        assert line.keys() == {
-            *("step", "lr", "loss", "grad_norm", "clipped"),
-            *("images_per_second", "data_wait", "memory"),
-        }
+        assert line.keys() == keys | {"data_wait", "memory"}
         assert 0 <= line["data_wait"] < 1 and line["images_per_second"] > 0
         assert 100e6 < line["memory"] < 16e9
     assert all(line["clipped"] is None for line in found)
-    assert all(0 <= line["clipped"] <= 1 for line in single)
-    assert any(0 < line["clipped"] for line in single)
+    assert 0 <= min(line["clipped"] for line in single)
+    assert 0 < max(line["clipped"] for line in single) <= 1
     assert single[0]["lr"] == pytest.approx(0.05 * BATCH / 256)
     assert single[-1]["lr"] == found[-1]["lr"] == pytest.approx(0.05 * BATCH / 256 / 1000)
 
@@ -79,33 +79,30 @@ def test_a_damaged_line_is_named(line, tmp_path):
     path = tmp_path / "log.jsonl"
     text = f'{{"step": 1, "loss": 2}}\n{line}\n{{"step": 2, "loss": 2}}\n'
     path.write_text(text)
-    with pytest.raises(ValueError, match=f"{path}, line 2: damaged; remove that line"):
-        trim_log(CPU, path, 5)
+    refuses(ValueError, lambda: trim_log(CPU, path, 5), f"{path}, line 2: damaged; remove that")
     assert path.read_text() == text
 
 
-@pytest.mark.parametrize("bad", ("loss", "gradient"))
+@pytest.mark.parametrize(
+    "bad, precision, mend",
+    (
+        ("loss", "fp32", "; lower --lr"),
+        ("gradient", "bf16", "; lower --lr, or give --precision fp32, and give"),
+    ),
+)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_first_step_that_is_not_finite_is_named(name, bad):
+def test_the_first_step_that_is_not_finite_is_named(name, bad, precision, mend):
     weight = torch.ones(3, requires_grad=True)
     optimizer = OPTIMIZERS[name]([weight])
-    with Log(CPU, 0, 9, 4, 5) as log:
+    with Log(CPU._replace(precision=precision), 0, 9, 4, 5) as log:
         for step in range(1, 5):
             weight.grad = torch.full((3,), math.inf if (bad, step) == ("gradient", 3) else 0.5)
             optimizer.step()
             loss = torch.tensor(math.nan if (bad, step) == ("loss", 3) else 1.0)
             log.add(step, 0.1 * step, loss, 4, optimizer)
             assert log.finite() == (step < 3)
-        with pytest.raises(Diverged, match="not finite at step 2, learning rate 0.3; lower --lr"):
-            log.add(5, 0.5, torch.tensor(1.0), 4, optimizer)
-
-
-def test_of_bf16_the_advice_names_fp32():
-    weight = torch.ones(3, requires_grad=True)
-    with Log(CPU._replace(precision="bf16"), 0, 9, 4, 1) as log:
-        weight.grad, optimizer = torch.full((3,), math.nan), OPTIMIZERS["SGD"]([weight])
-        with pytest.raises(Diverged, match="; lower --lr, or give --precision fp32, and give"):
-            log.add(1, 0.5, torch.tensor(1.0), 4, optimizer)
+        add = partial(log.add, 5, 0.5, torch.tensor(1.0), 4, optimizer)
+        refuses(Diverged, add, f"not finite at step 2, learning rate 0.3{mend}")
 
 
 def test_divergence_is_named_on_every_rank(folder, tmp_path):
@@ -115,8 +112,7 @@ def test_divergence_is_named_on_every_rank(folder, tmp_path):
     step = int(first.split(" step ")[1].split(",")[0])
     rate = 1e9 / 256 * BATCH
     said = f"loss or gradient is not finite at step {step}, learning rate {rate:g}"
-    assert first.startswith(said)
-    assert first.count("\n") == 1 and "--lr" in first
+    assert first.startswith(said) and first.count("\n") == 1 and "--lr" in first
     assert errors[1] == f"error (rank 1): {first}"
     assert list(training.losses()) == list(range(1, step + 1))  # that many were finite
     assert not training.paths("result.json")
