@@ -80,9 +80,8 @@ def command(script, *args, ranks=1):
 
 def run(script, *args, ranks=1, cwd, status=0):
     """Runs a script in `cwd` to its end and returns what it wrote to (stdout, stderr)."""
-    result = subprocess.run(
-        command(script, *args, ranks=ranks), cwd=cwd, capture_output=True, text=True, env=env()
-    )
+    words, settings = command(script, *args, ranks=ranks), {"cwd": cwd, "env": env()}
+    result = subprocess.run(words, capture_output=True, text=True, **settings)
     assert result.returncode == status, result.stdout + result.stderr
     return result.stdout, result.stderr
 
@@ -120,8 +119,8 @@ def refuses(error, call, *words):
 
 
 @pytest.fixture
-def chests(tmp_path, rng):
-    return Chests(tmp_path, rng)
+def chests(tmp_path):
+    return Chests(tmp_path)
 
 
 @pytest.fixture

@@ -4,13 +4,10 @@ import contextlib
 import io
 import os
 import resource
-import signal
 import sys
-import threading
-import traceback
 
+import interruption
 import numpy as np
-from tqdm import tqdm
 from trees import Trees, save
 
 import data
@@ -91,40 +88,19 @@ def contents(folder):
 
 
 def start(args, log, hook=None, limit=None):
-    """The command line in a forked process of its own group: no import to wait for.
+    """The command line in a forked process, which writes to `log`; see interruption.start.
 
     hook: called with (event, arguments) of each file operation (sys.addaudithook), os.fsync too.
     limit: bytes that a file may have.
     """
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        os.setsid()
+
+    def patch():
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        sys.stdout = os.fdopen(1, "w", buffering=1)
-        sys.stderr = os.fdopen(2, "w", buffering=1)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        tqdm.set_lock(threading.RLock())  # the parent's is one for all, and one may die with it
+        os.dup2(output, 1), os.dup2(output, 2)
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         if hook:
             sys.addaudithook(hook)
             os.fsync = lambda file: sys.audit("os.fsync", os.readlink(f"/proc/self/fd/{file}"))
-        status = data.main([*map(str, args), "--workers", "1"])
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
 
-
-def wait(pid):
-    """Its status, negative for a signal; what is left of its group ends too."""
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-    return status
+    return interruption.start(data.main, ["data.py", *args, "--workers", 1], log.parent, patch)

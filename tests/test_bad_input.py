@@ -30,6 +30,7 @@ from engine.processes import Env, run_script
 from readers.images import Array, ImageDataset
 
 SCRIPTS = {"pretrain": pretrain, "transfer": transfer, "fewshot": fewshot}
+SCRIPTS |= {"data": data, "plot": plot}
 
 
 @pytest.fixture
@@ -59,7 +60,6 @@ SCRATCH = "fewshot --checkpoint scratch"
     [
         ("pretrain --source cifar10", "--data-dir, or --download"),
         ("pretrain --epochs 2 --warmup 3", "--warmup 3 is not within --epochs 2"),
-        ("pretrain --seed -1", "--seed"),
         ("pretrain --batch-size 3 --accumulate 4", "--batch-size 3 is less than 1 processes x"),
         ("pretrain --batch-size auto --accumulate 2", "--accumulate: --batch-size auto chooses"),
         ("pretrain --views PA", "--views means nothing for synthetic-natural"),
@@ -86,15 +86,34 @@ SCRATCH = "fewshot --checkpoint scratch"
         ("fewshot --method linear --save model", "--save model means nothing for --method linear"),
         ("fewshot --eval-only --shots 1", "--shots means nothing for --method eval"),
         ("fewshot --method features --seeds 2", "--seeds means nothing for --method features"),
+        ("pretrain --bach-size=4", "unknown option --bach-size; did you mean --batch-size?"),
+        ("pretrain --batch 4", "unknown option --batch; did you mean --batch-size?"),
+        ("pretrain --batch-size x", "argument --batch-size: invalid int value: 'x'"),
+        (
+            "pretrain --precision fp16",
+            "unknown 'fp16', did you mean bf16? (auto, fp32, tf32, bf16)",
+        ),
+        ("data", "COMMAND"),
+        ("data chek nih", "invalid choice: 'chek' (choose from"),
+        ("data info", "name"),
+        ("data info folder:", "folder:"),
+        ("data info hin@64", "did you mean 'nih'?"),
+        ("data download nih+chexpert", "nih+chexpert: torchvision cannot fetch it"),
+        ("data info synthetic-xray --sheet r.jpg", "--sheet r.jpg"),
+        ("data pack nih", "--size"),
+        ("data pack nih --size 0", "argument --size: 0 is not from"),
+        ("data pack nih --size 16 --codec jpeg --quality 101", "argument --quality: 101 is not"),
+        ("data pack nih@16 --size 8", "nih@16: nothing to pack"),
+        ("data pack nih+chexpert --size 8", "nih+chexpert: pack the datasets of a union one by"),
+        ("data pack synthetic-xray~0.4 --size 8", "synthetic-xray~0.4: nothing to pack"),
+        ("data download nih@16", "nih@16: torchvision cannot fetch it"),
         ("fewshot --checkpoint runs/none --scratch-steps 3", "--scratch-steps: name scratch"),
         *(
             (f"fewshot --method linear {option}", f"{option.split()[0]} means nothing for --method")
             for option in ("--steps 3", "--batch-size 3", "--balanced", "--recipe bit", "--lr 1")
         ),
-        *(
-            (f"pretrain --{it}=", f"argument --{it}: ")
-            for it in "out source data-dir recipe".split()
-        ),
+        *((f"pretrain --{it}=", f"argument --{it}: ") for it in ("out", "source", "data-dir")),
+        ("pretrain --recipe=", "argument --recipe: "),
     ],
 )
 def test_options(refuse, line, words):
@@ -177,6 +196,7 @@ def opened(content, path):
 IMPOSSIBLE = {
     "name": (5, ["R14x0.5"]),
     "source": (5, "", "a\nb"),
+    "run": ("../x", "/x", "a/../../x", "..", ".x"),
     "domain": ("satellite",),
     "images": (-3, "many"),
     "mean": ("abc", (0.5, 0.5), (math.nan,) * 3),
@@ -320,13 +340,18 @@ LONG = "n" * 300
 @pytest.mark.parametrize("out", ("/proc/x", "/dev/null", "file", "file/x", LONG, f"new/{LONG}"))
 def test_places_that_cannot_be_written(refuse, tiny, tmp_path, out):
     (tmp_path / "file").touch()
-    words = ("--image-size", 32, "--out", out)
-    for script, *more in (
-        ("pretrain", "--source", f"folder:{tiny}"),
-        ("transfer", "--checkpoint", "scratch", "--target", f"folder:{tiny}"),
-        ("fewshot", "--checkpoint", "scratch", "--target", f"folder:{tiny}", "--shots", 1),
+    images, small = f"folder:{tiny}", ("--image-size", 32, "--out", out)
+    for script, *words in (
+        ("pretrain", "--source", images, *small),
+        ("transfer", "--checkpoint", "scratch", "--target", images, *small),
+        ("fewshot", "--checkpoint", "scratch", "--target", images, "--shots", 1, *small),
+        ("plot", "--out", out),
+        ("data", "pack", images, "--size", 8, "--out", out),
+        ("data", "info", images, "--sheet", f"{out}/r.png"),
+        ("data", "check", images, "--report", f"{out}/r.json"),
     ):
-        assert out[:4] in refuse(script, *more, *words)
+        line = refuse(script, *words)
+        assert line.startswith(f"error: {words[-2]}: {out}/") or out == LONG and LONG in line
 
 
 @pytest.mark.parametrize("name", ("model.pt", "checkpoint.pt", "log.jsonl", "result.json"))
@@ -334,19 +359,6 @@ def test_a_directory_where_a_file_belongs(refuse, tiny, tmp_path, name):
     (tmp_path / "runs" / "folder-set-R14x0.5" / name).mkdir(parents=True)
     words = ("--source", f"folder:{tiny}", "--image-size", 32)
     assert f"folder-set-R14x0.5/{name}" in refuse("pretrain", *words)
-
-
-@pytest.mark.parametrize("main", (plot.main, data.main), ids=("plot", "data"))
-@pytest.mark.parametrize("out", ("/proc/x", "/dev/null", "file/x", f"new/{LONG}"))
-def test_places_of_figures_and_packs(tiny, tmp_path, monkeypatch, capsys, main, out):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").touch()
-    words = [] if main is plot.main else ["pack", f"folder:{tiny}", "--size", "8"]
-    before = sorted(tmp_path.rglob("*"))
-    assert main([*words, "--out", out]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: --out: {out}/") and " cannot be written (" in error
-    assert error.count("\n") == 1 and sorted(tmp_path.rglob("*")) == before
 
 
 MEMORY = "; less is needed with fewer --workers, a smaller --batch-size or --image-size"
@@ -419,10 +431,18 @@ def test_one_line_also_from_the_shell(tmp_path, line, said):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS.values(), plot], ids=lambda script: script.__name__)
-def test_help_states_defaults(script, capsys):
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        *((f"{name} --help", f"{name}.py --out default:") for name in SCRIPTS if name != "data"),
+        ("data --help", "list info check pack download"),
+        ("data info --help", "--sheet --single-label --fraction 1.0 --views PA intersection"),
+        ("data pack --help", "--size --codec raw jpeg --quality 90 --out --workers datasets"),
+    ],
+)
+def test_help_states_defaults(line, words, capsys):
+    script, *rest = line.split()
     with pytest.raises(SystemExit) as left:
-        call(script, "--help")
-    output = capsys.readouterr().out
-    assert left.value.code == 0 and f"{script.__name__}.py" in output
-    assert "--out" in output and "default:" in output
+        call(SCRIPTS[script], *rest)
+    out = capsys.readouterr().out
+    assert left.value.code == 0 and all(word in out for word in words.split())

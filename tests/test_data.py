@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import refuses
-from packing import pack, rows_of, run_data, says
+from packing import pack, rows_of, run_data
 from scipy.stats import chisquare
 from trees import load_folder, noise, random_image, save
 
@@ -294,38 +294,6 @@ def test_list(nih_root, tmp_path, rng):
     assert rows[f"folder:{tmp_path}/photos@8"] == ["photos@8", "yes", "1 + 1", "1", "natural"]
     assert {rows[name][1] for name in ("mimic", "pets", "chexpert")} == {"no"}
     assert rows["padchest"][1] == "damaged" and "PADCHEST" in " ".join(rows["padchest"])
-
-
-@pytest.mark.parametrize(
-    "args, words",
-    [
-        ([], ["COMMAND"]),
-        (["chek", "nih"], ["chek", "check"]),
-        (["info"], ["name"]),
-        (["info", "folder:"], ["folder:"]),
-        (["info", ""], ["name", "is empty"]),
-        (["info", "hin@64"], ["hin", "nih"]),
-        (["download", "nih+chexpert"], ["nih+chexpert", "fetch"]),
-        (["download", "nih@16"], ["nih@16", "fetch"]),
-    ],
-)
-def test_mistakes_on_the_command_line(args, words):
-    assert says(run_data(*args, status=2), *words)
-
-
-@pytest.mark.parametrize(
-    "line, words",
-    [
-        ("--help", "list info check pack download"),
-        ("info --help", "--sheet --single-label --fraction 1.0 --views PA --labels intersection"),
-        ("pack --help", "--size --codec raw jpeg --quality 90 --out --workers --data-dir datasets"),
-    ],
-)
-def test_help(line, words, capsys):
-    with pytest.raises(SystemExit) as ended:
-        data.main(line.split())
-    out = capsys.readouterr().out
-    assert ended.value.code == 0 and says(out, *words.split()) and "None" not in out
 
 
 @pytest.mark.parametrize("rest", ["", "@20", "/@20"])

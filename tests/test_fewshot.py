@@ -21,6 +21,7 @@ from trees import Trees, save
 
 import data
 import fewshot
+import pretrain
 import transfer
 from data import few_shot_indices
 from engine import distance, evaluate, linear
@@ -359,3 +360,39 @@ def test_a_dry_run_writes_nothing(grid, checkpoint, monkeypatch, tmp_path, capsy
     assert not grid("--dry-run", checkpoints=(checkpoint, "scratch"), seeds=3)
     assert "12 cells, 1 finished already" in capsys.readouterr().out
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_few_shot_grid(checkpoint, folder, nih_root, tmp_path):
+    """2 targets x 3 networks x 2 shot counts, shared by two processes."""
+    small, medical = (*QUICK, "--batch-size", 8), ("--source", "nih", "--data-dir", nih_root)
+    call(pretrain, *medical, *small, "--epochs", 1, "--out", tmp_path / "runs")
+    networks = checkpoint, tmp_path / "runs" / "nih-R14x0.5"
+    argv = ("fewshot.py", "--checkpoint", *networks, "scratch", "--target", f"folder:{folder}")
+    argv += ("nih", "--data-dir", nih_root, "--shots", 1, 2, "--seeds", 1, "--steps", 4, *small)
+    ((said, _), _) = run_forked(fewshot.main, (*argv, "--out", tmp_path / "out"), tmp_path, ranks=2)
+    assert len(results(tmp_path / "out")) == said.count("(1)") == 12  # of the closing table
+    (record,) = results(tmp_path / "out", "nih/folder*/1shot-seed0.json").values()
+    assert record["kind"] == "fewshot" and record["source_domain"] == "natural"
+    assert record["target_domain"] == "medical" and record["method"] == "finetune"
+    assert record["train"]["steps"] == 4 and 7 <= record["train"]["images"] <= 14
+    (record,) = results(tmp_path / "out", "folder*/nih*/2shot-seed0.json").values()
+    assert record["train"]["images"] == 6 and record["config"]["sampling"] == "shuffle"
+
+
+def test_real_images_end_to_end(real_data, tmp_path):
+    """CIFAR-10 images from a folder and NIH X-rays: pre-train on each, few-shot to the other."""
+    (tmp_path / "NIH-ChestXRay-14").symlink_to(real_data / "nih-256")
+    cifar = f"folder:{real_data / 'cifar10-folder'}"
+    short = ("--data-dir", tmp_path, "--image-size", "32", "--batch-size", "64")
+    for source in (cifar, "nih"):
+        run("pretrain.py", "--source", source, "--epochs", 1, *short, cwd=tmp_path)
+    shots = ("--shots", 1, "--seeds", 1, "--steps", 3)
+    run("fewshot.py", "--target", cifar, "nih", *shots, *short, cwd=tmp_path)
+    records = results(tmp_path / "results").values()
+    assert len(records) == 6
+    counts = {record["source"]: record["source_images"] for record in records}
+    assert counts == {cifar: 2000, "nih": 558, "scratch": 0}
+    for record in records:
+        first = next(iter(record["metrics"]["per_class"].values()))
+        total = {"natural": 1000, "medical": 129}[record["target_domain"]]
+        assert first["positives"] + first["negatives"] == total

@@ -1,6 +1,6 @@
 """What is done with each source and target, against the numbers of the papers."""
 
-from types import SimpleNamespace
+from types import SimpleNamespace as Namespace
 
 import numpy as np
 import pytest
@@ -15,12 +15,6 @@ import transfer
 from engine.processes import Env
 from readers import transforms
 from transfer import HyperRule, Target, hyperrule
-
-
-def test_the_cosine_schedule():
-    """The rates of the other are in test_pretrain.py, step by step."""
-    rates = [pretrain.learning_rate(e, 0.4, 0.05, 5, 90, "cosine") for e in (0, 5, 47.5, 90)]
-    assert rates == pytest.approx([0.05, 0.4, 0.2, 0.0])
 
 
 @pytest.mark.parametrize(
@@ -48,11 +42,9 @@ def test_recipes_of_the_study(recipe, source, domain, model, expected):
 
 
 def test_a_size_states_its_class():
-    small = "R14x0.25 R14x0.5 R26x0.5 R26x1 R50x1".split()
-    large = "R50x3 R101x1 R101x3 R152x2 R152x4".split()
-    assert {name: size.size_class for name, size in models.MODELS.items()} == {
-        name: size for size, names in (("small", small), ("large", large)) for name in names
-    }
+    small = dict.fromkeys("R14x0.25 R14x0.5 R26x0.5 R26x1 R50x1".split(), "small")
+    large = dict.fromkeys("R50x3 R101x1 R101x3 R152x2 R152x4".split(), "large")
+    assert {name: size.size_class for name, size in models.MODELS.items()} == small | large
     with pytest.raises(TypeError, match="size_class"):
         models.Size((3, 4, 6, 3), 2)
 
@@ -60,8 +52,7 @@ def test_a_size_states_its_class():
 def test_pretraining_pipelines(rng):
     """X-rays in any channel; natural images cropped at any size; made ones only shifted."""
     generator, image = np.random.default_rng, random_image(rng, 3, 50, 70)
-    xrays = SimpleNamespace(domain="medical", size=None)
-    photos = SimpleNamespace(domain="natural", size=None)
+    xrays, photos = (Namespace(domain=name, size=None) for name in ("medical", "natural"))
     prepare, augment, _ = pretrain.choose_pipeline(xrays, 24, True)
     square = prepare(image[:1])
     assert torch.equal(square, transforms.area_resize(image[:1, :, 10:60], 24))
@@ -84,8 +75,7 @@ def test_pretraining_pipelines(rng):
     assert torch.equal(augment(image, generator(5)), expected)
 
     for domain in ("natural", "medical"):
-        made = SimpleNamespace(domain=domain, size=24)
-        keep = transforms.keep
+        made, keep = Namespace(domain=domain, size=24), transforms.keep
         assert pretrain.choose_pipeline(made, 24, False) == (keep, keep, None)
         shifted = (keep, transforms.random_shift_flip, None)
         assert pretrain.choose_pipeline(made, 24, True, augment="randaugment") == shifted
@@ -96,18 +86,11 @@ MIDDLE = (0.1, 500, (3000, 6000, 9000), 10_000)
 LONG = (0.1, 500, (6000, 12_000, 18_000), 20_000)
 
 
-@pytest.mark.parametrize(
-    "examples, expected",
-    [(19_999, SHORT), (20_000, MIDDLE), (499_999, MIDDLE), (500_000, LONG)],
-)
-def test_hyperrule_by_examples(examples, expected):
-    assert hyperrule(examples, 32)[2:] == expected
-
-
-def test_hyperrule_by_area():
-    small, large = (32, 95, (64, 143)), (96, (64, 144), 500)
-    assert [hyperrule(100, size)[:2] for size in small] == [(160, 128)] * 3
-    assert [hyperrule(100, size)[:2] for size in large] == [(512, 480)] * 3
+def test_hyperrule_by_examples_and_area():
+    counts = {19_999: SHORT, 20_000: MIDDLE, 499_999: MIDDLE, 500_000: LONG}
+    assert {count: hyperrule(count, 32)[2:] for count in counts} == counts
+    assert [hyperrule(100, size)[:2] for size in (32, 95, (64, 143))] == [(160, 128)] * 3
+    assert [hyperrule(100, size)[:2] for size in (96, (64, 144), 500)] == [(512, 480)] * 3
 
 
 @pytest.mark.parametrize(
@@ -143,12 +126,11 @@ def test_hyperrule_learning_rate(examples, factors):
 )
 def test_order_and_precision_of_finetuning(name, recipe, images, shots, balanced, expected):
     """As the study's code: sets below its micro-batch with replacement, and no autocast."""
-    train_set = SimpleNamespace(size=None)
-    target = SimpleNamespace(name=name, recipe=recipe, image_size=(200, 200), xray_pipeline=False)
-    target.train_set = train_set
+    about = {"image_size": (200, 200), "xray_pipeline": False, "train_set": Namespace(size=None)}
+    target = Namespace(name=name, recipe=recipe, **about)
     given = dict.fromkeys(("batch_size", "lr", "image_size", "steps", "compile", "save"))
-    args = SimpleNamespace(**given, balanced=balanced, method="finetune", out="")
-    network = SimpleNamespace(model="R14x0.5", steps=None)
+    args = Namespace(**given, balanced=balanced, method="finetune", out="")
+    network = Namespace(model="R14x0.5", steps=None)
     for args.precision, found in (("auto", expected), ("bf16", expected.split()[0] + " bf16")):
         env = Env(0, 1, torch.device("cpu"), "bf16")
         cell = transfer.make_cell(network, target, shots, 0, np.arange(images), args, env)
@@ -158,12 +140,11 @@ def test_order_and_precision_of_finetuning(name, recipe, images, shots, balanced
     assert cell.settings["precision"] == ("tf32" if recipe == "paper" else "bf16")
 
 
-def choose_rule(target, images, image_size=None, steps=None):
-    args = SimpleNamespace(image_size=image_size, steps=steps)
-    return transfer.choose_rule(target, images, args)
-
-
 def test_rule_of_each_kind_of_target(folder, nih_root):
+    def choose_rule(target, images, image_size=None, steps=None):
+        args = Namespace(image_size=image_size, steps=steps)
+        return transfer.choose_rule(target, images, args)
+
     natural = Target("x", *data.load_splits(f"folder:{folder}"), "paper")
     assert choose_rule(natural, 60)[:2] == (160, 128)
     assert choose_rule(natural, 60, 64)[:2] == (80, 64)  # the same ratio, and the same schedule

@@ -1,16 +1,21 @@
 """Which networks are transferred, and how one is fine-tuned on all images of a target."""
 
 import itertools
+import signal
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import refuses
 from grids import QUICK, call, results
+from interruption import at_step, run_forked, send
 
 import fewshot
 import models
 import transfer
+from engine.checkpoint import read_tensors
 from engine.grid import open_networks
 from engine.weights import weights_of
 from readers.transforms import NORMALIZATION
@@ -28,10 +33,6 @@ def test_the_domain_of_foreign_weights_is_that_of_their_source(tmp_path, monkeyp
     state = {"model": models.create_model("R14x0.5", 3).state_dict(), "epoch": 90}
     torch.save(state, path)
     npz.touch()
-    with pytest.raises(ValueError, match="--model and --source"):
-        open_weights(path)
-    with pytest.raises(ValueError, match="another network"):
-        open_weights(path, model="R26x1", source="imagenet1k")
     monkeypatch.setattr(transfer, "weights_of", lambda path: (state, "0"))
     for domain, names in (("medical", MEDICAL), ("natural", NATURAL)):
         for source in names.split():
@@ -60,22 +61,19 @@ def test_networks_that_are_found(tmp_path, monkeypatch):
     (tmp_path / "runs" / "unfinished").mkdir()
     assert found() == "nih-R26x0.5 pets-R14x0.5 scratch-R14x0.5 scratch-R26x0.5"
     assert found(method="linear") == "nih-R26x0.5 pets-R14x0.5"
-    with pytest.raises(FileNotFoundError, match="unfinished: holds no model.pt; pretrain.py has"):
-        found("runs/unfinished")
-    with pytest.raises(ValueError, match="model.pt is of R14x0.5, not of --model R50x1"):
-        found("runs/pets", model="R50x1")
+    refuses(FileNotFoundError, lambda: found("runs/unfinished"), "unfinished: holds no model.pt;")
+    call = partial(found, "runs/pets", model="R50x1")
+    refuses(ValueError, call, "model.pt is of R14x0.5, not of --model R50x1")
     # Another seed or recipe of pre-training is another run; a name leads nowhere else.
     file, facts = tmp_path / "runs" / "pets" / "model.pt", facts | {"recipe": "paper", "seed": 1}
     torch.save(facts | {"run": "pets-R14x0.5-seed1"}, file)
-    network = transfer.open_network(file, SimpleNamespace(model=None, source=None))
+    network = open_weights(file)
     assert (network.name, network.recipe, network.seed) == ("pets-R14x0.5-seed1", "paper", 1)
-    planted = itertools.product(("run", "source"), ("../x", "/x", "a/../../x"))
-    for key, name in [*planted, ("run", ".."), ("run", ".x"), ("source", "")]:
-        torch.save(facts | {key: name}, file)
-        with pytest.raises(ValueError, match=f"its {key} is|{name}': a dataset's name with /"):
-            found("runs/pets")
-    with pytest.raises(ValueError, match="model.pt: is another file than when it was opened"):
-        weights_of(network.path, network.digest)
+    for name in ("../x", "/x", "a/../../x"):
+        torch.save(facts | {"source": name}, file)
+        refuses(ValueError, lambda: found("runs/pets"), f"{name}': a dataset's name with /")
+    call = partial(weights_of, network.path, network.digest)
+    refuses(ValueError, call, "model.pt: is another file than when it was opened")
 
 
 @pytest.fixture
@@ -126,3 +124,20 @@ def test_fewshot_on_all_images_is_the_same_run(folder, checkpoint, tmp_path, cap
         assert one[name][key] == other[name][key]
     call(fewshot, *words, tmp_path / "a", "--shots", "full")
     assert "2 cells, 2 finished already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+def test_full_shot_transfer_continues(ranks, checkpoint, folder, tmp_path):
+    argv = ("transfer.py", "--checkpoint", checkpoint, "--target", f"folder:{folder}", *QUICK)
+    argv += ("--image-size", 16, "--batch-size", 8, "--steps", 40, "--log-every", 5, "--out")
+    run_forked(transfer.main, (*argv, tmp_path / "a"), tmp_path, ranks=ranks)
+    argv, stop = (*argv, tmp_path / "b"), at_step(20, send(signal.SIGTERM), ranks - 1)
+    run_forked(transfer.main, argv, tmp_path, 75, stop, ranks)
+    (path,) = (tmp_path / "b").glob("*/*/*")
+    assert 20 <= read_tensors(path)["step"] <= 21
+    ((said, _), *_) = run_forked(transfer.main, argv, tmp_path, ranks=ranks)
+    assert "step 20/40" not in said and "step 25/40" in said
+    (a,), (b,) = (results(tmp_path / name).values() for name in "ab")
+    assert a["metrics"] == b["metrics"] and a["shots"] is None and a["kind"] == "transfer"
+    assert a["metrics"]["accuracy"] > 0.6  # chance is a third
+    assert [path.name for path in (tmp_path / "b").glob("*/*/*")] == ["full-seed0.json"]

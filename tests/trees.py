@@ -69,36 +69,6 @@ NIH_ROWS = (
     "00000003_000.png,Pleural_Thickening|Atelectasis|Pneumothorax,0,3,PA",
     "00000004_000.png,Mass,0,4,PA",
 )
-
-
-class Chests:
-    """NIH ChestX-ray14 as a user may have it."""
-
-    def __init__(self, root, rng):
-        self.root, self.folder = root, root / "NIH-ChestXRay-14"
-        self.table = self.folder / "Data_Entry_2017_v2020.csv"
-        self.train, self.test = self.folder / "train_val_list.txt", self.folder / "test_list.txt"
-        self.pixels = {
-            "00000001_000.png": noise(rng, 9, 8),
-            "00000001_001.png": noise(rng, 9, 8, dtype=np.uint16),
-            "00000002_000.png": noise(rng, 9, 8),
-            "00000003_000.png": noise(rng, 9, 8, 4),
-        }
-        for name in self.pixels:
-            save(self.folder / "images" / name, self.pixels[name])
-        self.write_table(NIH_HEADER, *NIH_ROWS)
-        # Not in the order of the table, Windows line ends, blank lines, a byte order mark.
-        listed = "\ufeff00000003_000.png\r\n00000001_000.png\r\n\r\n00000001_001.png"
-        self.train.write_bytes(listed.encode())
-        self.test.write_text("00000002_000.png\n")
-
-    def write_table(self, *rows):
-        self.table.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(rows).encode() + b"\r\n\r\n")
-
-    def load(self, split="train", **options):
-        return load_dataset("nih", self.root, split, **options)
-
-
 # The header of 2017 has a comma after its last name, and so has each row.
 NIH_HEADER_2017 = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
@@ -215,6 +185,33 @@ class Trees:
 
     def load(self, name, split="train", **options):
         return load_dataset(name, self.root, split, **options)
+
+
+class Chests(Trees):
+    """NIH ChestX-ray14 as a user may have it."""
+
+    def __init__(self, root):
+        super().__init__(root)
+        self.train, self.test = self.nih / "train_val_list.txt", self.nih / "test_list.txt"
+        self.folder, self.table = self.nih, self.tables["nih"]
+        self.pixels = {
+            "00000001_000.png": self.noise(9, 8),
+            "00000001_001.png": self.noise(9, 8, dtype=np.uint16),
+            "00000002_000.png": self.noise(9, 8),
+            "00000003_000.png": self.noise(9, 8, 4),
+        }
+        for name, pixels in self.pixels.items():
+            save(self.nih / "images" / name, pixels)
+        self.write_table(NIH_HEADER, *NIH_ROWS)
+        # Not in the order of the table, Windows line ends, blank lines, a byte order mark.
+        write(self.train, "\ufeff00000003_000.png\r\n00000001_000.png\r\n\r\n00000001_001.png")
+        write(self.test, "00000002_000.png\n")
+
+    def write_table(self, *rows):
+        write(self.table, "\r\n".join(["\ufeff" + rows[0], *rows[1:], "", ""]))
+
+    def load(self, split="train", **options):
+        return super().load("nih", split, **options)
 
 
 def write_photos(root, rng):

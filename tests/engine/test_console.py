@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from unittest.mock import Mock
@@ -15,10 +14,7 @@ import pytest
 from conftest import refuses
 from interruption import HANG
 
-from engine import console, options
-from engine.processes import run_script
-
-PRECISIONS = "did you mean bf16? (auto, fp32, tf32, bf16)"
+from engine import console
 
 
 def test_a_crash_or_nan_leaves_the_old_file(tmp_path):
@@ -150,30 +146,3 @@ def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, capsys):
     said = f"{tmp_path}/a/run: cannot be locked (No locks available); start no second process\n"
     assert capsys.readouterr().err == said
     assert not list(tmp_path.iterdir())  # nothing was written
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    (
-        ("--bach-size=4", "unknown option --bach-size; did you mean --batch-size?"),
-        ("--batch 4", "unknown option --batch; did you mean --batch-size?"),
-        ("--batch-size 0", "argument --batch-size: 0 is not from 1 to 1048576"),
-        ("--lr nan", "argument --lr: nan is not from 1e-12 to 1000000000"),
-        ("--batch-size x", "argument --batch-size: invalid int value: 'x'"),
-        ("--precision fp16", f"argument --precision: unknown 'fp16', {PRECISIONS}"),
-        ("", "no such column"),
-    ),
-)
-def test_a_wrong_option_or_input_is_one_line_and_status_2(arguments, message, monkeypatch, capsys):
-    def main():
-        options.parse("A script.", "--epochs")
-        raise ValueError("no such\ncolumn")
-
-    monkeypatch.delenv("TRACEBACK", raising=False)
-    monkeypatch.setattr(sys, "argv", ["script.py", *arguments.split()])
-    with pytest.raises(SystemExit) as caught:
-        run_script(main)
-    assert (caught.value.code, *capsys.readouterr()) == (2, "", f"error: {message}\n")
-    monkeypatch.setenv("TRACEBACK", "1")
-    with pytest.raises(ValueError):
-        run_script(main)

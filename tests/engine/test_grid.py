@@ -180,13 +180,6 @@ def test_no_result_is_replaced_by_one_of_another_config(tmp_path):
     assert [path.name for path in one.path.parent.iterdir()] == [one.path.name]
 
 
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
-    out = tmp_path / "file" / "x"
-    out.parent.touch()
-    said = "--out: ", "seed0.json cannot be written (Not a directory"
-    refuses(OSError, lambda: unfinished([make_cell(0, out=out)], out, ALONE), *said)
-
-
 def test_the_estimate_fills_the_processes_longest_first(capsys, monkeypatch):
     """Jobs of 5, 4 and 2 steps on two processes: the third joins the first that is free."""
     monkeypatch.setattr(module, "flops_per_second", lambda *args: 1.0)

@@ -12,7 +12,6 @@ from PIL import Image
 from torchvision.transforms import v2
 from trees import Trees, write_photos
 
-import data
 from readers import inspect
 from readers.xrays import NIH_CLASSES
 
@@ -144,16 +143,3 @@ def test_check_shortens_a_long_list(photos, tmp_path):
     out = run_data("check", f"folder:{photos}", "--report", report, status=1)
     assert len(out.splitlines()) == 22 and "10 more; --report" in out
     assert len(json.loads(report.read_text())["broken"]) == 30
-
-
-@pytest.mark.parametrize(
-    "work, path", [("info", "file/r.png"), ("info", "r.jpg"), ("check", "photos")]
-)
-def test_outcomes_that_cannot_be_written(photos, tmp_path, capsys, work, path):
-    """Are refused before the hours of work, not after."""
-    (tmp_path / "file").touch()
-    sets = dict(zip(data.SPLITS, data.load_splits(f"folder:{photos}")))
-    error = ValueError if path == "r.jpg" else OSError
-    with pytest.raises(error, match=f"--(sheet|report):? .*{path}"):
-        getattr(inspect, work)("photos", sets, tmp_path / path)
-    assert capsys.readouterr().out == ""

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from conftest import refuses
-from packing import NIH, Xrays, contents, error_line, pack, run_data, says, start, wait
+from interruption import wait
+from packing import NIH, Xrays, contents, error_line, pack, run_data, says, start
 
 import data
 from data import load_dataset

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import refuses
-from packing import Xrays, contents, pack, run_data, says, write_chexpert
+from packing import Xrays, contents, pack, says, write_chexpert
 from PIL import Image
 from torchvision.transforms import v2
 from trees import Trees, load_folder, noise, save, write_photos
@@ -191,24 +191,6 @@ def test_pack_made_anew_in_the_same_process(photos):
     packed = load_dataset(f"{name}@20")
     assert packed.labels.tolist() == [0, 0, 0, 1, 1, 1] and packed.classes == ("dog", "newt")
     assert packed.read(0).shape == (3, 36, 20)
-
-
-@pytest.mark.parametrize(
-    "args, words",
-    [
-        (["nih", "--size", "0"], ["--size", "0"]),
-        (["nih"], ["--size"]),
-        (["nih", "--size", "16", "--codec", "jpeg", "--quality", "101"], ["--quality", "100"]),
-        (["nih@16", "--size", "8"], ["nih@16", "nothing to pack"]),
-        (["nih+chexpert", "--size", "8"], ["nih+chexpert", "one by one"]),
-        (["synthetic-xray~0.4", "--size", "8"], ["synthetic-xray~0.4", "nothing to pack"]),
-        (["nih", "--size", "8", "--split-by", "image"], ["--split-by", "nih"]),
-        (["nih", "--size", "8", "--out", "/dev/null"], ["/dev/null"]),
-    ],
-)
-def test_bad_arguments(xrays, args, words):
-    assert says(run_data("pack", *args, "--data-dir", xrays.root, status=2), *words)
-    assert [path.name for path in xrays.root.iterdir()] == ["NIH-ChestXRay-14"]
 
 
 def test_broken_images_stop_packing(photos):
