@@ -38,7 +38,7 @@ def join(name, members, labels):
         dropped |= {f"{member.name}: {why}": count for why, count in member.dropped.items()}
     return ImageDataset(
         name,
-        Joined([m.reader for m in members], np.cumsum([0, *map(len, members[:-1])])),
+        Joined([m.reader for m in members], np.cumsum([0, *map(len, members[:-1])]).tolist()),
         np.concatenate(tables),
         classes,
         "multilabel",
