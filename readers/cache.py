@@ -98,7 +98,7 @@ def decode_once(dataset, pipeline, env, folder=None):
             dist.barrier()  # all have mapped them
         if file:
             file.close()
-    reader = Joined(readers, starts[:-1])
+    reader = Joined(readers, starts[:-1].tolist())
     return dataset.replace(reader=reader), pipeline._replace(prepare=keep)
 
 

@@ -3,6 +3,7 @@
 Images are uint8 tensors (C,H,W) until they are on the device, where they are normalised.
 """
 
+import bisect
 import dataclasses
 import functools
 import io
@@ -95,7 +96,7 @@ class ImageDataset(torch.utils.data.Dataset):
     def subset(self, indices):
         """The same dataset with only these images: (M,) int, in this order, or (N,) bool."""
         indices = np.arange(len(self))[indices]
-        reader = Joined([self.reader], np.zeros(1, np.int64), indices)
+        reader = Joined([self.reader], [0], indices)
         groups = None if self.groups is None else self.groups[indices]
         return self.replace(reader=reader, labels=self.labels[indices], groups=groups)
 
@@ -209,17 +210,17 @@ class Members(NamedTuple):
 class Joined(NamedTuple):
     """The images of several readers one after the other, or some of them.
 
-    starts (R,): of each reader its first index. chosen (M,): indices; None: all.
+    starts: of each reader its first index. chosen (M,): indices; None: all.
     """
 
     readers: list
-    starts: np.ndarray
+    starts: list
     chosen: np.ndarray | None = None
 
     def find(self, i):
         """The reader that has image i, and its index there."""
         i = i if self.chosen is None else self.chosen[i]
-        r = np.searchsorted(self.starts, i, side="right") - 1
+        r = bisect.bisect(self.starts, i) - 1
         return self.readers[r], i - self.starts[r]
 
     def __call__(self, i, size=None):

@@ -32,7 +32,7 @@ def join(name, members, labels):
         tables.append(with_nan[:, [places.get(label, -1) for label in classes]])
         options |= {member.name: member.options} if member.options else {}
         dropped |= {f"{member.name}: {why}": count for why, count in member.dropped.items()}
-    starts = np.cumsum([0, *map(len, members[:-1])])
+    starts = np.cumsum([0, *map(len, members[:-1])]).tolist()
     reader = Joined([member.reader for member in members], starts)
     labels, groups = np.concatenate(tables), np.concatenate([member.groups for member in members])
     about = {"groups": groups, "options": options, "dropped": dropped}

@@ -220,9 +220,9 @@ def test_a_gpu_has_images_read_ahead(cores, processes, expected, monkeypatch):
     array = Array("memory", np.zeros((1, 2, 2, 3), np.uint8))
     for reader, count in (
         (files, expected),
-        (Joined([Joined([files, files], np.arange(2))], np.zeros(1, int), np.arange(1)), expected),
-        (Joined([pixels], np.zeros(1, int), np.arange(1)), 0),
-        (Joined([array, pixels], np.arange(2)), 0),
+        (Joined([Joined([files, files], [0, 1])], [0], np.arange(1)), expected),
+        (Joined([pixels], [0], np.arange(1)), 0),
+        (Joined([array, pixels], [0, 1]), 0),
     ):
         dataset = ImageDataset("x", reader, np.zeros(1, np.int64), "a", "multiclass", "natural")
         for device, wanted in ((CUDA, count), (CPU.device, 0)):
