@@ -44,10 +44,8 @@ def start(main, argv, home, patch=None, rank=0, ranks=1, port=0):
     status = 1
     try:
         os.setsid()
-        for number, end in ((1, "out"), (2, "err")):
-            file = os.open(home / f"rank{rank}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(file, number)
-        sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
+        sys.stdout, sys.stderr = (open(home / f"rank{rank}.{e}", "w", 1) for e in ("out", "err"))
+        os.dup2(sys.stdout.fileno(), 1), os.dup2(sys.stderr.fileno(), 2)
         faulthandler.dump_traceback_later(HANG, exit=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         tqdm.set_lock(threading.RLock())  # the parent's is one for all, and one may die with it
@@ -168,11 +166,11 @@ class Training:
         path.write_text(DRIVER.format(paths=[str(ROOT), str(ROOT / "tests")], patch=patch))
         return [str(path), *self.argv[1:]]
 
-    def torchrun(self, patch, restarts=0, status=0):
+    def torchrun(self, patch, restarts=0, status=0, before=None):
         """On two ranks of torchrun, with a patch as of `driver`; returns its output."""
         launch = ["torchrun", "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}"]
         argv = [*launch, *self.driver(patch)]
-        return "".join(*run_forked(torch.distributed.run.main, argv, self.home, status))
+        return "".join(*run_forked(torch.distributed.run.main, argv, self.home, status, before))
 
     def paths(self, name):
         """[path of this file that it left], or [] while there is none."""

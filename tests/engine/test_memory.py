@@ -44,8 +44,7 @@ class Hungry(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    "free, processes, largest",
-    ((0, 1, 1), (480, 1, 1), (960, 1, 2), (2**20, 1, 4), (3840, 4, 2)),
+    "free, processes, largest", ((0, 1, 1), (480, 1, 1), (960, 1, 2), (2**20, 1, 4), (3840, 4, 2))
 )
 def test_less_memory_makes_smaller_batches(free, processes, largest, monkeypatch):
     """256 and 512 MiB are within four fifths of 480 and 960, and twice as much is not.
