@@ -134,6 +134,15 @@ def time_passes():
     processes.time = SimpleNamespace(monotonic=lambda: real() + 3600)
 
 
+def hears(monkeypatch, theirs):
+    """Of two processes the other one, here not there, sends this when they gather."""
+
+    def gather(found, mine):
+        found[:] = mine, theirs
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+
+
 STEPS, BATCH, IMAGES = 23, 8, 60
 EPOCHS = (8, 15, 23)  # the steps after which they end, two of them within a batch
 OPTIONS = ("--batch-size", BATCH, "--epochs", 3, "--image-size", 16, "--lr", 0.05)

@@ -12,9 +12,8 @@ from functools import partial
 import interruption
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import refuses
-from interruption import SAVE_EACH_STEP, STEPS, Training, at_step, die, send
+from interruption import SAVE_EACH_STEP, STEPS, Training, at_step, die, hears, send
 
 import data
 import pretrain
@@ -270,7 +269,7 @@ def test_a_broken_image_reached_late(folder, tmp_path):
 def test_summary(ranks, monkeypatch):
     """A training step counts as three forward passes, and every rank has a device."""
     monkeypatch.setattr(checkpoint, "peak_flops", lambda device, precision: 1e6)
-    monkeypatch.setattr(dist, "all_gather_object", lambda steps, step: steps.pop())
+    hears(monkeypatch, 0)
     env = processes.Env(0, ranks, torch.device("cpu"), "fp32")
     model = torch.nn.Linear(1, 1)
     run = checkpoint.Run(None, model, torch.optim.AdamW(model.parameters()), {}, env)
@@ -282,10 +281,7 @@ def test_summary(ranks, monkeypatch):
 
 
 def test_ranks_that_see_different_checkpoints_are_refused(monkeypatch):
-    def all_gather_object(steps, step):
-        steps[:] = step, 8
-
-    monkeypatch.setattr(dist, "all_gather_object", all_gather_object)
+    hears(monkeypatch, 8)
     env = processes.Env(0, 2, torch.device("cpu"), "fp32")
     run = partial(checkpoint.Run, None, torch.nn.Linear(1, 1), None, {}, env)
     refuses(ValueError, run, "continue after steps [0, 8]: share --out")

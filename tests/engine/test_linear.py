@@ -180,13 +180,6 @@ def test_strength_is_the_best_of_the_held_out(rng, task, images, width):
     assert same == chosen and other.shape == (len(features) - 3, classes)
 
 
-def test_one_shot_takes_the_default(rng):
-    features, labels = blobs(rng, [1] * 4, 50)
-    _, chosen = linear.linear(features, labels, features, 4)
-    assert chosen["l2"] == linear.ONE_SHOT_STRENGTH == 0.01
-    assert chosen["folds"] == 0 and chosen["held_out"] is None
-
-
 def test_shift_scale_and_order_change_nothing(rng):
     features, labels = blobs(rng, [20, 25, 15], 40)
     test = blobs(rng, [50], 40)[0]
@@ -206,6 +199,10 @@ def test_shift_scale_and_order_change_nothing(rng):
 
 
 def test_odd_features(rng):
+    features, labels = blobs(rng, [1] * 4, 50)
+    _, chosen = linear.linear(features, labels, features, 4)
+    assert chosen["l2"] == linear.ONE_SHOT_STRENGTH == 0.01
+    assert chosen["folds"] == 0 and chosen["held_out"] is None
     features, labels = blobs(rng, [3, 3], 10)
     equal = torch.ones_like(features)
     nearest = linear.nearest_mean(equal, labels, equal, 2)
