@@ -66,6 +66,15 @@ def scipy_frechet(x):
     return np.sum(x.mean(0) ** 2) + spread
 
 
+def test_frechet_is_the_closed_form_of_gaussians():
+    x = normal(3, 50, 4)
+    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T  # exact moments
+    assert distance.frechet(x) == pytest.approx(0, abs=1e-12)
+    mean, deviation = torch.tensor([1.0, -2.0, 0.0, 0.5]), torch.tensor([0.5, 1.0, 3.0, 0.0])
+    expected = 5.25 + 0.25 + 0 + 4 + 1  # |m|^2 + sum (s - 1)^2
+    assert distance.frechet(x * deviation + mean) == pytest.approx(expected, rel=1e-9)
+
+
 def double_loop_energy(x, y):
     def mean(pairs):
         return np.mean([math.dist(a, b) for a, b in pairs])
