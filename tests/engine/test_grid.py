@@ -148,12 +148,15 @@ def test_finished_cells_are_left_out_and_others_refused_by_name(tmp_path, monkey
     assert seeds(todo) == [0, 2] and results == {str(cells[1].path): 0.5}
     hears(monkeypatch, [str(cells[0].path)])
     more_steps = make_cell(1, steps=3, out=tmp_path)
-    for refused, env, *said in (
-        (cells, FIRST, f"--out {tmp_path}: the processes find ", "share"),
-        ([more_steps], ALONE, "1shot-seed1.json was made with steps = 2, not 3"),
-        ([cells[1], more_steps], ALONE, "would write ", "1shot-seed1.json; run them apart"),
+    (tmp_path / "file").touch()
+    nowhere = make_cell(out=tmp_path / "file" / "x")
+    for error, refused, env, *said in (
+        (ValueError, cells, FIRST, f"--out {tmp_path}: the processes find ", "share"),
+        (ValueError, [more_steps], ALONE, "1shot-seed1.json was made with steps = 2, not 3"),
+        (ValueError, [cells[1], more_steps], ALONE, "would write ", "seed1.json; run them apart"),
+        (OSError, [nowhere], ALONE, "--out: ", "seed0.json cannot be written (Not a directory"),
     ):
-        refuses(ValueError, partial(unfinished, refused, tmp_path, env), *said)
+        refuses(error, partial(unfinished, refused, tmp_path, env), *said)
 
 
 def test_no_result_is_replaced_by_one_of_another_config(tmp_path):
@@ -166,13 +169,6 @@ def test_no_result_is_replaced_by_one_of_another_config(tmp_path):
     module.write_result(one, {"accuracy": 0.5}, {}, 0, ALONE)
     assert one.path == other.path and one.path.read_bytes() == content
     assert [path.name for path in one.path.parent.iterdir()] == [one.path.name]
-
-
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
-    out = tmp_path / "file" / "x"
-    out.parent.touch()
-    said = "--out: ", "seed0.json cannot be written (Not a directory"
-    refuses(OSError, lambda: unfinished([make_cell(0, out=out)], out, ALONE), *said)
 
 
 def test_the_estimate_fills_the_processes_longest_first(capsys, monkeypatch):
