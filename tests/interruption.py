@@ -29,6 +29,7 @@ from readers import workers
 
 ROOT = Path(__file__).parent.parent
 strict = functools.partial(json.loads, parse_constant=pytest.fail)  # refuses NaN
+CPU = processes.Env(0, 1, torch.device("cpu"), "fp32")
 HANG = 900  # seconds after which a process ends itself and says where it is; only a hang takes them
 
 

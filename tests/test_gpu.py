@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import env, refuses
 from grids import call
+from interruption import CPU
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
@@ -23,7 +24,6 @@ from readers import workers
 from readers.images import Array, Decoded, Files, ImageDataset, Joined, Subset
 from readers.transforms import Pipeline, keep
 
-CPU = processes.Env(0, 1, torch.device("cpu"), "fp32")
 CUDA = torch.device("cuda", 0)
 
 

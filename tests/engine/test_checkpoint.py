@@ -13,11 +13,11 @@ import interruption
 import pytest
 import torch
 from conftest import refuses
-from interruption import SAVE_EACH_STEP, STEPS, Training, at_step, die, hears, send
+from interruption import CPU, SAVE_EACH_STEP, STEPS, Training, at_step, die, hears, send
 
 import data
 import pretrain
-from engine import checkpoint, processes
+from engine import checkpoint
 from engine.console import write_json
 from readers import digest
 
@@ -270,8 +270,7 @@ def test_summary(ranks, monkeypatch):
     """A training step counts as three forward passes, and every rank has a device."""
     monkeypatch.setattr(checkpoint, "peak_flops", lambda device, precision: 1e6)
     hears(monkeypatch, 0)
-    env = processes.Env(0, ranks, torch.device("cpu"), "fp32")
-    model = torch.nn.Linear(1, 1)
+    model, env = torch.nn.Linear(1, 1), CPU._replace(ranks=ranks)
     run = checkpoint.Run(None, model, torch.optim.AdamW(model.parameters()), {}, env)
     run.step, run.seconds = 30, 4.0
     expected = {"optimizer": "AdamW", "images": 70, "steps": 30, "seconds": 4.0}
@@ -282,8 +281,8 @@ def test_summary(ranks, monkeypatch):
 
 def test_ranks_that_see_different_checkpoints_are_refused(monkeypatch):
     hears(monkeypatch, 8)
-    env = processes.Env(0, 2, torch.device("cpu"), "fp32")
-    run = partial(checkpoint.Run, None, torch.nn.Linear(1, 1), None, {}, env)
+    model, env = torch.nn.Linear(1, 1), CPU._replace(ranks=2)
+    run = partial(checkpoint.Run, None, model, None, {}, env)
     refuses(ValueError, run, "continue after steps [0, 8]: share --out")
 
 

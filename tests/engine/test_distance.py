@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import refuses
+from interruption import CPU
 from scipy.linalg import sqrtm
 
 import data
@@ -15,10 +16,8 @@ import models
 import pretrain
 from engine import distance
 from engine.distance import DIMENSIONS, SAMPLE, compare, project, projection, sample
-from engine.processes import Env
 from readers.transforms import NORMALIZATION
 
-ENV = Env(0, 1, torch.device("cpu"), "fp32")
 MEASURES = ("frechet_relative", "energy")
 
 
@@ -172,7 +171,7 @@ def test_the_sample_is_the_networks_features():
     torch.manual_seed(0)
     model, (mean, std) = models.create_model("R14x0.5", 36), NORMALIZATION["natural"]
     train_set = data.load_dataset("synthetic-natural", size=16, fraction=0.1, fraction_seed=3)
-    found = pretrain.sample_features(model, train_set, 16, (mean, std), 0, ENV)
+    found = pretrain.sample_features(model, train_set, 16, (mean, std), 0, CPU)
     assert found.shape == (SAMPLE, DIMENSIONS)
     pixels = torch.stack([train_set.read(i) for i in sample(800)[[0, 300, 511]]]) / 255
     inputs = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)

@@ -9,15 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import refuses
+from interruption import CPU as ALONE
 from interruption import hears
 
 from engine import grid as module
 from engine.console import write_json
 from engine.grid import Cell, Grid, Network, operations, report, unfinished
 from engine.metrics import Diverged
-from engine.processes import Env, Stopped
+from engine.processes import Stopped
 
-ALONE = Env(0, 1, torch.device("cpu"), "fp32")
 FIRST, SECOND = (ALONE._replace(rank=rank, ranks=2) for rank in (0, 1))
 FLOPS = 10  # of an image
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.run
 from conftest import env, refuses
-from interruption import SAVE_EACH_STEP, STEPS, Training, at_step, send, undisturbed
+from interruption import CPU, SAVE_EACH_STEP, STEPS, Training, at_step, send, undisturbed
 
 from engine import processes
 
@@ -181,9 +181,6 @@ def test_a_node_dies_and_another_takes_its_place(folder, tmp_path):
     assert continued and all(0 < step < STEPS for step in continued), said
     # Two numbers have one sum: it does not matter which node came to be which rank.
     training.assert_same(undisturbed(folder, 2))
-
-
-CPU = processes.Env(0, 1, torch.device("cpu"), "fp32")
 
 
 @pytest.mark.parametrize("size, precision", ((8, "fp32"), (16, "fp32"), (17, "bf16")))
