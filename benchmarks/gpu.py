@@ -62,10 +62,9 @@ def gpu(args, env):
     few-shot cells.
     """
     small = env.device.type == "cpu"
-    proofs = (agreement, accumulated, resumed, synchronising, layouts, launches)
-    proofs += (out_of_memory, compiled)
+    proofs = agreement, repeated, layouts, launches, out_of_memory, compiled
     # (name, what yields its arms, its share of the time)
-    parts = [(proof.__name__, proof(env, small), 2) for proof in proofs]
+    parts = [(proof.__name__, proof(env, small), 3) for proof in proofs]
     lines = [line.split(maxsplit=4) for line in SPEEDS.strip().splitlines()]
     for name, *numbers, listed in lines[-1:] if small else lines[:-1]:
         for arm in map(str.strip, listed.split("|")):
@@ -101,13 +100,17 @@ def late(*_):
     raise TimeoutError("its share of --minutes is over")
 
 
-def trained(env, count, accumulate=1, start=None, skip=0):
-    """(network, optimiser) after `count` steps of the loop, from `start`."""
-    model, optimizer = start or our_network(env)
-    loop = steps(model, optimizer, env, accumulate, skip)
-    for _ in range(count):
-        next(loop)
-    return model, optimizer
+def trained(env, count, accumulate=1, stop=0):
+    """Network after `count` steps of the loop; stop: after so many it goes on from a checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        for end in filter(None, (stop, count)):
+            run = Run(Path(folder, "checkpoint.pt"), *our_network(env), {}, env)
+            loop = steps(run.model, run.optimizer, env, accumulate, run.step)
+            for _ in range(end - run.step):
+                next(loop)
+                run.step += 1
+            run.save()
+    return run.model
 
 
 def steps(model, optimizer, env, accumulate=1, skip=0):
@@ -115,8 +118,7 @@ def steps(model, optimizer, env, accumulate=1, skip=0):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (8, 16, 3, 32, 32), generator=generator).byte()
     labels = torch.randint(10, (8, 16), generator=generator)
-    stream = itertools.cycle([(x, y, 16) for x, y in zip(images, labels)])
-    stream = itertools.islice(stream, skip, None)
+    stream = itertools.islice(itertools.cycle(zip(images, labels, [16] * 8)), skip, None)
     return training_loop(parallel(model, env), optimizer, stream, 16, env, accumulate)
 
 
@@ -135,48 +137,45 @@ def agreement(env, small):
     adds up in another order.
     """
     cpu = env._replace(device=torch.device("cpu"), precision="fp32")
-    expected = trained(cpu, 20)[0]
-    rounded = difference(expected, trained(cpu._replace(precision="bf16"), 20)[0])
+    expected = trained(cpu, 20)
+    rounded = difference(expected, trained(cpu._replace(precision="bf16"), 20))
     yield Arm("agreement", "bf16 on the CPU", rounded, "of a logit")
     for precision, most in (("fp32", 1e-4), ("tf32", 2e-2), ("bf16", 2 * rounded)):
         if not (small and precision == "tf32"):
-            model = trained(env.computing(precision), 20)[0]
+            model = trained(env.computing(precision), 20)
             yield Arm("agreement", precision, difference(expected, model), "of a logit", most)
     env.computing(env.precision)
 
 
-def accumulated(env, small):
+def repeated(env, small):
+    """Six steps at once beside six in four parts, and three, a checkpoint, three."""
     exact = env._replace(precision="fp32")
-    found = difference(trained(exact, 5)[0], trained(exact, 5, accumulate=4)[0])
+    plain = trained(exact, 6)
+    found = difference(plain, trained(exact, 6, accumulate=4))
     yield Arm("accumulate", "4 parts", found, "of a logit", 1e-4)
+    found, most = difference(plain, trained(exact, 6, stop=3)), 0.0 if small else 1e-4
+    yield Arm("resume", "after 3 steps", found, "of a logit", most)
 
 
-def resumed(env, small):
-    """Six steps at once, and three, a checkpoint, three."""
-    exact = env._replace(precision="fp32")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "checkpoint.pt")
-        run = Run(path, *trained(exact, 3), {}, exact)
-        run.step = 3
-        run.save()
-        again = Run(path, *our_network(exact), {}, exact)
-        model, _ = trained(exact, 3, start=(again.model, again.optimizer), skip=3)
-    found = difference(trained(exact, 6)[0], model)
-    yield Arm("resume", "after 3 steps", found, "of a logit", 0.0 if small else 1e-4)
-
-
-def synchronising(env, small):
-    """CUDA's own check of 20 steps: an error where the host waits for the device."""
-    loop = steps(*our_network(env), env)
-    next(loop), next(loop)
+def launches(env, small):
+    """Kernels of a training step: the device's launches, or a CPU's profiled calls; and CUDA's own
+    check of 20 steps: an error where the host waits for the device.
+    """
+    kind = torch.profiler.ProfilerActivity.CPU if small else torch.profiler.ProfilerActivity.CUDA
+    for name in ("R14x0.5",) if small else ("R152x4", "R50x1", "R14x0.5"):
+        loop = steps(*our_network(env, name), env)
+        next(loop), next(loop)
+        with torch.profiler.profile(activities=[kind]) as profile:
+            seconds(loop, 1, env.device)
+        count = sum(small or "LaunchKernel" in event.name for event in profile.events())
+        yield Arm("launches", name, count, "a step")
+    check = torch.cuda.set_sync_debug_mode if not small else lambda mode: None
     try:
-        if not small:
-            torch.cuda.set_sync_debug_mode("error")
+        check("error")
         for _ in range(20):
             next(loop)
     finally:
-        if not small:
-            torch.cuda.set_sync_debug_mode("default")
+        check("default")
     yield Arm("synchronise", "CUDA's own check", 0, "calls", 0)
 
 
@@ -211,18 +210,6 @@ def layouts(env, small):
     with env.autocast():
         model(torch.zeros(2, 3, 64, 64, device=env.device))
     yield Arm("layout", "kernel and input differ", sum(mixed), f"of {len(mixed)} convolutions")
-
-
-def launches(env, small):
-    """Kernels of a training step: the device's launches, or a CPU's profiled calls."""
-    kind = torch.profiler.ProfilerActivity.CPU if small else torch.profiler.ProfilerActivity.CUDA
-    for name in ("R14x0.5",) if small else ("R50x1", "R152x4"):
-        loop = steps(*our_network(env, name), env)
-        next(loop), next(loop)
-        with torch.profiler.profile(activities=[kind]) as profile:
-            seconds(loop, 1, env.device)
-        count = sum(small or "LaunchKernel" in event.name for event in profile.events())
-        yield Arm("launches", name, count, "a step")
 
 
 def out_of_memory(env, small):

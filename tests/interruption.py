@@ -29,6 +29,7 @@ from readers import workers
 
 ROOT = Path(__file__).parent.parent
 strict = functools.partial(json.loads, parse_constant=pytest.fail)  # refuses NaN
+CPU = processes.Env(0, 1, torch.device("cpu"), "fp32")
 HANG = 900  # seconds after which a process ends itself and says where it is; only a hang takes them
 
 
@@ -44,10 +45,8 @@ def start(main, argv, home, patch=None, rank=0, ranks=1, port=0):
     status = 1
     try:
         os.setsid()
-        for number, end in ((1, "out"), (2, "err")):
-            file = os.open(home / f"rank{rank}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(file, number)
-        sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
+        sys.stdout, sys.stderr = (open(home / f"rank{rank}.{e}", "w", 1) for e in ("out", "err"))
+        os.dup2(sys.stdout.fileno(), 1), os.dup2(sys.stderr.fileno(), 2)
         faulthandler.dump_traceback_later(HANG, exit=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         tqdm.set_lock(threading.RLock())  # the parent's is one for all, and one may die with it
@@ -136,6 +135,15 @@ def time_passes():
     processes.time = SimpleNamespace(monotonic=lambda: real() + 3600)
 
 
+def hears(monkeypatch, theirs):
+    """Of two processes the other one, here not there, sends this when they gather."""
+
+    def gather(found, mine):
+        found[:] = mine, theirs
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+
+
 STEPS, BATCH, IMAGES = 23, 8, 60
 EPOCHS = (8, 15, 23)  # the steps after which they end, two of them within a batch
 OPTIONS = ("--batch-size", BATCH, "--epochs", 3, "--image-size", 16, "--lr", 0.05)
@@ -168,11 +176,11 @@ class Training:
         path.write_text(DRIVER.format(paths=[str(ROOT), str(ROOT / "tests")], patch=patch))
         return [str(path), *self.argv[1:]]
 
-    def torchrun(self, patch, restarts=0, status=0):
+    def torchrun(self, patch, restarts=0, status=0, before=None):
         """On two ranks of torchrun, with a patch as of `driver`; returns its output."""
         launch = ["torchrun", "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}"]
         argv = [*launch, *self.driver(patch)]
-        return "".join(*run_forked(torch.distributed.run.main, argv, self.home, status))
+        return "".join(*run_forked(torch.distributed.run.main, argv, self.home, status, before))
 
     def paths(self, name):
         """[path of this file that it left], or [] while there is none."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import env, refuses
 from grids import call
+from interruption import CPU
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
@@ -21,7 +22,6 @@ from engine.optimizer import SGD_AGC
 from readers import workers
 from readers.images import Array, Decoded, Files, ImageDataset, Joined
 
-CPU = processes.Env(0, 1, torch.device("cpu"), "fp32")
 CUDA = torch.device("cuda", 0)
 
 

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 from functools import partial
@@ -13,36 +12,28 @@ from functools import partial
 import interruption
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import refuses
-from interruption import SAVE_EACH_STEP, STEPS, Training, at_step, die, send
+from interruption import CPU, SAVE_EACH_STEP, STEPS, Training, at_step, die, hears, send
 
 import data
 import pretrain
-from engine import checkpoint, processes
+from engine import checkpoint
 from engine.console import write_json
 from readers import digest
 
 
 def killed_at_file(name, count=1):
-    """A patch: dies when such a file is about to be opened, renamed or removed, the count-th time.
+    """Dies when such a file is opened, renamed (from or to) or removed the count-th time."""
+    seen = []
 
-    name: how it ends, or what it is renamed to.
-    """
+    def hook(event, args):
+        named = any(str(arg).endswith(name) for arg in args[:2])
+        if named and event in ("open", "os.rename", "os.remove"):
+            seen.append(event)
+            if len(seen) == count:
+                die()
 
-    def patch():
-        seen = []
-
-        def hook(event, args):
-            names = [str(arg).endswith(name) for arg in args[:2]]
-            if event in ("open", "os.rename", "os.remove") and any(names):
-                seen.append(event)
-                if len(seen) == count:
-                    die()
-
-        sys.addaudithook(hook)
-
-    return patch
+    sys.addaudithook(hook)
 
 
 # Lines of the log after which a SIGKILL comes from outside, or how many events of temporary files
@@ -62,7 +53,7 @@ def test_killed_at_12_moments(folder, tmp_path):
     """One run after the other, each killed and started again until it is through."""
     died, finished, halves = [], 0, 0
     for lines, count in KILLS:
-        patch = killed_at_file(".tmp", count) if count else None
+        patch = partial(killed_at_file, ".tmp", count) if count else None
         status = 0
         while status == 0:
             out = tmp_path / f"out{finished}"
@@ -89,7 +80,7 @@ def test_killed_at_12_moments(folder, tmp_path):
 def test_killed_after_the_last_step(name, folder, tmp_path):
     """The last file's rename is what makes a run finished."""
     training = Training(folder, tmp_path)
-    training.go(-signal.SIGKILL, killed_at_file(f"/{name}"))
+    training.go(-signal.SIGKILL, partial(killed_at_file, f"/{name}"))
     assert training.step == STEPS and not training.paths("result.json")
     training.finish()
 
@@ -163,43 +154,38 @@ def test_finished_without_a_whole_model(damage, folder, tmp_path):
 
 
 def slow_write(events, then=lambda: None):
-    """A patch: the checkpoint of step 8 is written only once step 10 is done.
+    """The checkpoint of step 8 is written only once step 10 is done.
 
     events: file of what happened: step N | begin N | end N.
     """
+    save, done = checkpoint.save_tensors, threading.Event()
 
-    def patch():
-        save, done = checkpoint.save_tensors, threading.Event()
+    def note(*words):
+        with open(events, "a") as file:
+            print(*words, file=file)
 
-        def note(*words):
-            with open(events, "a") as file:
-                print(*words, file=file)
+    def slow(path, state):
+        step = state["step"]
+        note("begin", step)
+        assert step != 8 or done.wait(interruption.HANG)
+        save(path, state)
+        note("end", step)
+        then()
 
-        def slow(path, state):
-            step = state["step"]
-            note("begin", step)
-            assert step != 8 or done.wait(interruption.HANG)
-            save(path, state)
-            note("end", step)
-            then()
-
-        checkpoint.save_tensors = slow
-        at_step(9, lambda: note("step", 9))()
-        at_step(10, lambda: (note("step", 10), done.set()))()
-
-    return patch
+    checkpoint.save_tensors = slow
+    at_step(9, lambda: note("step", 9))()
+    at_step(10, lambda: (note("step", 10), done.set()))()
 
 
 def test_steps_go_on_while_a_checkpoint_is_written(folder, tmp_path):
-    """It holds the step it was asked for, of weights that have changed since. The run is killed
-    right after, and continues from it; the writes come one after the other, and none is left out.
-    """
+    """It holds the step it was asked for; killed right after, the run continues from there. The
+    writes come one after the other, and none is left out."""
     training = Training(folder, tmp_path)
-    training.go(-signal.SIGKILL, slow_write(tmp_path / "killed", then=die))
+    training.go(-signal.SIGKILL, partial(slow_write, tmp_path / "killed", die))
     happened = (tmp_path / "killed").read_text().splitlines()
     assert happened.index("step 9") < happened.index("step 10") < happened.index("end 8")
     assert training.step == 8 and max(training.losses()) >= 9
-    training.go(patch=slow_write(tmp_path / "continued"))
+    training.go(patch=partial(slow_write, tmp_path / "continued"))
     training.assert_same(interruption.undisturbed(folder, 1))
     happened = (tmp_path / "continued").read_text().splitlines()
     writes = [event for event in happened if "step" not in event]
@@ -210,7 +196,7 @@ def test_a_signal_waits_for_the_write_before(folder, tmp_path):
     """The state of the signal's step is written after it, not lost to it."""
 
     def patch():
-        slow_write(tmp_path / "events")()
+        slow_write(tmp_path / "events")
         at_step(10, send(signal.SIGTERM))()
 
     training = Training(folder, tmp_path)
@@ -221,47 +207,24 @@ def test_a_signal_waits_for_the_write_before(folder, tmp_path):
     training.finish()
 
 
-def test_a_failed_write_stops_the_run(folder, tmp_path):
+def test_no_room_for_the_second_checkpoint(folder, tmp_path):
+    """It stops with one line, which names the file, the reason and what to do."""
+
     def patch():
-        save = checkpoint.save_tensors
+        save = torch.save
 
-        def fail(path, state):
-            if state["step"] == 15:
-                raise OSError(f"{path}: the disk is on fire")
-            save(path, state)
+        def on_a_full_disk(state, file):
+            save(state, open("/dev/full", "wb") if state.get("step") == 15 else file)
 
-        checkpoint.save_tensors = fail
+        torch.save = on_a_full_disk
 
     training = Training(folder, tmp_path)
-    ((_, err),) = training.go(2, patch)
-    assert err == f"error: {training.paths('checkpoint.pt')[0]}: the disk is on fire\n"
-    assert training.step == 8 and not training.paths("model.pt")
-    training.finish()
-
-
-@pytest.fixture
-def disk(tmp_path):
-    """A file system of 64 MB; a checkpoint takes 16, beside the one before."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no permission to mount")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
-def test_no_room_for_the_second_checkpoint(folder, tmp_path, disk):
-    """It stops with one line, which names the file, the reason and what to do."""
-    (disk / "filler").write_bytes(bytes(40 << 20))
-    training = Training(folder, tmp_path, out=disk / "out")
     for _ in range(2):  # still full
-        ((out, err),) = training.go(2)
+        ((out, err),) = training.go(2, patch)
         assert err.count("\n") == 1 and err.startswith("error: ") and "wrote" not in out
         for word in ("/checkpoint.pt: ", "the disk is full", "free some space", "the same command"):
             assert word in err
-        assert training.step == 8 and not training.paths(".*")
-    (disk / "filler").unlink()
+        assert training.step == 8 and not training.paths(".*") and not training.paths("model.pt")
     training.finish()
 
 
@@ -306,25 +269,20 @@ def test_a_broken_image_reached_late(folder, tmp_path):
 def test_summary(ranks, monkeypatch):
     """A training step counts as three forward passes, and every rank has a device."""
     monkeypatch.setattr(checkpoint, "peak_flops", lambda device, precision: 1e6)
-    monkeypatch.setattr(dist, "all_gather_object", lambda steps, step: steps.pop())
-    env = processes.Env(0, ranks, torch.device("cpu"), "fp32")
-    model = torch.nn.Linear(1, 1)
+    hears(monkeypatch, 0)
+    model, env = torch.nn.Linear(1, 1), CPU._replace(ranks=ranks)
     run = checkpoint.Run(None, model, torch.optim.AdamW(model.parameters()), {}, env)
     run.step, run.seconds = 30, 4.0
-    assert run.summary(70, 16, 500) == {
-        "optimizer": "AdamW",
-        **{"images": 70, "steps": 30, "seconds": 4.0, "images_per_second": 120.0},
-        **{"flops_per_second": 180_000.0, "peak_share": pytest.approx(0.18 / ranks)},
-    }
+    expected = {"optimizer": "AdamW", "images": 70, "steps": 30, "seconds": 4.0}
+    expected |= {"images_per_second": 120.0, "flops_per_second": 180_000.0}
+    share = pytest.approx(0.18 / ranks)
+    assert run.summary(70, 16, 500) == expected | {"peak_share": share}
 
 
 def test_ranks_that_see_different_checkpoints_are_refused(monkeypatch):
-    def all_gather_object(steps, step):
-        steps[:] = step, 8
-
-    monkeypatch.setattr(dist, "all_gather_object", all_gather_object)
-    env = processes.Env(0, 2, torch.device("cpu"), "fp32")
-    run = partial(checkpoint.Run, None, torch.nn.Linear(1, 1), None, {}, env)
+    hears(monkeypatch, 8)
+    model, env = torch.nn.Linear(1, 1), CPU._replace(ranks=2)
+    run = partial(checkpoint.Run, None, model, None, {}, env)
     refuses(ValueError, run, "continue after steps [0, 8]: share --out")
 
 
@@ -365,21 +323,18 @@ def test_another_config_or_data_is_refused_by_what_changed(theirs, ours, said, t
             assert json.dumps(read()["config"]) == json.dumps(theirs)
 
 
-def swap(one, other):
-    between = one.rename(one.with_name("between"))
-    other.rename(one)
-    between.rename(other)
-
-
 @pytest.mark.parametrize("one, other", [("red", "blue"), ("red/02.png", "blue/00.png")])
 def test_an_interrupted_run_is_not_continued_on_other_data(folder, tmp_path, one, other):
     train = shutil.copytree(folder, tmp_path / "images") / "train"
     training = Training(tmp_path / "images", tmp_path, *SAVE_EACH_STEP)
     training.go(75, at_step(9, send(signal.SIGTERM)))
-    swap(train / one, train / other)
+    swaps = (("between", one), (one, other), (other, "between"))
+    for to, old in swaps:
+        (train / old).rename(train / to)
     ((_, err),) = training.go(2)
     (path,) = training.paths("checkpoint.pt")
     assert err.startswith(f"error: {path} was made of other data: train content changed since;")
-    swap(train / one, train / other)
+    for to, old in swaps:
+        (train / old).rename(train / to)
     training.go()
     assert training.losses() == interruption.undisturbed(folder, 1).losses()

@@ -82,46 +82,32 @@ def test_no_symbolic_link_is_followed(planted, tmp_path, monkeypatch):
     assert (tmp_path / planted).is_symlink()
 
 
-@pytest.fixture
-def holder(tmp_path):
-    """The number of a process that is in the locked block of tmp_path/run."""
-    reading, writing = os.pipe()
+def test_torchrun_waits_for_the_lock_of_a_lost_node(tmp_path, monkeypatch):
+    """Without it, and before, it is refused; nothing stays of a killed process's lock."""
+    run, (reading, writing) = tmp_path / "run", os.pipe()
     pid = os.fork()
     if not pid:
-        with console.locked(tmp_path / "run"):
+        with console.locked(run):
+            (run / ".checkpoint.pt.1234.tmp").touch()
             os.write(writing, b".")
             time.sleep(HANG)
         os._exit(0)
     os.read(reading, 1)
-    yield pid
-    kill(pid)
-    os.waitpid(pid, 0)
 
+    def lose_the_node(seconds):
+        if len(waited.mock_calls) == 3:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
-def kill(pid):
-    os.kill(pid, signal.SIGKILL)
-    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-
-
-def test_a_killed_process_leaves_no_lock(holder, tmp_path):
-    run = tmp_path / "run"
-    for _ in range(2):
-        refuses(ValueError, console.locked(run).__enter__, f"{run}: another process is writing")
+    refuses(ValueError, console.locked(run).__enter__, f"{run}: another process is writing there")
     with console.locked(run, main=False):  # of torchrun's other processes
-        (run / ".checkpoint.pt.1234.tmp").touch()
-    kill(holder)
-    assert sorted(p.name for p in run.iterdir()) == [".checkpoint.pt.1234.tmp", "lock"]
-    with console.locked(run):
-        assert [p.name for p in run.iterdir()] == ["lock"]
-    assert not list(run.iterdir())
-
-
-def test_torchrun_waits_for_the_lock_of_a_lost_node(holder, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    waited = Mock(side_effect=lambda seconds: len(waited.mock_calls) < 3 or kill(holder))
+        pass
+    waited = Mock(side_effect=lose_the_node)
     monkeypatch.setattr(time, "sleep", waited)
-    with console.locked(tmp_path / "run"):
-        assert len(waited.mock_calls) == 3
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with console.locked(run):
+        assert len(waited.mock_calls) == 3 and [p.name for p in run.iterdir()] == ["lock"]
+    assert not list(run.iterdir())
 
 
 def test_a_lock_that_its_holder_has_just_removed_is_none(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import refuses
+from interruption import CPU
 from scipy.linalg import sqrtm
 
 import data
@@ -15,10 +16,8 @@ import models
 import pretrain
 from engine import distance
 from engine.distance import DIMENSIONS, SAMPLE, compare, project, projection, sample
-from engine.processes import Env
 from readers.transforms import NORMALIZATION
 
-ENV = Env(0, 1, torch.device("cpu"), "fp32")
 MEASURES = ("frechet_relative", "energy")
 
 
@@ -64,6 +63,15 @@ def scipy_frechet(x):
     covariance = np.cov(x, rowvar=False)
     spread = np.trace(covariance) + x.shape[1] - 2 * np.trace(sqrtm(covariance).real)
     return np.sum(x.mean(0) ** 2) + spread
+
+
+def test_frechet_is_the_closed_form_of_gaussians():
+    x = normal(3, 50, 4)
+    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T  # exact moments
+    assert distance.frechet(x) == pytest.approx(0, abs=1e-12)
+    mean, deviation = torch.tensor([1.0, -2.0, 0.0, 0.5]), torch.tensor([0.5, 1.0, 3.0, 0.0])
+    expected = 5.25 + 0.25 + 0 + 4 + 1  # |m|^2 + sum (s - 1)^2
+    assert distance.frechet(x * deviation + mean) == pytest.approx(expected, rel=1e-9)
 
 
 def double_loop_energy(x, y):
@@ -163,7 +171,7 @@ def test_the_sample_is_the_networks_features():
     torch.manual_seed(0)
     model, (mean, std) = models.create_model("R14x0.5", 36), NORMALIZATION["natural"]
     train_set = data.load_dataset("synthetic-natural", size=16, fraction=0.1, fraction_seed=3)
-    found = pretrain.sample_features(model, train_set, 16, (mean, std), 0, ENV)
+    found = pretrain.sample_features(model, train_set, 16, (mean, std), 0, CPU)
     assert found.shape == (SAMPLE, DIMENSIONS)
     pixels = torch.stack([train_set.read(i) for i in sample(800)[[0, 300, 511]]]) / 255
     inputs = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from interruption import CPU
 
 from engine import evaluate
 from engine.metrics import compute_metrics
-from engine.processes import Env
 
 ROWS = np.array([4, 1, 9, 0]), np.array([2, 3, 8, 7]), np.array([6, 5])
 # Random, as two equal scores would be ordered by rounding.
@@ -28,7 +28,7 @@ class Pooled(torch.nn.Module):
 def test_evaluation_is_of_each_image_with_its_own_label(task, device, monkeypatch, capsys):
     """Also summed by batches, where the scores are too many to be held: that is said once."""
     evaluate.say_once.cache_clear()
-    rng, env = np.random.default_rng(0), Env(0, 1, torch.device(device), "fp32")
+    rng, env = np.random.default_rng(0), CPU._replace(device=torch.device(device))
     labels = rng.integers(0, 8, 10)
     if task == "multilabel":
         labels = rng.choice(np.array([0, 1, math.nan], np.float32), (10, 8))

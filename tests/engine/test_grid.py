@@ -9,14 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import refuses
+from interruption import CPU as ALONE
+from interruption import hears
 
 from engine import grid as module
 from engine.console import write_json
 from engine.grid import Cell, Grid, Network, operations, report, unfinished
 from engine.metrics import Diverged
-from engine.processes import Env, Stopped
+from engine.processes import Stopped
 
-ALONE = Env(0, 1, torch.device("cpu"), "fp32")
 FIRST, SECOND = (ALONE._replace(rank=rank, ranks=2) for rank in (0, 1))
 FLOPS = 10  # of an image
 
@@ -52,19 +53,6 @@ def store(monkeypatch):
     """What the processes count in, here all in this one."""
     store = dist.HashStore()
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
-
-
-@pytest.fixture
-def others(monkeypatch):
-    """Call it with what the other process of two would send."""
-
-    def send(theirs):
-        def gather(found, mine):
-            found[:] = mine, theirs
-
-        monkeypatch.setattr(module.dist, "all_gather_object", gather)
-
-    return send
 
 
 def test_jobs_come_longest_first_and_stay_whole(capsys):
@@ -120,19 +108,19 @@ def test_a_failure_is_noted_with_its_reason(env, together, error, tolerated, mon
         raise error("again")
 
 
-def test_what_happened_to_another_process_is_told(store, others, capsys):
+def test_what_happened_to_another_process_is_told(store, monkeypatch, capsys):
     cells = [make_cell(seed) for seed in range(3)]
     paths = [str(cell.path) for cell in cells]
     grid = Grid([[cell] for cell in cells], {}, FIRST)
     grid.done(next(iter(grid)), {"accuracy": 0.25})
     line = "[1/3] pets from nih-R14x0.5, 1 shot, seed 0: accuracy 0.250, "
     assert line in capsys.readouterr().out
-    others(({paths[1]: 0.5}, {paths[2]: "no memory"}, None))
+    hears(monkeypatch, ({paths[1]: 0.5}, {paths[2]: "no memory"}, None))
     assert grid.finish(cells) == 1
     output = capsys.readouterr().out
     assert "0.375 ± 0.177 (2) |" in output
     assert f"1 cell failed; the same command tries again:\n{paths[2]}: no memory" in output
-    others(({}, {}, ("stopped by SIGTERM", 75)))
+    hears(monkeypatch, ({}, {}, ("stopped by SIGTERM", 75)))
     with pytest.raises(Stopped, match="stopped by SIGTERM") as stopped:
         grid.finish(cells)
     assert stopped.value.status == 75
@@ -151,21 +139,24 @@ def test_undefined_metrics_are_said_so_and_counted_as_none(capsys):
     assert [text.strip() for text in row.split("|")[4:7]] == ["0.500 (1)", "", "0.500 ± 0.354 (2)"]
 
 
-def test_finished_cells_are_left_out_and_others_refused_by_name(tmp_path, others):
+def test_finished_cells_are_left_out_and_others_refused_by_name(tmp_path, monkeypatch):
     cells = [make_cell(seed, out=tmp_path) for seed in range(3)]
     record = {"schema": 1, "kind": "fewshot", "metrics": {"accuracy": 0.5}}
     older = {"out": "elsewhere", "log_every": 50}  # was written once, and decides nothing
     write_json(cells[1].path, record | {"config": cells[1].config | older})
     todo, results = unfinished(cells, tmp_path, ALONE)
     assert seeds(todo) == [0, 2] and results == {str(cells[1].path): 0.5}
-    others([str(cells[0].path)])
+    hears(monkeypatch, [str(cells[0].path)])
     more_steps = make_cell(1, steps=3, out=tmp_path)
-    for refused, env, *said in (
-        (cells, FIRST, f"--out {tmp_path}: the processes find ", "share"),
-        ([more_steps], ALONE, "1shot-seed1.json was made with steps = 2, not 3"),
-        ([cells[1], more_steps], ALONE, "would write ", "1shot-seed1.json; run them apart"),
+    (tmp_path / "file").touch()
+    nowhere = make_cell(out=tmp_path / "file" / "x")
+    for error, refused, env, *said in (
+        (ValueError, cells, FIRST, f"--out {tmp_path}: the processes find ", "share"),
+        (ValueError, [more_steps], ALONE, "1shot-seed1.json was made with steps = 2, not 3"),
+        (ValueError, [cells[1], more_steps], ALONE, "would write ", "seed1.json; run them apart"),
+        (OSError, [nowhere], ALONE, "--out: ", "seed0.json cannot be written (Not a directory"),
     ):
-        refuses(ValueError, partial(unfinished, refused, tmp_path, env), *said)
+        refuses(error, partial(unfinished, refused, tmp_path, env), *said)
 
 
 def test_no_result_is_replaced_by_one_of_another_config(tmp_path):

@@ -53,11 +53,10 @@ def test_variance_of_delong_by_hand():
     assert auc_interval(0.75, influence, np.arange(4)) == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("truth", ([1, 0, 0], [1, 1, 1], [0, 0, 0]))
-def test_one_positive_or_one_class_has_no_interval(truth):
-    truth = np.array(truth) == 1
-    influence = auc_influence(np.array([1, 2, 0]), truth, np.arange(3))
-    assert auc_interval(0.5, influence, np.arange(3)) is None
+def test_one_positive_or_one_class_has_no_interval():
+    for truth in ([1, 0, 0], [1, 1, 1], [0, 0, 0]):
+        influence = auc_influence(np.array([1, 2, 0]), np.array(truth) == 1, np.arange(3))
+        assert auc_interval(0.5, influence, np.arange(3)) is None
     assert auc_interval(1.0, np.ones(3), np.arange(3)) is None
 
 

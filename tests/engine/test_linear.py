@@ -93,15 +93,12 @@ def test_labels_of_one_value_are_constant(rng):
     labels[:, 1], labels[:, 2], labels[:, 3] = 1, 0, np.nan
     labels[:5, 1] = np.nan
     constants = [np.log(55.5 / 0.5), np.log(0.5 / 60.5), 0]
-    for answers in (
-        linear.linear(features, labels, features[:7], 5)[0],
-        linear.nearest_mean(features, labels, features[:7], 5),
-    ):
+    nearest = linear.nearest_mean(features, labels, features[:7], 5)
+    for answers in (linear.linear(features, labels, features[:7], 5)[0], nearest):
         assert answers.dtype == torch.float32 and answers.shape == (7, 5)
         np.testing.assert_allclose(answers[:, 1:4], [constants] * 7, rtol=1e-6, atol=1e-6)
         assert answers.isfinite().all() and answers[:, 0].std() > 0.01
-    alone = linear.linear(features, labels[:, :1], features[:7], 1)[0]
-    assert alone.isfinite().all()
+    assert linear.linear(features, labels[:, :1], features[:7], 1)[0].isfinite().all()
     nothing = np.full((60, 2), np.nan, np.float32)
     assert (linear.linear(features, nothing, features, 2)[0] == 0).all()
 
@@ -164,12 +161,10 @@ def losses_by_hand(features, labels):
 @pytest.mark.parametrize("task", ["multiclass", "multilabel"])
 @pytest.mark.parametrize("images, width", [(30, 100), (120, 20)])
 def test_strength_is_the_best_of_the_held_out(rng, task, images, width):
-    multiclass = task == "multiclass"
-    classes = 3 if multiclass else 2
-    if multiclass:
-        features, labels = blobs(rng, [images // 3] * 3, width, 0.5)
+    if task == "multiclass":
+        features, labels, classes = *blobs(rng, [images // 3] * 3, width, 0.5), 3
     else:
-        features, labels = findings(rng, images, width, 2)
+        features, labels, classes = *findings(rng, images, width, 2), 2
     logits, chosen = linear.linear(features, labels, features, classes)
     expected = losses_by_hand(features, labels)
     assert chosen["l2"] == linear.STRENGTHS[expected.argmin()] and chosen["folds"] == 5
@@ -178,18 +173,11 @@ def test_strength_is_the_best_of_the_held_out(rng, task, images, width):
     assert 0 < chosen["gradient"] <= linear.GRADIENT and chosen["iterations"] > 0
     weights, bias = linear.fit(features, labels, classes, chosen["l2"])
     again = (features.double() @ weights.T + bias).float()
-    if multiclass:
+    if task == "multiclass":
         logits, again = (t - t.mean(1, keepdim=True) for t in (logits, again))
     torch.testing.assert_close(logits, again, rtol=1e-3, atol=1e-3)
     other, same = linear.linear(features, labels, features[3:], classes)
     assert same == chosen and other.shape == (len(features) - 3, classes)
-
-
-def test_one_shot_takes_the_default(rng):
-    features, labels = blobs(rng, [1] * 4, 50)
-    _, chosen = linear.linear(features, labels, features, 4)
-    assert chosen["l2"] == linear.ONE_SHOT_STRENGTH == 0.01
-    assert chosen["folds"] == 0 and chosen["held_out"] is None
 
 
 def test_shift_scale_and_order_change_nothing(rng):
@@ -211,10 +199,14 @@ def test_shift_scale_and_order_change_nothing(rng):
 
 
 def test_odd_features(rng):
+    features, labels = blobs(rng, [1] * 4, 50)
+    _, chosen = linear.linear(features, labels, features, 4)
+    assert chosen["l2"] == linear.ONE_SHOT_STRENGTH == 0.01
+    assert chosen["folds"] == 0 and chosen["held_out"] is None
     features, labels = blobs(rng, [3, 3], 10)
     equal = torch.ones_like(features)
-    linear_answer, _ = linear.linear(equal, labels, equal, 2)
-    for answer in (linear_answer, linear.nearest_mean(equal, labels, equal, 2)):
+    nearest = linear.nearest_mean(equal, labels, equal, 2)
+    for answer in (linear.linear(equal, labels, equal, 2)[0], nearest):
         assert answer.isfinite().all() and (answer[:, 0] - answer[:, 1]).abs().max() < 1e-6
     twice = torch.cat([features, features])  # more images than directions
     assert linear.linear(twice, np.tile(labels, 2), features, 2)[0].isfinite().all()
@@ -228,9 +220,8 @@ def test_odd_features(rng):
 
 def normalised(train, test):
     """SimpleShot's CL2N by hand."""
-    mean = train.double().numpy().mean(0)
-    both = (t.double().numpy() - mean for t in (train, test))
-    return [t / np.sqrt((t**2).sum(1, keepdims=True)) for t in both]
+    both = (t.double().numpy() - train.double().numpy().mean(0) for t in (train, test))
+    return [t / np.linalg.norm(t, axis=1, keepdims=True) for t in both]
 
 
 def test_nearest_mean_is_the_nearest_centroid(rng):

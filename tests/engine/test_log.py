@@ -8,15 +8,13 @@ import interruption
 import pytest
 import torch
 from conftest import refuses
-from interruption import BATCH, SAVE_EACH_STEP, Training
+from interruption import BATCH, CPU, SAVE_EACH_STEP, Training
 
 import pretrain
 from engine.log import Log, trim_log
 from engine.metrics import Diverged
 from engine.optimizer import SGD_AGC
-from engine.processes import Env
 
-CPU = Env(0, 1, torch.device("cpu"), "fp32")
 OPTIMIZERS = {
     "SGD_AGC": lambda params: SGD_AGC(params, 0.1),
     "SGD": lambda params: torch.optim.SGD(params, lr=0.1),

@@ -8,12 +8,10 @@ import types
 import pytest
 import timm
 import torch
+from interruption import CPU
 
 import models
 from engine import memory
-from engine.processes import Env
-
-CPU = Env(0, 1, torch.device("cpu"), "fp32")
 
 
 def network():

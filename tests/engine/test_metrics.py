@@ -27,11 +27,9 @@ def test_auc_and_ap_equal_scikit_learn():
         assert roc_auc(scores, targets) == pytest.approx(expected, abs=1e-12)
         expected = peer.average_precision_score(targets, scores)
         assert average_precision(scores, targets) == pytest.approx(expected, abs=1e-12)
-
-
-@pytest.mark.parametrize("metric", (roc_auc, average_precision))
-def test_auc_and_ap_of_one_class_are_undefined(metric):
-    assert all(math.isnan(metric(range(len(one)), one)) for one in ([0, 0, 0], [1, 1, 1], []))
+    for one_class in ([0, 0, 0], [1, 1, 1], []):
+        for metric in (roc_auc, average_precision):
+            assert math.isnan(metric(range(len(one_class)), one_class))
 
 
 def check_classes(found, names, columns):

@@ -14,14 +14,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.run
 from conftest import env, refuses
-from interruption import SAVE_EACH_STEP, STEPS, Training, at_step, run_forked, send, undisturbed
+from interruption import CPU, SAVE_EACH_STEP, STEPS, Training, at_step, send, undisturbed
 
 from engine import processes
 
 
 @pytest.mark.parametrize(
-    "name, workers, step",
-    (("SIGTERM", 2, 6), ("SIGINT", 2, 10), ("SIGUSR1", 0, STEPS)),
+    "name, workers, step", (("SIGTERM", 2, 6), ("SIGINT", 2, 10), ("SIGUSR1", 0, STEPS))
 )
 def test_a_signal_saves_the_step_under_way(name, workers, step, folder, tmp_path):
     training = Training(folder, tmp_path, "--workers", workers)
@@ -134,10 +133,8 @@ def fail():
     raise {error}("broken")
 
 at_step(3, fail, rank={rank})()"""
-    driver = Training(folder, tmp_path).driver(patch)
-    argv = ("torchrun", "--standalone", "--nproc_per_node=2", *driver)
-    own_store = lambda: os.environ.pop("TORCH_DISABLE_SHARE_RDZV_TCP_STORE")  # noqa: E731
-    said = "".join(*run_forked(torch.distributed.run.main, argv, tmp_path, 1, own_store))
+    share_store = partial(os.environ.pop, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE")
+    said = Training(folder, tmp_path).torchrun(patch, status=1, before=share_store)
     text = "broken" if error == "ValueError" else "KeyError: 'broken'; TRACEBACK=1 shows where"
     found = [line for line in said.splitlines() if "rror" in line and "broken" in line]
     assert found == [f"error{' (rank 1)' * rank}: {text}"]
@@ -186,23 +183,20 @@ def test_a_node_dies_and_another_takes_its_place(folder, tmp_path):
     training.assert_same(undisturbed(folder, 2))
 
 
-CPU = processes.Env(0, 1, torch.device("cpu"), "fp32")
-
-
 @pytest.mark.parametrize("size, precision", ((8, "fp32"), (16, "fp32"), (17, "bf16")))
 def test_compiled_bf16_of_tiny_images_on_a_cpu(size, precision, capsys):
     """In fp32, said once; refused where it was asked for by name. Else as asked."""
-    env, auto = CPU._replace(precision="bf16"), SimpleNamespace(precision="auto", compile=True)
+    env, args = CPU._replace(precision="bf16"), SimpleNamespace(precision="auto", compile=True)
     for _ in range(2):
-        assert env.training_precision(auto, size) == precision
+        assert env.training_precision(args, size) == precision
     said = f"--compile: PyTorch's bf16 gradients on CPUs are wrong for images of {size} pixels"
     assert capsys.readouterr().out == (f"{said}: in fp32\n" if size <= 16 else "")
-    asked = SimpleNamespace(precision="bf16", compile=True)
+    args.precision = "bf16"
     if size <= 16:
-        train = partial(env.training_precision, asked, size)
+        train = partial(env.training_precision, args, size)
         refuses(ValueError, train, f"{said}; give --precision fp32")
-    eager = SimpleNamespace(precision="bf16", compile=False)
-    assert env.training_precision(eager, size) == "bf16"
+    args.compile = False
+    assert env.training_precision(args, size) == "bf16"
 
 
 @pytest.mark.parametrize(
@@ -225,9 +219,9 @@ def test_ranks_talk_once_a_step():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         for count in (1, 3):
-            model, sent = torch.nn.Linear(5, 4), []
+            model, env, sent = torch.nn.Linear(5, 4), CPU._replace(ranks=2), []
             expected = torch.autograd.grad(model(inputs).square().sum(), model.weight)[0]
-            network = processes.parallel(model, CPU._replace(ranks=2))
+            network = processes.parallel(model, env)
 
             def add_up(state, bucket, sent=sent):
                 sent.append(len(bucket.buffer()))
@@ -237,9 +231,7 @@ def test_ranks_talk_once_a_step():
 
             network.register_comm_hook(None, add_up)
             for _ in range(2):  # buckets are laid out anew after the first step
-                sent.clear()
-                model.zero_grad()
-                env = CPU._replace(ranks=2)
+                sent.clear(), model.zero_grad()
                 for images, _ in processes.parts(network, inputs, inputs, count, env):
                     network(images).square().sum().backward()
                 assert sum(sent) == 5 * 4 + 4
