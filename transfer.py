@@ -159,7 +159,11 @@ def open_network(path, args):
     with torch.device("meta"):
         models.matching_state(models.create_model(model, 1), file, content)
     about |= {"source": source, "model": model, "path": str(file), "digest": digest}
-    return Network(about.pop("run", None) or f"{data.dataset_slug(source)}-{model}", **about)
+    try:
+        name = about.pop("run", None) or f"{data.dataset_slug(source)}-{model}"
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return Network(name, **about)
 
 
 class Target:

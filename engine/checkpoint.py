@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import pickle
 import time
 import zipfile
@@ -104,7 +105,7 @@ def read_result(path, kind, config=None):
 
     Raises ValueError for a file that is broken or of another kind or, with config, made otherwise.
     """
-    if not Path(path).exists():
+    if not os.path.exists(path):  # nor where no such name can be
         return None
     try:
         record = json.loads(Path(path).read_text())
@@ -147,7 +148,7 @@ def load_checkpoint(path, config):
 
     Raises ValueError when it was made with another config.
     """
-    if path is None or not Path(path).exists():
+    if path is None or not os.path.exists(path):
         return None
     state = read_tensors(path)
     if not (isinstance(state, dict) and isinstance(state.get("config"), dict)):

@@ -57,8 +57,8 @@ def compare(source, target):
     finite samples, "frechet_relative": that in units of the source's distance from itself (1: no
     further), "energy": energy coefficient, without bias, and so sometimes a little below 0,
     "images": m}. Fewer target images than n / 2 meet as many of the source, in the same unit, that
-    of whole halves. None where the source's features do not vary. Raises ValueError for less than 4
-    images of the source or 2 of the target, and for features that are not finite.
+    of whole halves. None where the features of half of the source do not vary. Raises ValueError
+    for less than 4 images of the source or 2 of the target, and for features that are not finite.
     """
     source, target = source.double(), target.double()
     half = len(source) // 2
@@ -68,12 +68,13 @@ def compare(source, target):
         raise ValueError(f"a distance needs 4 images of the source, 2 of the target, not {found}")
     if not (source.isfinite().all() and target.isfinite().all()):
         raise ValueError("a distance needs finite features; has the network diverged?")
-    if not (source != source[0]).any():
-        return {"frechet": None, "frechet_relative": None, "energy": None, "images": len(target)}
     rounds = []
     for seed in range(ROUNDS):
         rng = np.random.default_rng(seed)
         first, second = torch.from_numpy(rng.permutation(len(source))[: 2 * half]).view(2, half)
+        if not (source[first] != source[first[0]]).any():
+            unknown = dict.fromkeys(("frechet", "frechet_relative", "energy"))
+            return unknown | {"images": len(target)}
         drawn = torch.from_numpy(rng.permutation(len(target))[:count])
         mean, scale = whitening(source[first])
         own, other = ((x - mean) @ scale for x in (source[second], target[drawn]))

@@ -71,7 +71,7 @@ def test_networks_that_are_found(tmp_path, monkeypatch):
     assert (network.name, network.recipe, network.seed) == ("pets-R14x0.5-seed1", "paper", 1)
     for name in ("../x", "/x", "a/../../x"):
         torch.save(facts | {"source": name}, file)
-        refuses(ValueError, lambda: found("runs/pets"), f"{name}': a dataset's name with /")
+        refuses(ValueError, lambda: found("runs/pets"), f"model.pt: '{name}': a dataset's")
     call = partial(weights_of, network.path, network.digest)
     refuses(ValueError, call, "model.pt: is another file than when it was opened")
 

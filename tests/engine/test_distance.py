@@ -160,8 +160,10 @@ def test_compare_refuses_what_has_no_distance():
     for bad in (math.nan, math.inf):
         for source, target in ((good, good * bad), (good * bad, good)):
             refuses(ValueError, partial(compare, source, target), "finite")
-    constant = compare(torch.ones(20, 8), good)
-    assert constant == {"frechet": None, "frechet_relative": None, "energy": None, "images": 20}
+    one = torch.ones(20, 8)
+    for constant in (one, torch.cat([one[1:], 2 * one[:1]])):  # also in one half of two
+        unknown = {"frechet": None, "frechet_relative": None, "energy": None, "images": 20}
+        assert compare(constant, good) == unknown
     assert compare(good, torch.ones(20, 8))["frechet_relative"] > 1
     assert distance.energy(torch.ones(4, 3), torch.ones(5, 3)) == 0
 
