@@ -126,7 +126,10 @@ def read(args):
         notes.append(f"Left out, unreadable or of another schema: {len(skipped)}.")
     if doubled:
         notes.append(f"Runs with two results, of which the newer counts: {len(doubled)}.")
-    return [run for run in runs if run.target.name in (args.target or targets)], notes
+    runs = [run for run in runs if run.target.name in (args.target or targets)]
+    if early := sum(run.early for run in runs):
+        notes.append(f"Published runs that ended before their last step: {early}.")
+    return runs, notes
 
 
 def run(args):

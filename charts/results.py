@@ -80,6 +80,7 @@ class Result(NamedTuple):
     train_images: int | None  # of the target; None where unknown
     test_images: int | None
     made_of: str  # digests of weights and data; "" where unknown
+    early: bool = False  # a published run that ended before its last step
 
 
 @dataclass(frozen=True)
@@ -154,14 +155,18 @@ def checked_result(data, path, origin="own", classes=0):
         path,
         *(number(config, key, 1, 2**63) for key in ("train_images", "test_images")),
         json.dumps([config[key] for key in ("weights", "data")]) if "data" in config else "",
+        data.get("early", False),
     )
 
 
 def read_result(path):
-    """One result file -> Result. Raises as checked_result, OSError and RecursionError (nesting)."""
+    """One result file -> Result, None of a kind that holds no metrics. Raises as checked_result,
+    OSError and RecursionError (nesting)."""
     data = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(data, dict) or data.get("schema") != 1:
         raise ValueError('not a result file of "schema": 1')
+    if data.get("kind") == "features":
+        return None
     if data.get("kind") not in KINDS:
         raise ValueError(f"kind is {data.get('kind')!r}, not fewshot or transfer")
     return checked_result(data, path)
@@ -181,8 +186,11 @@ def read_published(path):
             data |= {"config": {"test_images": test_images}}
             data |= {"shots": None} if entry["shots"] == "full" else {}
             runs = list(zip(*entry["metrics"].values(), strict=True))
-            for seed, scores in zip(entry.get("seeds", range(len(runs))), runs, strict=True):
-                data |= {"seed": seed, "metrics": dict(zip(entry["metrics"], scores))}
+            seeds, steps = (entry.get(key, range(len(runs))) for key in ("seeds", "steps"))
+            last = max(entry.get("steps", [0]))
+            for seed, step, scores in zip(seeds, steps, runs, strict=True):
+                metrics = dict(zip(entry["metrics"], scores))
+                data |= {"seed": seed, "metrics": metrics, "early": step < last}
                 found.append(checked_result(data, path, "published", classes))
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         mend = 'it must hold {"about": …, "records": […]} as published.json does, or name a folder'
@@ -214,7 +222,7 @@ def load(paths):
             results += read_published(path)
             continue
         try:
-            results.append(read_result(path))
+            results += filter(None, [read_result(path)])
         except (AttributeError, KeyError, OSError, TypeError, ValueError, RecursionError) as error:
             skipped.append(f"skipped {path}: {' '.join(str(error).split())}")
     if len({" (validation " in result.target.name for result in results}) > 1:

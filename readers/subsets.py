@@ -37,7 +37,8 @@ def few_shot_indices(labels, shots, seed, classes=None):
     for cls, count in enumerate(counts):
         if 0 < count < shots:
             label, only = classes[cls] if classes else cls, counted(count, "training image")
-            raise ValueError(f"--shots {shots}: class {label} has only {only}")
+            mend = "give fewer, or leave that class out"
+            raise ValueError(f"--shots {shots}: class {label} has only {only}; {mend}")
     order = generator(seed, Stream.SHOTS).permutation(len(labels))
     if labels.ndim == 1:
         places, starts, _ = by_class(labels[order])

@@ -87,7 +87,7 @@ def finding(uncertain="ignore", blank="ignore"):
         raise ValueError(f"--uncertain {uncertain}: must be ignore, positive or negative")
     if blank not in ("ignore", "negative"):
         raise ValueError(f"--blank {blank}: must be ignore or negative")
-    values = {"": read_as[blank], "0": 0, "0.0": 0, "1": 1, "1.0": 1}
+    values = dict.fromkeys(MISSING, read_as[blank]) | {"0": 0, "0.0": 0, "1": 1, "1.0": 1}
     values |= dict.fromkeys(("-1", "-1.0"), read_as[uncertain])
     options = {"uncertain": uncertain, "blank": blank}.items()
     options = {option: value for option, value in options if value != "ignore"}

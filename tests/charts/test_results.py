@@ -78,6 +78,10 @@ def test_published_means(published, target, source, model, shots, mean):
     assert round(cell.mean, 4) == mean and cell.n == 5
 
 
+def test_features_hold_no_result(tmp_path):
+    assert results.read_result(write(tmp_path, kind="features", metrics={})) is None
+
+
 def test_published_runs_have_domains_sizes_and_places_as_seeds(published):
     assert len(results.group(published, "target", "line", "shots")) == 289
     about = {run.line.source: (run.line.source_domain, run.source_images) for run in published}
@@ -87,6 +91,7 @@ def test_published_runs_have_domains_sizes_and_places_as_seeds(published):
     natural = {run.target.name for run in published if run.target.domain == "natural"}
     assert natural == {"cifar10", "cifar100", "pets", "flowers102"}
     assert Counter(run.seed for run in published) == {0: 289, 1: 289, 2: 289, 3: 289, 4: 284}
+    assert Counter(r.target.name for r in published if r.early) == {"covidx": 1, "tuberculosis": 8}
     about = {(run.line.method, run.target.origin) for run in published}
     assert about == {("finetune", "published")}
     assert "arXiv:2106.00116" in json.loads(PUBLISHED.read_text())["about"]

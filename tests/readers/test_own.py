@@ -90,7 +90,7 @@ BAD = {
     "label 2": (changed("7,1,0", "7,2,0"), "line 2: Mass '2' must be 1, 0, -1 or blank"),
     "label 0.5": (changed("7,-1,1", "7,0.5,1"), "line 3: Mass '0.5' must be 1, 0, -1"),
     "label yes": (changed(",,1", ",yes,1"), "line 4: Mass 'yes' must be"),
-    "label nan": (changed(",,1", ",nan,1"), "line 4: Mass 'nan' must be"),
+    "label inf": (changed(",,1", ",inf,1"), "line 4: Mass 'inf' must be"),
     "label with a blank": (changed(",,1", ", 1,1"), "line 4: Mass ' 1' must be"),
     "age as a finding": (changed("Mass", "age").replace("0.0", "53"), "line 5: age '53' must"),
     "unknown split": (changed("test", "valid"), "line 4: split 'valid' must be one of train, test"),

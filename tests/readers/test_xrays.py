@@ -225,7 +225,8 @@ def test_each_column_is_its_class(tmp_path):
 
 @pytest.mark.parametrize(
     "text, value",
-    [("1", 1), ("1.0", 1), ("0", 0), ("0.0", 0)] + [(t, np.nan) for t in ("", "-1", "-1.0")],
+    [("1", 1), ("1.0", 1), ("0", 0), ("0.0", 0)]
+    + [(t, np.nan) for t in ("", "nan", "N/A", "-1", "-1.0")],
 )
 @pytest.mark.parametrize("no_finding", ["", "0", "-1", "-1.0", "1", "1.0"])
 def test_coding(tmp_path, text, value, no_finding):
@@ -325,7 +326,7 @@ def test_a_row_twice_or_lost(trees, part):
         ("train", "Frontal/Lateral", "frontal", "one of Frontal, Lateral"),
         ("train", "AP/PA", "P" * 256, "UTF-8 of less than 256 bytes"),
         ("train", "No Finding", "2", "1, 0, -1 or blank"),
-        ("train", "Support Devices", "nan", "1, 0, -1 or blank"),
+        ("train", "Support Devices", "inf", "1, 0, -1 or blank"),
         ("train", "Path", "train/patient00007/study1/view1_frontal.jpg", "like CheXpert-v1.0/"),
         ("train", "Path", "CheXpert-v1.0/train/patient/study1/x.jpg", "like CheXpert-v1.0/"),
         ("train", "Path", "CheXpert-v1.0/train/patient00007/x.jpg", "like CheXpert-v1.0/"),
