@@ -17,9 +17,7 @@ published numbers, and writes each figure as PNG and SVG with its numbers as Mar
 
 Intervals are Student's t over seeds at 95 %. --style paper draws study-TARGET instead, own beside
 published: bars of all pre-trainings, lines over shots and networks, ± a standard deviation. With
---curves it reads log.jsonl in the folders of pretrain.py instead, also of runs under way, and draws
-panels over the step: loss, test metric, learning rate, gradient norm, share of clipped units,
-images a second, share of time spent waiting for data.
+--curves it draws log.jsonl in the folders of pretrain.py, also of runs under way, over the step.
 """
 
 import argparse
@@ -67,10 +65,10 @@ def parse(argv):
     add("--figure", nargs="+", type=console.one_of(*FIGURES), help=text)
     text = "default, or paper: a figure a target, as the study has them"
     add("--style", type=console.one_of("default", "paper"), default="default", help=text)
-    text = "run folders, which hold log.jsonl: draw how their training went, and nothing else"
+    text = "folders of log.jsonl: draw how their training went, and nothing else"
     add("--curves", nargs="+", type=Path, metavar="RUN", help=text)
     add("--out", type=Path, default="figures", help="folder for the figures and tables")
-    text = "accuracy (shown in percent), mean_auc, mean_ap (fractions from 0 to 1) or auto: "
+    text = "accuracy (percent), mean_auc, mean_ap (fractions) or auto: "
     text += "accuracy for natural targets, mean_auc for medical ones"
     add("--metric", type=console.one_of("auto", *results.METRICS), default="auto", help=text)
     add("--target", nargs="+", help="targets to show (default: all that are there)")
@@ -98,9 +96,8 @@ def save(folder, stem, figure, **texts):
     for ending, metadata in (("png", None), ("svg", {"Date": None})):
         file = io.BytesIO()
         figure.savefig(file, format=ending, bbox_inches="tight", dpi=200, metadata=metadata)
-        contents[ending] = file.getvalue()
-    contents |= {ending: text.encode() for ending, text in texts.items()}
-    contents = {folder / f"{stem}.{ending}": content for ending, content in contents.items()}
+        contents[folder / f"{stem}.{ending}"] = file.getvalue()
+    contents |= {folder / f"{stem}.{ending}": text.encode() for ending, text in texts.items()}
     for path, content in contents.items():
         console.write_atomically(path, lambda file, content=content: file.write(content))
     return list(contents)
@@ -121,9 +118,7 @@ def read(args):
             console.one_of(*targets)(name)
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"argument --target: {error}") from None
-    notes = []
-    if skipped:
-        notes.append(f"Left out, unreadable or of another schema: {len(skipped)}.")
+    notes = [f"Left out, unreadable or of another schema: {len(skipped)}."] if skipped else []
     if doubled:
         notes.append(f"Runs with two results, of which the newer counts: {len(doubled)}.")
     runs = [run for run in runs if run.target.name in (args.target or targets)]
@@ -156,18 +151,14 @@ def run(args):
         raise ValueError("; ".join(missing))
     if "gain" in shown:
         tell(lacking, f"seeds left out of paired differences, in so many places: {len(lacking)}")
-        single = [
-            f"one seed, no interval: {gain.target.name}, {results.shots_words(gain.shots)}, "
-            f"{gain.large} minus {gain.small}"
-            for gain in pairs
-            if gain.n == 1
-        ]
+        where = [(gain, results.shots_words(gain.shots)) for gain in pairs if gain.n == 1]
+        single = [f"{g.target.name}, {shots}, {g.large} minus {g.small}" for g, shots in where]
+        single = [f"one seed, no interval: {text}" for text in single]
         tell(single, f"gains without interval: {len(single)}")
     styles, written, tables = style.line_styles(cells), [], []
     for name in [name for name in shown if shown[name]]:
         figure, content = FIGURES.get(name, STUDY), shown[name]
-        text = figure.markdown(content)
-        drawing = figure.draw(content, styles, args.title, notes)
+        drawing, text = figure.draw(content, styles, args.title, notes), figure.markdown(content)
         written += save(args.out, name, drawing, md=text, csv=figure.csv(content))
         if args.figure or name == "fewshot":
             tables.append(text)

@@ -33,11 +33,8 @@ CURVES = {  # key in log.jsonl -> its panel
     "images_per_second": Curve("images per second"),
     "data_wait": Curve("share of time waiting for data (%)", 100),
 }
-LOOKS = {  # domain of the source, None while a run has no result.json
-    "natural": style.LOOKS["natural"],
-    "medical": style.LOOKS["medical"],
-    None: style.Look("", ("#cbc31b", "#2f9f5a", "#7b3fae", "#270742")),
-}
+# Of the source's domain, None while a run has no result.json.
+LOOKS = style.LOOKS | {None: style.Look("", ("#cbc31b", "#2f9f5a", "#7b3fae", "#270742"))}
 NOTE = """\
 Source of pre-training: orange, natural images; blue with hollow markers, medical images; yellow \
 to violet, no result.json yet."""

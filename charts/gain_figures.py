@@ -14,12 +14,6 @@ from charts import law as fits
 from charts import results, style
 from charts.style import LOOKS
 
-SIGNS = {  # verdict -> marker, the same as text
-    "above": ("^", "▲"),
-    "unclear": ("o", "○"),
-    "below": ("v", "▼"),
-    "no interval": ("x", "×"),
-}
 SHADES = LinearSegmentedColormap.from_list("", ("#8fd0a0", "#1f9069", "#06301f"))  # few shots first
 MARKERS = {  # of families; hollow across domains
     ("natural", "natural"): "o",
@@ -57,7 +51,12 @@ def draw_gain_panel(ax, rows, gains):
     metric = results.METRICS[gains[0].metric]
     for gain in gains:
         hue = LOOKS[gain.line.source_domain].hues[-2]
-        look = {"fmt": SIGNS[gain.verdict][0], "color": hue, "markersize": 3.6, "elinewidth": 0.9}
+        look = {
+            "fmt": numbers.VERDICTS[gain.verdict][1],
+            "color": hue,
+            "markersize": 3.6,
+            "elinewidth": 0.9,
+        }
         look |= {"markerfacecolor": "white"} if gain.verdict == "unclear" else {}
         y = rows.index((gain.shots, gain.target.name))
         ax.errorbar(metric.factor * gain.mean, y, xerr=metric.factor * gain.ci95, **look)
@@ -77,7 +76,7 @@ def draw_gain_panel(ax, rows, gains):
     found = numbers.counts(gains)
     known = len(gains) - found["no interval"]
     title = f"larger {gains[0].line.kind} better\nin {found['above']} of {known} cells\n"
-    title += "   ".join(f"{SIGNS[name][1]} {count}" for name, count in found.items())
+    title += "   ".join(f"{numbers.VERDICTS[name][2]} {count}" for name, count in found.items())
     ax.set_title(title, fontsize=7.5)
     ax.spines["left"].set_visible(False)
     ax.grid(False)
@@ -175,18 +174,6 @@ def draw_predictions(ax, law, looks):
     ax.set_ylabel("observed exponent")
 
 
-def draw_relations(ax, law):
-    """Mean exponents by regime of shots, where no distance is known."""
-    found = fits.relations(law.rows)
-    families = list(dict.fromkeys(family for family, _ in found))
-    regimes = [name for name in numbers.REGIMES if any(name == regime for _, regime in found)]
-    for (family, regime), cell in found.items():
-        x = regimes.index(regime) + 0.18 * (families.index(family) - (len(families) - 1) / 2)
-        look = look_of(family, "#333333") | {"markersize": 4} | style.BARS
-        ax.errorbar(x, cell["mean"], cell["ci95"], **look)
-    ax.set_xticks(range(len(regimes)), [name.replace(" and", "\nand") for name in regimes])
-
-
 def draw_law(laws, styles, title="", notes=()):
     """Laws -> Figure: a row a law, exponents on the left, predictions on the right; where none has
     a fit, a panel each with the means by relation of domains."""
@@ -206,9 +193,18 @@ def draw_law(laws, styles, title="", notes=()):
             draw_exponents(ax, law, looks)
             draw_predictions(*beside, law, looks)
         else:
-            draw_relations(ax, law)
             for empty in beside:
                 empty.set_axis_off()
+            found = fits.relations(law.rows)  # {(family, regime): mean exponent}
+            families, regimes = ([*dict.fromkeys(part)] for part in zip(*found))
+            regimes.sort(key=list(numbers.REGIMES).index)
+            for (family, regime), cell in found.items():
+                middle = (len(families) - 1) / 2
+                x = regimes.index(regime) + 0.18 * (families.index(family) - middle)
+                look = look_of(family, "#333333") | {"markersize": 4} | style.BARS
+                ax.errorbar(x, cell["mean"], cell["ci95"], **look)
+            words = [name.replace(" and", "\nand") for name in regimes]
+            ax.set_xticks(range(len(regimes)), words)
     fig.suptitle(title)
     families = {row.family for law in laws for row in law.rows}
     legend = [[(style.BLANK, "pre-trained on → target:")], []]

@@ -16,11 +16,11 @@ KINDS = {  # kind of gain -> what differs, and what is shared beside target, sho
     "network": ("line.model", "line.source"),
     "source": ("line.source", "line.model"),
 }
-VERDICTS = {  # where an interval lies -> heading in a table
-    "above": "above zero",
-    "unclear": "not off zero",
-    "below": "below zero",
-    "no interval": "no interval",
+VERDICTS = {  # where an interval lies -> heading in a table, marker in a figure, the same as text
+    "above": ("above zero", "^", "▲"),
+    "unclear": ("not off zero", "o", "○"),
+    "below": ("below zero", "v", "▼"),
+    "no interval": ("no interval", "x", "×"),
 }
 # Regime of shots -> its most.
 REGIMES = {"up to 10 shots": 10, "11 to 99 shots": 99, "100 and more": 10**9, "full": math.inf}
@@ -130,19 +130,9 @@ def paired_gain(line, runs, metric):
     )
     kept = [partner for partner, values in differences.items() if seeds <= values.keys()]
     table = np.array([[differences[partner][seed] for seed in sorted(seeds)] for partner in kept])
-    gain = Gain(
-        target,
-        line,
-        shots,
-        metric,
-        **results.spread(table.mean(0)),
-        small=small,
-        large=large,
-        by_partner=dict(zip(kept, table.mean(1).tolist())),
-        pairs=table.size,
-        lacking=bool(notices),
-    )
-    return gain, notices
+    about = {"small": small, "large": large, "pairs": table.size, "lacking": bool(notices)}
+    about |= {"by_partner": dict(zip(kept, table.mean(1).tolist()))}
+    return Gain(target, line, shots, metric, **results.spread(table.mean(0)), **about), notices
 
 
 def paired_gains(runs, metric):

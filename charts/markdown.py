@@ -22,11 +22,12 @@ interval is Student's t over seeds. ▲ interval above zero, ▼ below zero, nei
 one seed and no interval. A seed that one arm lacks counts in neither."""
 
 
-def score_table(cells, heads, rows):
-    """Cells or gains -> a table: of each line the words of its row {line: [word]} under the heads,
-    and for each number of shots mean ± deviation (seeds), bold as RULE says."""
+def score_table(cells, unit, heads, rows):
+    """Cells or gains of a target -> heading and table: of each line the words of its row {line:
+    [word]} under the heads, and for each number of shots mean ± deviation (seeds), bold as RULE
+    says."""
     columns = group(sorted(cells, key=lambda cell: cell.shots or math.inf), "shots")
-    metric = METRICS[cells[0].metric]
+    target, metric = cells[0].target, METRICS[cells[0].metric]
     factor, decimals = metric.factor, metric.decimals
     for members in columns.values():
         known = [cell for cell in members if cell.n]
@@ -39,26 +40,22 @@ def score_table(cells, heads, rows):
             gap = abs(best.mean - cell.mean)  # nothing is within nan: no interval, no claim
             near = gap == 0 or gap <= math.hypot(best.ci95, cell.ci95)
             bold = "**" if len(known) > 1 and near else ""
-            mark = {"above": " ▲", "below": " ▼"}.get(verdict, "")
-            texts[cell.line] = f"{bold}{text} ({cell.n}){bold}{mark}"
+            sign = f" {VERDICTS[verdict][2]}" if verdict in ("above", "below") else ""
+            texts[cell.line] = f"{bold}{text} ({cell.n}){bold}{sign}"
         for line, row in rows.items():
             row.append(texts.get(line, "–"))
-    return table(rows.values(), [*heads, *map(shots_words, columns)])
-
-
-def target_heading(target):
-    """The heading of a target's table."""
-    return f"### {target.name} ({target.domain} target{mark(target.origin)})"
+    heading = f"### {target.name} ({target.domain} target{mark(target.origin)}): {unit}\n"
+    return [heading, table(rows.values(), [*heads, *map(shots_words, columns)]), ""]
 
 
 def few_shot(cells):
     """Cells -> Markdown: a table a target, rows source x model, columns shots."""
     parts = []
-    for target, panel in group(cells, "target").items():
+    for panel in group(cells, "target").values():
         lines = group(panel, "line")
         names = ["source", "model", *differing(lines)]
-        text = score_table(panel, names, {line: words(line, names) for line in lines})
-        parts += [f"{target_heading(target)}: {METRICS[panel[0].metric].axis}\n", text, ""]
+        rows = {line: words(line, names) for line in lines}
+        parts += score_table(panel, METRICS[panel[0].metric].axis, names, rows)
     return "\n".join([*parts, RULE, ""])
 
 
@@ -72,22 +69,22 @@ def count_table(gains):
         for name in (*REGIMES, "all"):
             part = [gain for gain in members if name in (regime(gain.shots), "all")]
             rows += [[*about, name, len(part), *counts(part).values()]] if part else []
-    return table(rows, ["gain", "group", "origin", *differ, "shots", "cells", *VERDICTS.values()])
+    heads = [heading for heading, *_ in VERDICTS.values()]
+    return table(rows, ["gain", "group", "origin", *differ, "shots", "cells", *heads])
 
 
 def gains(cells):
     """Gains -> Markdown: counts, and a table a target."""
     parts = ["### gain from scale: in how many cells (target x shots)\n", count_table(cells), ""]
-    for target, panel in group(sorted(cells, key=results.target_order), "target").items():
+    for panel in group(sorted(cells, key=results.target_order), "target").values():
         lines = group(panel, "line")
         names = differing(lines)
         rows = {
             line: [f"larger {line.kind}", line.source_domain or "none", *words(line, names)]
             for line in lines
         }
-        text = score_table(panel, ["gain", "pre-trained on", *names], rows)
-        unit = METRICS[panel[0].metric].axis.replace("%", "points")
-        parts += [f"{target_heading(target)}: gain in {unit}\n", text, ""]
+        unit = f"gain in {METRICS[panel[0].metric].axis.replace('%', 'points')}"
+        parts += score_table(panel, unit, ["gain", "pre-trained on", *names], rows)
     return "\n".join([*parts, GAIN_RULE, "", RULE, ""])
 
 

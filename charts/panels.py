@@ -19,7 +19,7 @@ Mean ± standard deviation over seeds. Over networks: sources with several of th
 
 def draw_few_shot_lines(ax, cells, styles, half, chance=None):
     """Lines over shots, with intervals of this half-width: ci95 or sd; published ones beside own
-    ones paler. chance: as of style.draw_y_axis."""
+    ones paler. chance: its level, as a fraction, and its name."""
     # A log axis of shots, with full-shot set apart at its end.
     places = {shots: shots for shots in sorted({cell.shots for cell in cells if cell.shots})}
     last = max(places, default=1)
@@ -31,9 +31,23 @@ def draw_few_shot_lines(ax, cells, styles, half, chance=None):
     ax.set_xlim(min(places.values()) / gap**0.5, max(places.values()) * gap**0.5)
     ax.set_xticks(list(places.values()), [str(shots or "full") for shots in places])
     ax.minorticks_off()
-    style.draw_y_axis(ax, cells, chance)
-    factor = results.METRICS[cells[0].metric].factor
-    lines = results.group([cell for cell in cells if cell.n], "line", "target.origin")
+    metric = results.METRICS[cells[0].metric]
+    factor, known = metric.factor, [cell for cell in cells if cell.n]
+    means = np.array([cell.mean for cell in known] or [0, 1])
+    # A t interval of few seeds can be longer than all else, and leave [0, 1]: the axis follows the
+    # means, and intervals as far as half their range beyond.
+    bars = np.nan_to_num([cell.ci95 for cell in known] or [0, 0])
+    reach = np.minimum(bars, 0.5 * np.ptp(means) or 1)
+    low, high = max(0, min(means - reach)), min(1, max(means + reach))
+    if chance:
+        level, name = chance
+        ax.axhline(factor * level, color="black", linewidth=0.8, linestyle=":", zorder=1)
+        place = {"transform": ax.get_yaxis_transform(), "va": "center", "fontsize": 6.5}
+        ax.text(1.02, factor * level, f"chance\n({name})", **place)
+        low, high = min(low, level), max(high, level)
+    margin = 0.05 * (high - low) or 0.05
+    ax.set(ylim=(factor * (low - margin), factor * (high + margin)), ylabel=metric.axis)
+    lines = results.group(known, "line", "target.origin")
     both = len({origin for _, origin in lines}) > 1
     step = min(0.008, 0.06 / max(1, len(lines)))  # of the axis, 6 % for them all
     step *= np.ptp(np.log10(ax.get_xlim()))  # decades

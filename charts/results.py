@@ -110,8 +110,7 @@ BOUNDS = {"seed": (0, 2**64), "source_images": (0, 10**12), "shots": (1, 10**9)}
 
 
 def number(values, key, low, high):
-    """values[key] where it is a number from low to high, None where there is none. Raises
-    ValueError."""
+    """values[key], a number from low to high, or None without it. Raises ValueError."""
     value = values.get(key)
     if value is not None and (type(value) not in (int, float) or not low <= value <= high):
         raise ValueError(f"{key} is {value!r:.40}, not from {low:g} to {high:g}")  # nor NaN
@@ -173,8 +172,8 @@ def read_result(path):
 
 
 def read_published(path):
-    """A file of published numbers -> list of Result. Without "seeds", a seed is the place
-    in the lists. Raises ValueError."""
+    """Published numbers -> list of Result; a seed is, without "seeds", a place in the lists. Raises
+    ValueError."""
     found, entry = [], None
     try:
         for entry in json.loads(path.read_text(encoding="utf-8"))["records"]:
@@ -214,7 +213,7 @@ def load(paths):
             shown = [file for file in found if "/." not in f"/{file.relative_to(path)}"]
             files |= {file.resolve(): file for file in shown}
         else:
-            mend = "give published.json, or a folder that `python fewshot.py --out FOLDER` fills"
+            mend = "name published.json or a folder that `python fewshot.py --out` fills"
             raise ValueError(f"no file or folder {path}: {mend}")
     named, results, skipped = {path.resolve() for path in paths}, [], []
     for place, path in sorted(files.items(), key=lambda item: item[1]):

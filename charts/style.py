@@ -70,56 +70,33 @@ def line_style(look, shade, marker, dashes):
     }
 
 
-def network_order(line):
-    """Sort key of lines by their network, with its method and recipe; small ones first."""
-    return results.size_order(line.model), str((line.method, line.recipe, line.pretraining))
-
-
 def line_styles(cells):
-    """Cells -> {line: keywords of Line2D}, in the order of the legend.
-
-    Hue and filling tell the domain; shade and width the source, darker and thicker is larger;
-    marker and dashes the model (with its method and recipe).
-    """
+    """Cells -> {line: keywords of Line2D}, in the order of the legend. Hue and filling tell the
+    domain; shade and width the source, darker and thicker is larger; marker and dashes the model
+    (with its method and recipe)."""
     lines = list(results.group(sorted(cells, key=results.line_order), "line"))
-    networks = sorted({network_order(line) for line in lines})
+    networks = {
+        line: (results.size_order(line.model), str((line.method, line.recipe, line.pretraining)))
+        for line in lines
+    }
+    ranks = sorted(set(networks.values()))  # small ones first
     styles = {}
     for line in lines:
         peers = [other.source for other in lines if other.source_domain == line.source_domain]
-        # A pack looks as what it holds.
-        shade = shades(map(results.plain_name, peers))[results.plain_name(line.source)]
-        network = networks.index(network_order(line))
-        dashes = DASHES[(len(networks) - 1 - network) % len(DASHES)]
-        marker = MARKERS[network % len(MARKERS)]
+        names = map(results.plain_name, peers)  # a pack looks as what it holds
+        shade = shades(names)[results.plain_name(line.source)]
+        rank = ranks.index(networks[line])
+        dashes = DASHES[(len(ranks) - 1 - rank) % len(DASHES)]
+        marker = MARKERS[rank % len(MARKERS)]
         styles[line] = line_style(LOOKS[line.source_domain], shade, marker, dashes)
     return styles
 
 
-def draw_y_axis(ax, cells, chance=None):
-    """Name and limits of the metric, and the level of chance: (fraction, its name)."""
-    metric = results.METRICS[cells[0].metric]
-    means = np.array([cell.mean for cell in cells if cell.n] or [0, 1])
-    bars = np.nan_to_num([cell.ci95 for cell in cells if cell.n] or [0, 0])
-    # A t interval of few seeds can be longer than all else, and leave [0, 1]: the axis follows the
-    # means, and intervals as far as half their range beyond.
-    reach = np.minimum(bars, 0.5 * np.ptp(means) or 1)
-    low, high = max(0, min(means - reach)), min(1, max(means + reach))
-    if chance:
-        level, name = chance
-        ax.axhline(metric.factor * level, color="black", linewidth=0.8, linestyle=":", zorder=1)
-        place = {"transform": ax.get_yaxis_transform(), "va": "center", "fontsize": 6.5}
-        ax.text(1.02, metric.factor * level, f"chance\n({name})", **place)
-        low, high = min(low, level), max(high, level)
-    margin = 0.05 * (high - low) or 0.05
-    ax.set_ylim(metric.factor * (low - margin), metric.factor * (high + margin))
-    ax.set_ylabel(metric.axis)
-
-
-def log_ticks(axis, low, high, formatter="{x:g}"):
+def log_ticks(axis, low, high):
     """Plain numbers along a logarithmic axis: the fewer decades, the more of each."""
     subs = (1,) if high > 300 * low else (1, 3) if high > 10 * low else (1, 2, 3, 5)
     axis.set_major_locator(LogLocator(subs=subs, numticks=6))
-    axis.set_major_formatter(formatter)
+    axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())
 
 
