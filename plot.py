@@ -147,6 +147,8 @@ def run(args):
         shown = {name: shown[name] for name in names}
     lack = "no network or source to pair"
     missing = [f"no figure {name}: {lack}" for name in shown if not shown[name]]
+    if not shown:
+        raise ValueError("no figure: none of the results has a metric that is defined")
     if args.figure and missing:
         raise ValueError("; ".join(missing))
     if "gain" in shown:
