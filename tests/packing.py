@@ -96,7 +96,8 @@ def start(args, log, hook=None, limit=None):
 
     def patch():
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(output, 1), os.dup2(output, 2)
+        for stream in (1, 2, sys.stdout.fileno(), sys.stderr.fileno()):
+            os.dup2(output, stream)
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         if hook:
