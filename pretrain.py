@@ -250,11 +250,11 @@ def pretrain(train_set, test_set, config, folder, args, env):
     elif env.main:
         best_path.unlink(missing_ok=True)  # of another run
 
-    # Small sets are decoded once, into memory.
     if env.device.type == "cuda" and batch_size < 16 * env.ranks:
         more = f"--batch-size {batch_size} on {env.ranks} GPUs; {32 * env.ranks} would be faster"
         console.say(env, f"fewer than 16 images a GPU leave it waiting: {more}")
     pipeline = choose_pipeline(train_set, size, True, config["augment"])
+    # Small sets are decoded once, into memory; others when they are read.
     decoded, pipeline = preload(train_set, pipeline)
     tested = preload(test_set, choose_pipeline(test_set, size, False))
     at_once = 256 * env.ranks
@@ -302,7 +302,7 @@ def pretrain(train_set, test_set, config, folder, args, env):
             run.step += 1
             log.add(run.step, lr, loss, count, optimizer, ends_epoch(run.step, last, config))
             run.seconds += time.monotonic() - began
-            run.save_or_stop(signals, log)
+            run.save_or_stop(signals, log)  # every --save-minutes; on a signal saves and leaves
         run.finish_saving()
 
     layout = {"checkpoint_activations": args.checkpoint_activations, "workers": args.workers}
