@@ -15,7 +15,7 @@ from readers.images import IMAGE_ENDINGS
 CACHE_FROM = 50_000  # images: the index of such a set, and of any archives, is kept on disk
 
 
-def save_arrays(stem, arrays):
+def write_arrays(stem, arrays):
     """Writes arrays {key: array} as files STEM + KEY.npy that no loss of power can take away."""
     for key, values in arrays.items():
         with open(f"{stem}{key}.npy", "wb") as file:
@@ -163,7 +163,7 @@ def _keep_arrays(cache, stem, arrays, required):
     beside, fault = Path(f"{stem}{os.getpid()}-{os.urandom(4).hex()}"), None
     try:
         beside.mkdir(parents=True)
-        save_arrays(f"{beside}/", arrays)
+        write_arrays(f"{beside}/", arrays)
         for old in stem.parent.glob(glob.escape(stem.name) + "[0-9a-f]" * 24):
             if old != cache or _kept_arrays(cache, arrays) is None:
                 shutil.rmtree(old, ignore_errors=True)

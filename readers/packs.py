@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from engine.console import locked, write_json
-from readers.archives import map_arrays, save_arrays
+from readers.archives import map_arrays, write_arrays
 from readers.digest import data_digest
 from readers.images import MODES, ImageDataset, read_image
 from readers.names import pack_folder, pack_of, without_place
@@ -204,9 +204,8 @@ def _fill(part, sets, facts, workers):
         write_json(begun, facts)
     if not whole.exists():
         encode = functools.partial(_encode, facts)
-        needed = -sum(
-            file.stat().st_size for file in part.glob("*.images")
-        )  # what is there already
+        there = sum(file.stat().st_size for file in part.glob("*.images"))
+        needed = -there
         for dataset in sets.values():  # judged by a sample of its images
             sample = np.unique(np.linspace(0, len(dataset) - 1, 32).astype(int))
             index = JOURNAL.itemsize * 2 + dataset.labels[:1].nbytes + _names(dataset).itemsize
@@ -281,7 +280,7 @@ def _write_index(part, split, dataset):
     arrays = {"offsets": offsets, "shapes": records["shape"], "crc32": records["crc32"]}
     arrays |= {"labels": dataset.labels, "names": _names(dataset)}
     arrays |= {} if dataset.groups is None else {"groups": dataset.groups}
-    save_arrays(f"{part}/{split}.", arrays)
+    write_arrays(f"{part}/{split}.", arrays)
     files = {f"{split}.{key}.npy": part / f"{split}.{key}.npy" for key in arrays}
     for name, path in files.items():
         files[name] = [path.stat().st_size, zlib.crc32(np.memmap(path, mode="r"))]
