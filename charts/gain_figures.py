@@ -121,7 +121,8 @@ def draw_gains(gains, styles, title="", notes=()):
     key = "▲ better (95 % interval above zero)   ○ not off zero   ▼ worse"
     fig.suptitle(f"{title}\n{key}".strip(), fontsize=8)
     lacking = sum(gain.lacking for gain in gains)
-    style.draw_note(fig, 0, [f"{GAIN_NOTE} ({lacking} cells).", *notes])
+    about = [f"{GAIN_NOTE} ({lacking} cells).", *numbers.seeds_note(gains)]
+    style.draw_note(fig, 0, [*about, *notes])
     return fig
 
 

@@ -31,7 +31,7 @@ class GainLine(NamedTuple):
     source_domain: str | None
     method: str
     recipe: str | None
-    pretraining: str | None
+    pretraining: str | None  # but for its seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +40,10 @@ class Gain(Cell):
 
     small: str  # the arms
     large: str
-    by_partner: dict  # partner -> mean difference
-    pairs: int  # seeds x partners
+    partners: tuple
+    pairs: int  # seeds x partners x pre-training seeds
+    pretraining_seeds: tuple  # the pre-trainings, which differ in their seed
+    seed_share: float  # part of these in the interval's variance, nan of a single one
     lacking: bool  # whether a seed was left out, as an arm lacks it
 
     @property
@@ -68,14 +70,13 @@ def regime(shots):
     return next(name for name, most in REGIMES.items() if (shots or math.inf) <= most)
 
 
-def widest(kind, runs, metric, *also):
-    """The arms furthest apart in size among those that share the most partners: {arm: {partner:
-    {seed: score}}}, the small one first; {} without. Networks are as large as the numbers in their
-    names, sources as their images (those of unknown size, and none at all, are no arms).
-
-    also: attributes of runs that partners share too.
+def widest(kind, runs, metric):
+    """The arms furthest apart in size among those that share the most partners: {arm: {(partner,
+    its pre-training): {seed: score}}}, the small one first; {} without. Networks are as large as
+    the numbers in their names, sources as their images (those of unknown size, and none at all, are
+    no arms). Both arms had the same pre-training, its seed included.
     """
-    arm_of, partner_of = attrgetter(KINDS[kind][0]), attrgetter(KINDS[kind][1], *also)
+    arm_of, partner_of = attrgetter(KINDS[kind][0]), attrgetter(KINDS[kind][1], "line.pretraining")
     scores, sizes = {}, {}
     for run in runs:
         if kind == "network":
@@ -102,6 +103,8 @@ def paired_gain(line, runs, metric):
     The differences are averaged over partners for each seed, and the interval is Student's t over
     seeds. The few-shot draw of a seed is common to all partners, so their differences are not
     independent; what is particular to a source cancels, as the same sources count in every seed.
+    Several pre-training seeds are a second level: the variances of both levels' means add up, with
+    the degrees of freedom of Satterthwaite 1946, rounded down.
     """
     arms = widest(line.kind, runs, metric)
     if not arms:
@@ -109,13 +112,14 @@ def paired_gain(line, runs, metric):
     (small, low), (large, high) = arms.items()
     target, shots = runs[0].target, runs[0].shots
     where = f"{target.name}, {results.shots_words(shots)}, larger {line.kind}"
-    partners = sorted(low.keys() & high.keys())
+    partners = sorted(low.keys() & high.keys(), key=str)
     seeds = {seed for arm in (low, high) for partner in partners for seed in arm[partner]}
     differences, notices = {}, []
     for partner in partners:
         for name in (large, small):
             lacking = ", ".join(map(str, sorted(seeds - arms[name][partner].keys())))
-            notices += [f"{where}: {name} with {partner} lacks seed {lacking}"] if lacking else []
+            with_it = " ".join(filter(None, partner))
+            notices += [f"{where}: {name} with {with_it} lacks seed {lacking}"] if lacking else []
         both = low[partner].keys() & high[partner].keys()
         if both:
             differences[partner] = {seed: high[partner][seed] - low[partner][seed] for seed in both}
@@ -131,14 +135,25 @@ def paired_gain(line, runs, metric):
     kept = [partner for partner, values in differences.items() if seeds <= values.keys()]
     table = np.array([[differences[partner][seed] for seed in sorted(seeds)] for partner in kept])
     about = {"small": small, "large": large, "pairs": table.size, "lacking": bool(notices)}
-    about |= {"by_partner": dict(zip(kept, table.mean(1).tolist()))}
-    return Gain(target, line, shots, metric, **results.spread(table.mean(0)), **about), notices
+    about["partners"] = tuple(dict.fromkeys(partner for partner, _ in kept))
+    rows = {}
+    for (_, pretraining), row in zip(kept, table):
+        rows.setdefault(pretraining or "seed0", []).append(row)
+    found = results.spread(table.mean(0))
+    levels = found, results.spread([np.mean(part) for part in rows.values()])
+    variances, share = [level["sd"] ** 2 / level["n"] for level in levels], math.nan
+    if (total := sum(variances)) > 0:  # nor nan, of one seed or one pre-training
+        parts = [part**2 / (level["n"] - 1) for part, level in zip(variances, levels)]
+        found["ci95"] = results.t_quantile(max(1, int(total**2 / sum(parts)))) * math.sqrt(total)
+        share = variances[1] / total
+    about |= {"pretraining_seeds": tuple(sorted(rows)), "seed_share": share}
+    return Gain(target, line, shots, metric, **found, **about), notices
 
 
 def paired_gains(runs, metric):
     """Results -> (list of Gain by kind, group and shots, notices on seeds left out)."""
     alike = "target", "shots", "line.source_domain"
-    alike += "line.method", "line.recipe", "line.pretraining"
+    alike += "line.method", "line.recipe", "line.pretraining_recipe"
     gains, notices = [], []
     for kind in KINDS:
         for (target, _, *line), members in group(runs, *alike).items():
@@ -155,6 +170,15 @@ def paired_gains(runs, metric):
         return list(KINDS).index(line.kind), *far, *domains, gain.shots or math.inf, *about
 
     return sorted(gains, key=order), notices
+
+
+def seeds_note(gains):
+    """[What pre-training seeds make of the intervals, in words], [] where there is one of each."""
+    shares = [gain.seed_share for gain in gains if not math.isnan(gain.seed_share)]
+    if not shares:
+        return []
+    text = "Several pre-training seeds are a second level of the intervals, paired too; of their"
+    return [f"{text} variance they make {100 * np.median(shares):.0f} % (median over cells)."]
 
 
 def counts(gains):

@@ -89,10 +89,9 @@ class Law(NamedTuple):
 def exponents(kind, runs, metric):
     """Results of one target, family and number of shots -> {pre-training seed: exponent}.
 
-    The arms are the furthest apart that share the most partners: whatever else pre-training was,
-    its seed included. A partner's errors are of the transfer seeds that both arms have."""
+    The arms are as in gains.widest; a partner's errors are of the transfer seeds that both have."""
     known, by_seed = [run for run in runs if run.line.model in PARAMETERS], {}
-    arms = widest(kind, known, metric, "line.pretraining")
+    arms = widest(kind, known, metric)
     if not arms:
         return {}
     scales = {run.line.source: run.source_images for run in runs}

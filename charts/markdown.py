@@ -5,7 +5,7 @@ import io
 import math
 
 from charts import results
-from charts.gains import REGIMES, VERDICTS, counts, regime
+from charts.gains import REGIMES, VERDICTS, counts, regime, seeds_note
 from charts.law import FIT_NOTE, NOTE, RELATION_NOTE, relations
 from charts.results import METRICS, differing, group, mark, shots_words, words
 from engine.console import table
@@ -85,7 +85,7 @@ def gains(cells):
         }
         unit = f"gain in {METRICS[panel[0].metric].axis.replace('%', 'points')}"
         parts += score_table(panel, unit, ["gain", "pre-trained on", *names], rows)
-    return "\n".join([*parts, GAIN_RULE, "", RULE, ""])
+    return "\n".join([*parts, *seeds_note(cells), GAIN_RULE, "", RULE, ""])
 
 
 def laws(found):
@@ -131,7 +131,8 @@ def csv_text(rows, columns):
     own."""
     rows = [{key: "" if value != value else value for key, value in row.items()} for row in rows]
     needless = {"origin": all(row["origin"] == "own" for row in rows)}
-    needless |= {"pretraining": not any(row.get("pretraining") for row in rows)}
+    for head in ("pretraining", "pretraining_seeds", "seed_share"):
+        needless[head] = not any(row.get(head) for row in rows)
     heads = [head for head in columns.split() if not needless.get(head)]
     file = io.StringIO()
     writer = csv.DictWriter(file, heads, extrasaction="ignore", lineterminator="\n")
@@ -146,12 +147,15 @@ def cell_csv(cells):
 
 
 def gain_csv(gains):
-    rows = [
-        cell_row(gain) | {"partners": ";".join(gain.by_partner), "verdict": gain.verdict}
-        for gain in gains
-    ]
+    rows = []
+    for gain in gains:
+        about = {"partners": ";".join(gain.partners), "verdict": gain.verdict}
+        several = gain.pretraining_seeds if len(gain.pretraining_seeds) > 1 else ()
+        rows.append(cell_row(gain) | about | {"pretraining_seeds": ";".join(several)})
     columns = "kind target target_domain origin source_domain method recipe pretraining shots"
-    columns += " metric small large partners pairs mean sd ci95 n verdict"
+    columns += (
+        " metric small large partners pretraining_seeds pairs mean sd ci95 seed_share n verdict"
+    )
     return csv_text(rows, columns)
 
 

@@ -64,6 +64,11 @@ class Line(NamedTuple):
     recipe: str | None
     pretraining: str | None = None  # its recipe and seed, where they are not the default: seed1
 
+    @property
+    def pretraining_recipe(self):
+        """Its pre-training but for the seed."""
+        return re.sub(r"-?\bseed\d+", "", self.pretraining or "").lstrip("-") or None
+
 
 class Result(NamedTuple):
     """One run of a network on a target, at a number of shots, with one seed."""
