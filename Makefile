@@ -25,7 +25,8 @@ study: .venv/installed
 	.venv/bin/python plot.py
 
 # A tenth of a source with as many epochs as the whole, as in the study, and apart from that with as
-# many steps. A folder a seed of pre-training; started again, it does what is missing.
+# many steps; frozen features, and a part fine-tuned. A folder a seed of pre-training; started again,
+# it does what is missing.
 law: .venv/installed
 	for seed in 1 2 3; do for world in natural xray; do for model in R26x1 R14x0.25; do \
 	    run="--source synthetic-$$world --model $$model --seed $$seed --out law/seed$$seed"; \
@@ -37,6 +38,9 @@ law: .venv/installed
 	    $(FEWSHOT) --method linear --checkpoint law/seed$$seed/$$part/* \
 	        --target $(LAW_TARGETS) --out law/results/seed$$seed/$$part || exit; \
 	done; done
+	$(FEWSHOT) --seeds 2 --shots 10 --checkpoint law/seed*/whole/* \
+	    --target $(filter %~0 %~1,$(LAW_TARGETS)) --out law/finetuned
+	.venv/bin/python plot.py law/finetuned --figure law --out figures/law-finetuned
 	for part in epochs steps; do \
 	    .venv/bin/python plot.py law/results/seed*/whole law/results/seed*/$$part --figure law \
 	        --out figures/law-equal-$$part || exit; \
