@@ -7,7 +7,7 @@ TENTH = $(WORLDS:%=%-0.1-R14x0.5)
 LARGE_TENTH = $(WORLDS:%=%-0.1-R26x1)
 ALL = $(LARGE) $(LARGE_TENTH) $(NETWORKS) $(TENTH)
 PRETRAIN = TQDM_DISABLE=1 .venv/bin/python pretrain.py --source $*
-FEWSHOT = .venv/bin/torchrun --standalone --nproc_per_node 2 fewshot.py --seeds 5
+FEWSHOT = .venv/bin/torchrun --standalone --nproc_per_node 2 fewshot.py
 LAW_TARGETS = $(foreach world,natural xray,$(foreach task,target target2 target3 target4,\
 	$(foreach gap,0 0.25 0.5 0.75 1,synthetic-$(world)-$(task)~$(gap))))
 
@@ -16,12 +16,12 @@ demo study law: export CUDA_VISIBLE_DEVICES =
 demo study law: export OMP_NUM_THREADS = 1
 demo: .venv/installed
 	$(MAKE) --no-print-directory --jobs 2 $(NETWORKS)
-	$(FEWSHOT) --checkpoint $(NETWORKS) scratch
+	$(FEWSHOT) --seeds 5 --checkpoint $(NETWORKS) scratch
 	.venv/bin/python plot.py
 
 study: .venv/installed
 	$(MAKE) --no-print-directory --jobs 2 $(ALL)
-	$(FEWSHOT) --checkpoint $(ALL) scratch
+	$(FEWSHOT) --seeds 5 --checkpoint $(ALL) scratch
 	.venv/bin/python plot.py
 
 # A tenth of a source with as many epochs as the whole, as in the study, and apart from that with as
@@ -35,7 +35,7 @@ law: .venv/installed
 	    echo $$run/epochs --fraction 0.1; \
 	done; done; done | TQDM_DISABLE=1 xargs -L 1 -P 2 .venv/bin/python pretrain.py
 	for seed in 1 2 3; do for part in whole epochs steps; do \
-	    $(FEWSHOT) --method linear --checkpoint law/seed$$seed/$$part/* \
+	    $(FEWSHOT) --seeds 5 --method linear --checkpoint law/seed$$seed/$$part/* \
 	        --target $(LAW_TARGETS) --out law/results/seed$$seed/$$part || exit; \
 	done; done
 	$(FEWSHOT) --seeds 2 --shots 10 --checkpoint law/seed*/whole/* \

@@ -177,10 +177,19 @@ def dataset_options(name):
     return tuple(takes)
 
 
-def source_domain(name):
-    """That of what a network was trained on: "medical" where all of a union is known as such."""
-    members = [DATASETS.get(base_name(member)) for member in name.split("+")]
-    domains = {dataset.domain if dataset else "natural" for dataset in members}
+def source_domain(name, other=None):
+    """That of what a network was trained on (A, or A-to-B): "medical" where all of a union is.
+
+    other: that of names which are not in DATASETS, else ValueError; None: unknown.
+    """
+    domains = set()
+    for member in parts_of(name.partition("-to-")[0]):
+        known = DATASETS.get(base_name(member))
+        if not known and not other:
+            near = difflib.get_close_matches(member.lower(), DATASETS, n=1, cutoff=0)[0]
+            mend = f"did you mean {near!r}? of another one say --domain natural or medical"
+            raise ValueError(f"--source {name}: unknown {member!r}; {mend}")
+        domains.add(known.domain if known else other)
     return "medical" if domains == {"medical"} else "natural"
 
 
@@ -230,9 +239,11 @@ def open_splits(name, args, env=None, **options):
     return load_splits(name, args.data_dir, **options)
 
 
-def refuse_options(names, args):
-    """Raises ValueError for an option of the command line that none of these datasets takes."""
-    takes = {option for name in names for option in dataset_options(name)}
+def refuse_options(names, args, *also):
+    """Raises ValueError for an option of the command line that none of these datasets takes, nor
+    what has the options `also`.
+    """
+    takes = {*also, *(option for name in names for option in dataset_options(name))}
     for option in CHOICES:
         if getattr(args, option) is not None and option not in takes:
             flag = option.replace("_", "-")

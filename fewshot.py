@@ -134,6 +134,8 @@ def main():
         "method": dict(default="finetune", **options.words(*METHODS)),
     }
     args = options.parse(__doc__, f"{FLAGS} --shots --method --eval-only", **DEFAULTS | changes)
+    if args.eval_only and args.method not in ("finetune", "eval"):
+        raise ValueError(f"--eval-only: trains nothing; leave out it, or --method {args.method}")
     args.method = "eval" if args.eval_only else args.method
     frozen, once = args.method != "finetune", args.method in ("features", "eval")
     kept = {"finetune": ("predictions", "model"), "features": ()}.get(args.method, ("predictions",))

@@ -44,12 +44,13 @@ class Figure(NamedTuple):
     draw: Callable  # (what is shown, styles of lines, title, notes) -> matplotlib's Figure
     markdown: Callable  # what is shown -> text
     csv: Callable  # what is shown -> text
+    content: Callable = results.summarise  # (results, metric) -> what is shown
 
 
 FIGURES = {
     "fewshot": Figure(panels.draw_few_shot, markdown.few_shot, markdown.cell_csv),
     "gain": Figure(gain_figures.draw_gains, markdown.gains, markdown.gain_csv),
-    "law": Figure(gain_figures.draw_law, markdown.laws, markdown.law_csv),
+    "law": Figure(gain_figures.draw_law, markdown.laws, markdown.law_csv, law.laws),
 }
 STUDY = Figure(panels.draw_study, markdown.few_shot, markdown.cell_csv)
 
@@ -142,9 +143,10 @@ def run(args):
         found = panels.study_cells(runs, args.metric)
         shown = {re.sub(r"[^\w.@~+-]+", "-", f"study-{name}"): found[name] for name in found}
     else:
-        shown = {"fewshot": cells, "gain": pairs}
-        shown |= {"law": law.laws(runs, args.metric)} if "law" in names else {}
-        shown = {name: shown[name] for name in names}
+        found = {"fewshot": cells, "gain": pairs}
+        more = [name for name in names if name not in found]
+        found |= {name: FIGURES[name].content(runs, args.metric) for name in more}
+        shown = {name: found[name] for name in names}
     lack = "no network or source to pair"
     missing = [f"no figure {name}: {lack}" for name in shown if not shown[name]]
     if not shown:

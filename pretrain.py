@@ -128,14 +128,15 @@ def choose_pipeline(source, size, train, augment="crop"):
 
 # ---- Options -------------------------------------------------------------------------------------
 
-FLAGS = """--epochs --warmup --schedule --weight-decay --clipping --fraction --accumulate
-    --checkpoint-activations --keep --dry-run"""
+FLAGS = """--epochs --warmup --schedule --weight-decay --clipping --augment --fraction
+    --accumulate --checkpoint-activations --keep --dry-run"""
 DEFAULTS = {
     "source": dict(default="synthetic-natural", type=data.dataset_name),
     "model": dict(default="R14x0.5", **options.words(*models.MODELS)),
     "out": dict(default="runs"),
     "recipe": options.words(*RECIPES),
     "schedule": options.words(*SCHEDULES),
+    "augment": options.words(*transforms.AUGMENTATIONS),
     "batch_size": options.number_or("auto", 2**20),
     "accumulate": dict(default=1),
 }
@@ -161,6 +162,8 @@ def make_config(args, env, source):
     config = recipe._asdict() | {key: given[key] for key in Recipe._fields if key in given}
     if "warmup" not in given:
         config["warmup"] = recipe.warmup * config["epochs"] / recipe.epochs
+    if args.augment and (source.domain != "natural" or source.size is not None):
+        raise ValueError(f"--augment means nothing for {args.source}: no photographs; leave it out")
     warmup, epochs = config["warmup"], config["epochs"]
     if not 0 <= warmup < epochs:
         raise ValueError(f"--warmup {warmup:g} is not within --epochs {epochs:g}")

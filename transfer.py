@@ -140,6 +140,8 @@ DEFAULTS = {
 def open_network(path, args):
     """The Network of a run folder or weight file; --model and --source tell of a foreign one."""
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"--checkpoint {path}: no such run folder or weight file")
     file = path / "model.pt" if path.is_dir() else path
     if path.is_dir() and not file.exists():
         raise FileNotFoundError(f"{path}: holds no model.pt; pretrain.py has not finished there")
@@ -151,7 +153,7 @@ def open_network(path, args):
     if args.model not in (None, model):
         raise ValueError(f"{file} is of {model}, not of --model {args.model}")
     if not about:
-        domain = data.source_domain(source)
+        domain = data.source_domain(source, args.domain)
         # BiT's own networks, in .npz or as timm has them, take pixels in [-1,1].
         bit = file.suffix == ".npz" or any("stem.conv.weight" in str(key) for key in content)
         normalization = transforms.NORMALIZATION["medical" if bit else domain]
@@ -205,7 +207,7 @@ class Target:
 
 def open_targets(args, env):
     """[Target]. Raises ValueError or FileNotFoundError naming the dataset and the mend."""
-    data.refuse_options(args.target, args)
+    data.refuse_options(args.target, args, *["domain"] * bool(args.source))  # of that source
     targets = []
     for name in dict.fromkeys(args.target):
         sets = data.open_splits(name, args, env)

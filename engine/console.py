@@ -42,6 +42,14 @@ class Parser(argparse.ArgumentParser):
         settings |= {"allow_abbrev": False, "formatter_class": HelpFormatter}
         super().__init__(description=description, **settings)
 
+    def parse_known_args(self, args=None, namespace=None):
+        given = [word.split("=")[0] for word in (sys.argv[1:] if args is None else args)]
+        for action in self._actions:
+            flag = action.option_strings[-1:]
+            if action.nargs == "+" and flag and given.count(*flag) > 1:
+                self.error(f"{flag[0]} is there twice; name all of its values after one")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message):
         if message.startswith("unrecognized arguments"):
             word = message.split()[2].split("=")[0]

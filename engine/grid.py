@@ -136,7 +136,7 @@ class Cell(NamedTuple):
 
     @property
     def metric(self):
-        """The study's for such a target."""
+        """The main one of such a target."""
         return console.MAIN_METRIC[self.target.train_set.domain]
 
     @property

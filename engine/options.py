@@ -58,6 +58,7 @@ TABLE = """
 --schedule text - (default: recipe)
 --weight-decay amount - (default: recipe)
 --clipping amount - of AGC; 0: plain SGD (default: recipe)
+--augment text - of photographs in training (default: recipe)
 --image-size 8..4096 - side in pixels (default: recipe)
 --precision auto|fp32|tf32|bf16 auto auto: bf16 where the hardware computes in it, else fp32;
     fine-tuning by the paper's recipe: fp32, tf32 on GPUs; tf32: fp32 whose products GPUs round

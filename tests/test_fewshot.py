@@ -33,9 +33,9 @@ from readers import images, transforms
 from readers.xrays import PADCHEST_CLASSES
 
 
-def grid_args(folder, checkpoints, *more, method="finetune", shots=(1, 2), seeds=2):
+def grid_args(folder, checkpoints, *more, method="finetune", shots=(1, 2), seeds=2, targets=()):
     checkpoints = [checkpoints] if isinstance(checkpoints, (str, Path)) else checkpoints
-    words = ("--checkpoint", *checkpoints, "--target", f"folder:{folder}", *QUICK)
+    words = ("--checkpoint", *checkpoints, "--target", *(targets or [f"folder:{folder}"]), *QUICK)
     words += ("--shots", *shots, "--seeds", seeds, "--method", method)
     return (*words, *(("--steps", 2, "--batch-size", 8) if method == "finetune" else ()), *more)
 
@@ -138,7 +138,8 @@ def test_a_killed_process_loses_the_cell_in_flight_alone(folder, checkpoint, tmp
     before = {path: path.stat() for path in tmp_path.glob("results/*/*/*.json")}
     assert len(before) == 7
     (tmp_path / "cache").mkdir()
-    more = ("--cache-dir", tmp_path / "cache", "--seeds", 3)
+    args = grid_args(folder, [checkpoint, "scratch"], seeds=3)
+    more = ("--cache-dir", tmp_path / "cache")
     output, _ = run("fewshot.py", *args, *more, ranks=2, cwd=tmp_path)
     assert "12 cells, 7 finished already" in output
     assert len(set(re.findall(r"^\[(\d)/5\]", output, re.MULTILINE))) == 5
@@ -146,7 +147,7 @@ def test_a_killed_process_loses_the_cell_in_flight_alone(folder, checkpoint, tmp
         assert (path.stat().st_mtime_ns, path.stat().st_ino) == (stat.st_mtime_ns, stat.st_ino)
     assert not list(tmp_path.glob("results/**/.*"))  # nor half of a file
     assert not list((tmp_path / "cache").iterdir())
-    call(fewshot, *args, "--seeds", 3, "--out", "alone")
+    call(fewshot, *args, "--out", "alone")
     one, two = results(tmp_path / "alone"), found()
     assert one.keys() == two.keys() and len(one) == 12
     for name, record in one.items():
@@ -273,8 +274,8 @@ def padchest_root(tmp_path_factory):
 @pytest.mark.parametrize("method", ["finetune", "linear", "nearest-mean"])
 def test_padchest_has_one_label_an_image(grid, padchest_root, spy, capsys, method):
     training, testing = spy(transfer, "to_input"), spy(evaluate, "to_input")
-    more = "--target", "padchest", "--data-dir", padchest_root, "--split-by", "image"
-    assert grid(*more, method=method, shots=(1, 3), seeds=1) == 0
+    more = "--data-dir", padchest_root, "--split-by", "image"
+    assert grid(*more, targets=["padchest"], method=method, shots=(1, 3), seeds=1) == 0
     said = "padchest: no training image shows Consolidation; no shots of it are drawn"
     assert capsys.readouterr().out.count(said) == 1
     for record in found().values():
@@ -335,9 +336,9 @@ def test_a_distance_is_measured_once(grid, folder, checkpoint, monkeypatch, tmp_
     torch.save(content | {"source": "pets", "run": "pets-R14x0.5"}, tmp_path / "pets.pt")
     numbers = itertools.count()
     monkeypatch.setattr(distance, "compare", lambda *_: next(numbers))
-    more = ("--target", f"folder:{folder}", f"folder:{tmp_path / 'other'}")
-    both = checkpoint, tmp_path / "pets.pt"
-    assert grid(*more, checkpoints=both, method=method, shots=(1,)) == 0
+    targets, both = [folder, tmp_path / "other"], [checkpoint, tmp_path / "pets.pt"]
+    targets = [f"folder:{target}" for target in targets]
+    assert grid(targets=targets, checkpoints=both, method=method, shots=(1,)) == 0
     by_pair = {}
     for record in found().values():
         by_pair.setdefault((record["source"], record["target"]), set()).add(record["distance"])

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 from result_files import read_csv, texts, write, write_seeds, write_worlds
 
+import plot
 from charts import markdown
 
 FILES = ["fewshot.csv", "fewshot.md", "fewshot.png", "fewshot.svg"]
@@ -151,6 +152,16 @@ def test_an_unknown_word_names_its_option_and_the_nearest(call, tmp_path, option
 def test_curves_refuses_the_options_of_results(call, more):
     error = "error: --curves draws run folders alone: no results, --metric or --target\n"
     assert call("--curves", "a", *more) == (2, "", error)
+
+
+def test_a_figure_is_one_row(call, tmp_path, monkeypatch):
+    few_shot = plot.FIGURES["fewshot"]
+    monkeypatch.setitem(plot.FIGURES, "mine", few_shot)
+    write_worlds(tmp_path / "results")
+    assert call()[0] == 0
+    drawn = [Path("figures", f"{name}.csv").read_text() for name in ("mine", "fewshot")]
+    assert drawn[0] == drawn[1] != ""
+    assert call("--figure", "mine", "--out", "x")[0] == 0 and Path("x/mine.png").exists()
 
 
 def test_a_failure_leaves_the_old_files_and_no_others(call, tmp_path, monkeypatch):

@@ -21,11 +21,12 @@ from engine.weights import weights_of
 from readers.transforms import NORMALIZATION
 
 MEDICAL = "tuberculosis synthetic-xray-target nih@224+chexpert padchest@256 synthetic-xray~0.4"
-NATURAL = "imagenet21k@256 folder:x my-photos nih+imagenet1k synthetic-natural+synthetic-xray"
+NATURAL = "imagenet21k@256 imagenet21k-to-pets nih+imagenet1k synthetic-natural+synthetic-xray"
 
 
 def open_weights(path, **given):
-    return transfer.open_network(path, SimpleNamespace(**({"model": None, "source": None} | given)))
+    options = {"model": None, "source": None, "domain": None} | given
+    return transfer.open_network(path, SimpleNamespace(**options))
 
 
 def test_the_domain_of_foreign_weights_is_that_of_their_source(tmp_path, monkeypatch):
@@ -43,6 +44,12 @@ def test_the_domain_of_foreign_weights_is_that_of_their_source(tmp_path, monkeyp
             # BiT's own networks take pixels in [-1,1] whatever they were trained on.
             bit = open_weights(npz, model="R14x0.5", source=source)
             assert bit.normalization == ((0.5,) * 3, (0.5,) * 3) and bit.domain == domain
+        for source in ("folder:x", "my-photos", "table:/a/b.csv"):  # known to nobody else
+            opened = open_weights(path, model="R14x0.5", source=source, domain=domain)
+            assert opened.domain == domain and opened.normalization == NORMALIZATION[domain]
+    for source, near in {"CheXpert": "chexpert", "chexpert+mimc": "mimic", "chexprt": "ch"}.items():
+        opening = partial(open_weights, path, model="R14x0.5", source=source)
+        refuses(ValueError, opening, f"--source {source}", f"did you mean '{near}", "say --domain")
 
 
 def test_networks_that_are_found(tmp_path, monkeypatch):
