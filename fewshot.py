@@ -124,7 +124,7 @@ def evaluate_only(cell, signals, args, env):
 
 
 # (cell, signals, args, env) -> (metrics, what the result file says of the training)
-METHODS = {"finetune": fine_tune} | dict.fromkeys(linear.CLASSIFIERS, classify)
+METHODS = {"finetune": fine_tune} | dict.fromkeys(linear.CLASSIFIERS, classify)  # by their names
 METHODS |= {"features": write_features, "eval": evaluate_only}
 
 
@@ -170,7 +170,7 @@ def main():
         for shots in shot_counts:  # None: all images
             for seed in seeds:
                 chosen = np.arange(len(labels) if args.method != "eval" else 0)
-                if shots:
+                if shots:  # of each class; of each finding at least, where images show several
                     chosen = data.few_shot_indices(labels, shots, seed, classes)
                 for network in networks:
                     cells.append(make_cell(network, target, shots, seed, chosen, args, alone))

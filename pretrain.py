@@ -262,8 +262,8 @@ def pretrain(train_set, test_set, config, folder, args, env):
     tested = preload(test_set, choose_pipeline(test_set, size, False))
     at_once = 256 * env.ranks
     tested = in_order(*tested, at_once, env.rank, env.ranks, args.workers, env.device)
-    # Shuffled anew each epoch by (seed, epoch) alone. A batch may span two epochs; each rank has
-    # every ranks-th image of it.
+    # Shuffled anew each epoch by (seed, epoch) alone, or (--balanced) each image drawn anew from a
+    # class drawn anew. A batch may span two epochs; each rank has every ranks-th image of it.
     sampling = "balanced" if config["balanced"] else "shuffle"
     batches = data.Batches(decoded, pipeline, batch_size, args.seed, sampling, env.rank, env.ranks)
     stream = loader(batches, run.step, last, args.workers, env.device)

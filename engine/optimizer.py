@@ -10,7 +10,7 @@ class SGD_AGC(torch.optim.SGD):
 
     The gradient G of a unit with weights W is scaled to norm clipping * max(|W|, eps) when it is
     longer. A unit is an output filter, or a whole vector. Groups with clipping=None are not
-    clipped. Nothing here waits for the device.
+    clipped. Weight decay and momentum come after it. Nothing here waits for the device.
     """
 
     def __init__(
