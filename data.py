@@ -230,7 +230,8 @@ def open_splits(name, args, env=None, **options):
     for option in (*CHOICES, "cache_dir", "download", "validation"):
         if option in (*takes, "validation") and getattr(args, option, None):
             options.setdefault(option, getattr(args, option))
-    if name in TEST_ALONE and getattr(args, "method", None) == "eval":  # which trains on nothing
+    alone = name in TEST_ALONE or name.startswith("table:")
+    if alone and getattr(args, "method", None) == "eval":  # which trains on nothing
         return (load_dataset(name, args.data_dir, "test", **options),) * 2
     if options.get("download") and env and env.ranks > 1:
         if env.main:

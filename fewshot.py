@@ -7,11 +7,10 @@
     python fewshot.py --method features   # these features of all images, as a file
     python fewshot.py --eval-only --checkpoint runs/chexpert-R50x1 --target nih    # no training
 
-Each cell writes results/TARGET/SOURCE-MODEL/Nshot-seedS.json (…-seedS-METHOD.json on frozen
-features, full-seedS.json on all images) when it is finished; started again, the script does what
-is missing. The processes of torchrun share the cells out, the longest first. At its end it prints
-means and standard deviations over seeds, names the cells that failed, and leaves with status 1 if
-any did.
+Each cell writes results/TARGET/SOURCE-MODEL/Nshot-seedS.json (…-METHOD.json on frozen features,
+full-seedS.json on all images) when it is finished; started again, the script does what is missing.
+The processes of torchrun share the cells out, the longest first. At its end it prints means and
+standard deviations over seeds, and names the cells that failed (status 1).
 """
 
 import time
@@ -32,6 +31,7 @@ from readers.labels import images_by_class
 from transfer import (
     DEFAULTS,
     FLAGS,
+    HELP,
     extract,
     fine_tune,
     make_cell,
@@ -65,15 +65,15 @@ def frozen_features(cell, args, env):
     return found
 
 
-def load_network(network, env, head=False):
-    """The network on the device; head: with its own, else with none of use."""
+def load_network(network, env, outputs=0):
+    """The network on the device; outputs: of its own head, else it has none of use."""
     if not network.path:
         return models.create_model(network.model, 1, device=env.device)
     with torch.device("meta"):  # initialising what is loaded anyway takes as long as loading
-        model = models.create_model(network.model, len(network.classes) if head else 1)
+        model = models.create_model(network.model, outputs or 1)
     model.to_empty(device="cpu")
     content, _ = weights_of(network.path, network.digest)
-    models.load_weights(model, network.path, content, head)
+    models.load_weights(model, network.path, content, head=outputs > 0)
     return models.place(model, env.device)
 
 
@@ -111,9 +111,10 @@ def evaluate_only(cell, signals, args, env):
     """Evaluates the network as it is, by the classes that its head and the test set share."""
     signals.raise_if_agreed()
     network, test_set, shared = cell.network, cell.target.test_set, cell.config["labels"]
-    began, model = time.monotonic(), load_network(network, env, head=True)
+    began, classes = time.monotonic(), network.classes or shared
+    model = load_network(network, env, len(classes))
     measure_distance(model, cell, args, env)
-    own = [network.classes.index(name) for name in shared]
+    own = [classes.index(name) for name in shared]
     logits = extract(model, cell, cell.target.test, args, env, logits=True)[:, own]
     labels = test_set.labels
     if test_set.task == "multilabel":
@@ -124,23 +125,22 @@ def evaluate_only(cell, signals, args, env):
 
 
 # (cell, signals, args, env) -> (metrics, what the result file says of the training)
-METHODS = {"finetune": fine_tune} | dict.fromkeys(linear.CLASSIFIERS, classify)  # by their names
-METHODS |= {"features": write_features, "eval": evaluate_only}
+METHODS = {"finetune": fine_tune, "features": write_features, "eval": evaluate_only}
+METHODS |= dict.fromkeys(linear.CLASSIFIERS, classify)  # linear, nearest-mean
 
 
 def main():
-    changes = {
-        "shots": options.number_or("full"),
-        "method": dict(default="finetune", **options.words(*METHODS)),
-    }
-    args = options.parse(__doc__, f"{FLAGS} --shots --method --eval-only", **DEFAULTS | changes)
+    changes = {"method": dict(default="finetune", **options.words(*METHODS))}
+    changes["shots"] = options.number_or("full")
+    flags = f"{FLAGS} --shots --method --eval-only"
+    args = options.parse(f"{__doc__}\n{HELP}", flags, **DEFAULTS | changes)
     if args.eval_only and args.method not in ("finetune", "eval"):
         raise ValueError(f"--eval-only: trains nothing; leave out it, or --method {args.method}")
     args.method = "eval" if args.eval_only else args.method
     frozen, once = args.method != "finetune", args.method in ("features", "eval")
     kept = {"finetune": ("predictions", "model"), "features": ()}.get(args.method, ("predictions",))
-    options_without_use = TRAINING * frozen + DRAWING * once
-    refused = [f"--{o.replace('_', '-')}" for o in options_without_use if getattr(args, o)]
+    useless = TRAINING * frozen + DRAWING * once
+    refused = [f"--{o.replace('_', '-')}" for o in useless if getattr(args, o)]
     refused += [f"--save {what}" for what in args.save or () if what not in kept]
     if refused:
         raise ValueError(f"{refused[0]} means nothing for --method {args.method}; leave it out")

@@ -159,6 +159,11 @@ def run(args):
         single = [f"{g.target.name}, {shots}, {g.large} minus {g.small}" for g, shots in where]
         single = [f"one seed, no interval: {text}" for text in single]
         tell(single, f"gains without interval: {len(single)}")
+    if "law" in shown:
+        lost = dict.fromkeys(name for one in shown["law"] for name in one.left_out)
+        lost |= dict.fromkeys(sorted({run.line.model for run in runs} - law.PARAMETERS.keys()))
+        unknown = [f"not in the law, distance or parameters unknown: {name}" for name in lost]
+        tell(unknown, f"left out of the law: {len(unknown)}")
     styles, written, tables = style.line_styles(cells), [], []
     for name in [name for name in shown if shown[name]]:
         figure, content = FIGURES.get(name, STUDY), shown[name]

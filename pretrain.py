@@ -130,6 +130,8 @@ def choose_pipeline(source, size, train, augment="crop"):
 
 FLAGS = """--epochs --warmup --schedule --weight-decay --clipping --augment --fraction
     --accumulate --checkpoint-activations --keep --dry-run"""
+ROWS = {(name, *of): row for name, recipes in RECIPES.items() for of, row in recipes.items()}
+HELP = options.recipe_table(["recipe", "source", "network"], ROWS)
 DEFAULTS = {
     "source": dict(default="synthetic-natural", type=data.dataset_name),
     "model": dict(default="R14x0.5", **options.words(*models.MODELS)),
@@ -140,16 +142,6 @@ DEFAULTS = {
     "batch_size": options.number_or("auto", 2**20),
     "accumulate": dict(default=1),
 }
-
-
-def recipe_table():
-    """The numbers of all recipes, for --help."""
-    rows = [
-        [name, source, size, *("" if value is None else value for value in recipe)]
-        for name, recipes in RECIPES.items()
-        for (source, size), recipe in recipes.items()
-    ]
-    return console.table(rows, ["recipe", "source", "network", *Recipe._fields])
 
 
 def make_config(args, env, source):
@@ -199,7 +191,7 @@ def run_name(config, source):
 
 
 def main():
-    args = options.parse(f"{__doc__}\n{recipe_table()}", FLAGS, **DEFAULTS)
+    args = options.parse(f"{__doc__}\n{HELP}", FLAGS, **DEFAULTS)
     env = setup(args.precision)
     if args.batch_size == "auto" and args.accumulate != 1:
         raise ValueError("--accumulate: --batch-size auto chooses it; leave out one of them")

@@ -30,7 +30,7 @@ from engine.metrics import loss_sum
 from engine.optimizer import SGD_AGC, set_learning_rate
 from engine.outputs import network_facts, save_network, save_predictions
 from engine.processes import StopSignal, parallel, parts, run_script, setup
-from engine.weights import weights_of
+from engine.weights import outputs_of, weights_of
 from readers import transforms
 from readers.cache import decode_once
 from readers.digest import data_digest
@@ -121,6 +121,7 @@ def choose_pipeline(target, rule, train):
     return transforms.cropped_pipeline(rule.resize, rule.crop, train, square)
 
 
+HELP = options.recipe_table(["recipe"], {(name,): recipe for name, recipe in RECIPES.items()})
 FLAGS = """--checkpoint --target --seeds --steps --scratch-steps --save --dry-run
     --accumulate --checkpoint-activations"""
 DEFAULTS = {
@@ -152,14 +153,15 @@ def open_network(path, args):
         raise ValueError(f"{file}: not written by pretrain.py; say --model and --source of it")
     if args.model not in (None, model):
         raise ValueError(f"{file} is of {model}, not of --model {args.model}")
+    with torch.device("meta"):
+        models.matching_state(models.create_model(model, 1), file, content)
     if not about:
         domain = data.source_domain(source, args.domain)
         # BiT's own networks, in .npz or as timm has them, take pixels in [-1,1].
         bit = file.suffix == ".npz" or any("stem.conv.weight" in str(key) for key in content)
         normalization = transforms.NORMALIZATION["medical" if bit else domain]
         about = {"domain": domain, "images": None, "normalization": normalization}
-    with torch.device("meta"):
-        models.matching_state(models.create_model(model, 1), file, content)
+        about["outputs"] = outputs_of(content)
     about |= {"source": source, "model": model, "path": str(file), "digest": digest}
     try:
         name = about.pop("run", None) or f"{data.dataset_slug(source)}-{model}"
@@ -250,8 +252,7 @@ def make_cell(network, target, shots, seed, indices, args, env):
         settings |= {"clipping": recipe.clipping, "sampling": sampling, "compile": args.compile}
         settings |= rule._asdict()
     if args.method == "eval":
-        known = network.name, network.classes, network.task
-        settings["labels"] = shared_classes(*known, target.test_set)
+        settings["labels"] = shared_classes(network, target.test_set)
     flops = models.forward_flops(network.model, 1, rule.crop)
     about = network, target, shots, seed, args.method, indices, settings, flops
     return Cell(*about, args.out, data.dataset_slug(target.name), tuple(args.save or ()))
@@ -261,7 +262,7 @@ def make_cell(network, target, shots, seed, indices, args, env):
 
 
 def main():
-    args = options.parse(__doc__, FLAGS, **DEFAULTS)
+    args = options.parse(f"{__doc__}\n{HELP}", FLAGS, **DEFAULTS)
     args.method = "finetune"
     env = setup(args.precision)
     targets, networks, cells = open_targets(args, env), open_networks(args, open_network, env), []

@@ -98,7 +98,7 @@ def draw_gains(gains, styles, title="", notes=()):
     alike += "line.method", "line.recipe", "line.pretraining"
     blocks = results.group(gains, *alike).values()
     blocks = [results.group(block, "target.origin") for block in blocks]
-    counts = [max(len(rows_of(part)) for part in block.values()) for block in blocks]
+    counts = [max(2, *(len(rows_of(part)) for part in block.values())) for block in blocks]
     heights = [HEAD + ROW * count for count in counts]  # inches
     widths = [2.15 * len(part) + 1 for part in kinds.values()]  # inches
     fig = Figure(figsize=(sum(widths), sum(heights)), layout="constrained")
@@ -139,8 +139,10 @@ def draw_exponents(ax, law, looks):
         ax.plot(10**row.d, row.exponent, **look)
     for family in sorted({row.family for row in law.rows}):
         rows = [row for row in law.rows if row.family == family]
-        shots = sorted({row.s for row in rows})
-        s, distances = shots[len(shots) // 2], [row.d for row in rows]
+        shots = sorted({row.shots or math.inf for row in rows})
+        middle = shots[len(shots) // 2]
+        s = np.mean([row.s for row in rows if (row.shots or math.inf) == middle])
+        distances = [row.d for row in rows]
         grid = np.linspace(min(distances), max(distances), 30)
         values = {("a", family): 1, ("b", family): s, ("c", None): grid, ("e", None): s * grid}
         x = np.stack([np.zeros(30) + values.get(term, 0) for term in law.terms], 1)
@@ -149,8 +151,9 @@ def draw_exponents(ax, law, looks):
         ax.plot(10**grid, line, color="black", linewidth=1, linestyle=dashes, zorder=3)
         ax.fill_between(10**grid, line - half, line + half, color="#888888", alpha=0.2, linewidth=0)
     c = [letter for letter, _ in law.terms].index("c")
-    title = f"ten times the distance: {law.coefficients[c]:+.3f} ± {law.ci95[c]:.3f}\nat 10 shots"
-    ax.set_title(title, fontsize=7.5)
+    at = "10-shot" if ("e", None) in law.terms else results.shots_words(law.rows[0].shots)
+    change = f"{law.coefficients[c]:+.3f} ± {law.ci95[c]:.3f}"
+    ax.set_title(f"ten times the distance, {at}:\nexponent {change}", fontsize=7.5)
     ax.set_xscale("log")
     style.log_ticks(ax.xaxis, *ax.dataLim.intervalx)
     ax.set_xlabel("relative Fréchet distance of source and target")
@@ -170,7 +173,7 @@ def draw_predictions(ax, law, looks):
     text += f"{100 * law.coverage:.0f} % of {len(law.rows)} cells within their 95 % intervals\n"
     noise = "one pre-training seed: its noise is not in the band"
     if not math.isnan(law.seed_share):
-        noise = f"pre-training seeds: {100 * law.seed_share:.0f} % of the band's variance"
+        noise = f"pre-training seeds: {100 * law.seed_share:.0f} % of the band's variance (median)"
     ax.set_xlabel(f"predicted exponent\n{text}{noise}", fontsize=7)
     ax.set_ylabel("observed exponent")
 

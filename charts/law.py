@@ -78,12 +78,13 @@ class Law(NamedTuple):
     coefficients: np.ndarray = None
     ci95: np.ndarray = None  # half-widths of the coefficients' intervals
     changes: np.ndarray = None  # (units, terms): of the coefficients, without a task, or a seed
-    seed_share: float = math.nan  # of the variance, of pre-training seeds
+    seed_share: float = math.nan  # of these in the variance of fitted values, median over rows
     predicted: np.ndarray = None  # rows, by a fit without their task
     reach: np.ndarray = None  # half-widths of the intervals of predicted
     coverage: float = math.nan  # share of rows within reach
     rmse: dict = None  # B0, B1, law -> of left-out tasks
     p: float = math.nan  # of the distances, by permutation
+    left_out: tuple = ()  # names of targets of which the distance or the images a class are unknown
 
 
 def exponents(kind, runs, metric):
@@ -249,8 +250,10 @@ def law(about, rows):
         others = [[value for key, value in row.by_seed.items() if key != seed] for row in known]
         others = [np.mean(rest or [*row.by_seed.values()]) for rest, row in zip(others, known)]
         changes.append(solve(x, np.array(others)) - solve(x, y))
-    changes, by_seed = np.array(changes), np.array(changes[len(names) :])
-    share = np.sum(by_seed**2) / np.sum(changes**2) if len(by_seed) else math.nan
+    changes, share = np.array(changes), math.nan
+    if len(changes) > len(names):
+        moved = (changes @ x.T) ** 2  # of each fitted value
+        share = float(np.median(moved[len(names) :].sum(0) / np.maximum(moved.sum(0), 1e-300)))
     ci95 = np.array([half_width(changes, one, terms, known) for one in np.eye(len(terms))])
     predicted, reach = predict_tasks(x, y, tasks), prediction_reach(x, y, tasks)
     seen, rmse = ~np.isnan(predicted), {}
@@ -259,4 +262,5 @@ def law(about, rows):
         rmse[name] = math.sqrt(np.mean(error[seen] ** 2))
     coverage = np.mean(np.abs(predicted - y)[seen] <= reach[seen])
     fitted = solve(x, y), ci95, changes, share, predicted, reach, coverage, rmse
-    return Law(about, known, len(names), terms, *fitted, permutation_p(known, y))
+    left_out = tuple(dict.fromkeys(row.target.name for row in rows if math.isnan(row.s + row.d)))
+    return Law(about, known, len(names), terms, *fitted, permutation_p(known, y), left_out)

@@ -291,8 +291,10 @@ def spread(values):
 
 
 def size_order(model):
-    """Sort key that puts R50x1 before R50x3 and R152x2: the numbers in the name, then the name."""
-    return tuple(float(number) for number in re.findall(r"\d+(?:\.\d+)?", model)), model
+    """Sort key that puts R101x1 before R50x3 and R152x2: depth times width squared, which grows as
+    parameters do, then the name."""
+    found = re.search(r"(\d+)x(\d+(?:\.\d+)?)", model)
+    return float(found[1]) * float(found[2]) ** 2 if found else 0.0, model
 
 
 def line_order(cell):

@@ -91,13 +91,13 @@ def refuse_nonsense(path, state):
             raise ValueError(f"{path}: {key} is not finite: the training that wrote it diverged")
 
 
-def file_digest(path, digits=16):
-    """So many hexadecimal digits of the SHA-256 of a file, of 64."""
+def file_digest(path):
+    """The SHA-256 of a file, 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
             digest.update(block)
-    return digest.hexdigest()[:digits]
+    return digest.hexdigest()
 
 
 def read_result(path, kind, config=None):

@@ -52,21 +52,22 @@ def _until_whole(url, file, note, bar):
                 return
         except urllib.error.URLError as error:
             raise OSError(f"{url}: cannot be fetched ({error})") from error
+        except ValueError as error:  # of what came before nothing is lost
+            raise OSError(f"{url}: not the file that is meant ({error})") from error
         except (OSError, http.client.HTTPException) as error:
             reason = error
         tries = 0 if file.tell() > most else tries + 1
         most = max(most, file.tell())
         if tries == TRIES:
             cut = f"cut off after {file.tell():,} bytes ({reason})"
-            raise OSError(f"{url}: {cut}; the same command goes on from there")
+            again = "goes on from there" if _noted(note).get("version") else "begins anew"
+            raise OSError(f"{url}: {cut}; the same command {again}")
         time.sleep(PAUSE * tries)
 
 
 def _read_on(url, file, note, bar):
     """One answer of the server, appended to the file; whether it is whole then."""
-    known, headers, have = {}, {}, file.seek(0, os.SEEK_END)
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(note.read_text())
+    known, headers, have = _noted(note), {}, file.seek(0, os.SEEK_END)
     if have and known.get("version"):
         headers = {"Range": f"bytes={have}-", "If-Range": known["version"]}
     try:
@@ -95,6 +96,12 @@ def _read_on(url, file, note, bar):
             file.write(block)
             bar.update(len(block))
     return length is None or file.tell() == int(length)
+
+
+def _noted(note):
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(note.read_text())
+    return {}
 
 
 def _empty(file):

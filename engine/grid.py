@@ -39,12 +39,13 @@ class Network(NamedTuple):
     domain: str | None = None  # of its source
     images: int | None = 0  # of its source
     path: str | None = None  # of its weights, None for scratch
-    digest: str | None = None  # of that file
+    digest: str | None = None  # SHA-256 of that file
     normalization: tuple | None = None
     sample: torch.Tensor | None = None  # projected features of the source (distance.project)
     steps: int | None = None  # of fine-tuning, in place of the recipe's
     classes: tuple | None = None
     task: str | None = None
+    outputs: int = 0  # of a head whose classes are unknown
     image_size: int | None = None
     recipe: str | None = None
     seed: int | None = None
@@ -120,7 +121,7 @@ class Cell(NamedTuple):
     def config(self):
         """What decides the result."""
         return {
-            "weights": self.network.digest,
+            "weights": self.network.digest and self.network.digest[:16],
             "source": self.network.source,
             "model": self.network.model,
             "target": self.target.name,
@@ -219,7 +220,11 @@ def write_result(cell, metrics, train, workers, env):
         "metrics": metrics,
         "train": train,
         "config": cell.config,
-        "layout": {"checkpoint": network.path or "scratch", "workers": workers},
+        "layout": {
+            "checkpoint": network.path or "scratch",
+            "sha256": network.digest,
+            "workers": workers,
+        },
         "environment": environment(env),
     }
     if env.main:

@@ -193,20 +193,25 @@ def flops_per_second(model, batch, image_size, flops, env):
         training_step(model, batch, image_size, env)
         float(next(model.parameters()).detach().flatten()[0])  # waits for the device
         best = min(best, time.perf_counter() - began)
+        if best > 3 and env.device.type == "cpu":
+            break
     return 3 * batch * flops / best
 
 
 def print_estimate(model, config, steps, parts, flops, env):
     """Prints the numbers of a training, config, and by steps that are tried its memory and time,
-    reading and evaluations aside. parts: of a rank's share of a batch. flops: as above.
+    reading and evaluations aside. parts: of a rank's share of a batch, of which a CPU tries 32
+    images. flops: as above.
     """
-    share = math.ceil(config["batch_size"] / env.ranks / parts)
+    share, size = math.ceil(config["batch_size"] / env.ranks / parts), config["image_size"]
+    tried = min(share, 32) if env.device.type == "cpu" else share
     reset_peak_memory(env.device)
-    speed = flops_per_second(model.train(), share, config["image_size"], flops, env)
-    momentum = sum(4 * p.numel() for p in model.parameters())
+    speed = flops_per_second(model.train(), tried, size, flops, env)
+    taken = peak_memory(env.device) + sum(4 * p.numel() for p in model.parameters())  # momentum
+    taken += (share - tried) * PASSING * activation_bytes(model.to("meta"), size, env.precision)
     images = env.ranks * speed / (3 * flops)
     rows = [*config.items(), ("steps", steps)]
-    rows.append(("GB of memory a process", f"{(peak_memory(env.device) + momentum) / 1e9:.1f}"))
+    rows.append(("GB of memory a process", f"{taken / 1e9:.1f}"))
     rows.append(("images/s", f"{images:.0f}"))
     rows.append(("hours", f"{steps * config['batch_size'] / images / 3600:.2f}"))
     if env.main:

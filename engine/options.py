@@ -1,8 +1,9 @@
 """The options of all scripts but plot.py: one table, one meaning everywhere."""
 
 import argparse
+import os
 
-from engine.console import Parser, not_empty, number, one_of
+from engine.console import Parser, not_empty, number, one_of, table
 
 # flag, kind (of KINDS, whole numbers from..to, or words joined by |), default (-: none), what it
 # means, as far as the next.
@@ -52,7 +53,8 @@ TABLE = """
 --batch-size 1..1048576 - images a step, over all processes; of pretrain.py also auto: the
     recipe's, in as few parts as fit into memory (default: recipe)
 --epochs positive - passes over the source (default: recipe)
---steps 1..1000000000 - training steps (default: the HyperRule's)
+--steps 1..1000000000 - training steps (default: the recipe's, else the HyperRule's: 500 for less
+    than 20,000 training images, 10,000 for less than 500,000, else 20,000)
 --scratch-steps 1..1000000000 - train scratch a second time, for so many steps (default: no)
 --lr positive - learning rate (pretrain.py: at a batch of 256, scaled linearly) (default: recipe)
 --warmup amount - epochs of it (default: the recipe's share of --epochs)
@@ -132,6 +134,15 @@ def add(parser, flags, **changes):
             parser.add_argument(flag, **settings | {"help": text} | changes.get(name, {}))
 
 
+def recipe_table(header, recipes):
+    """The numbers of recipes {names, as in the header: NamedTuple}, for --help."""
+    rows = [
+        [*names, *("" if value is None else value for value in recipe)]
+        for names, recipe in recipes.items()
+    ]
+    return table(rows, [*header, *next(iter(recipes.values()))._fields])
+
+
 def parse(description, flags, **changes):
     """The command line of a training script as a Namespace: these flags and those of EVERYWHERE."""
     parser = Parser(description)
@@ -140,7 +151,7 @@ def parse(description, flags, **changes):
     if getattr(args, "seeds", None):
         args.seeds = seeds(args.seeds, args.seed)
     if args.validation:  # never among results on the test set
-        args.out = f"{args.out.rstrip('/')}-validation"
+        args.out = f"{os.path.abspath(args.out)}-validation"
     return args
 
 

@@ -84,6 +84,11 @@ def our_names(state):
     return state
 
 
+def outputs_of(content):
+    """How many outputs the head has in what a weight file holds; 0 without a head."""
+    return len(our_names(content.get("model", content)).get("head.conv.bias", ()))
+
+
 class Published(NamedTuple):
     """source: what it was trained on. model: its size, a key of models.MODELS."""
 
@@ -98,6 +103,7 @@ BIT_MODELS = ("R50x1", "R50x3", "R101x1", "R101x3", "R152x2", "R152x4")
 VTAB = """caltech101 cifar100 clevr-count clevr-distance diabetic_retinopathy dmlab
     dsprites-orientation dsprites-xpos dtd eurosat kitti-distance oxford_flowers102 oxford_iiit_pet
     patch_camelyon resisc45 smallnorb-azimuth smallnorb-elevation sun397 svhn"""
+CIFAR = ("cifar10", "cifar100")
 STUDY = "https://fz-juelich.sciebo.de/s/9kqbf6yBDyJnQfd/download"
 STUDY_SOURCES = """imagenet1k imagenet21k chexpert chexpert+mimic chexpert+mimic+nih
     chexpert+mimic+nih+padchest"""
@@ -107,6 +113,7 @@ PUBLISHED = {}  # {name, as --checkpoint takes it: Published}
 for model in BIT_MODELS:
     names = {f"BiT-S-{model}": "imagenet1k", f"BiT-M-{model}": "imagenet21k"}
     names[f"BiT-M-{model}-ILSVRC2012"] = "imagenet21k-to-imagenet1k"
+    names |= {f"BiT-M-{model}-{task.upper()}": f"imagenet21k-to-{task}" for task in CIFAR}
     for name, source in names.items():
         PUBLISHED[f"bit:{name}"] = Published(source, model, f"{BIT}/{name}.npz")
 for source in STUDY_SOURCES.split():
@@ -140,7 +147,7 @@ def find_published(name, args, env=None):
     if args.download and env:
         if env.main and not path.exists():
             fetch(url, path, read_weights, env)
-            say(env, f"{name}: {path}, SHA-256 {file_digest(path, 64)}")
+            say(env, f"{name}: {path}, SHA-256 {file_digest(path)}")
         if env.ranks > 1:
             dist.barrier()
     return path

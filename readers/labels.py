@@ -58,15 +58,20 @@ def keep_single_label(dataset):
     return dataset.subset(kept).replace(dropped=dataset.dropped | left_out, **changes)
 
 
-def shared_classes(name, classes, task, dataset):
+def shared_classes(network, dataset):
     """The classes that a network's head and a dataset share, by name: [str], in the latter's order.
 
-    Of a multi-label dataset those that the network knows, of a multi-class one all. Raises
-    ValueError naming the network for a head that does not fit.
+    network: has name, classes and task, or, of classes that its file does not name, outputs: as
+    many as the dataset has are taken to be these, in their order. Of a multi-label dataset those
+    that the network knows, of a multi-class one all. Raises ValueError naming the network for a
+    head that does not fit.
     """
+    name, classes, task, count = network.name, network.classes, network.task, len(dataset.classes)
     if classes is None:
-        mend = "only a file that pretrain.py or --save model wrote can be evaluated"
-        raise ValueError(f"{name}: its file does not name its classes; {mend}")
+        if network.outputs != count:
+            fault = f"a head of {network.outputs} outputs for {count} classes of {dataset.name}"
+            raise ValueError(f"{name}: its file names no classes, and has {fault}")
+        return list(dataset.classes)
     if task != dataset.task:
         mend = "--single-label or --no-single-label changes a target"
         raise ValueError(f"{name} is {task}, {dataset.name} {dataset.task}; {mend}")

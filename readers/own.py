@@ -30,12 +30,17 @@ def table(name, root, split, domain="natural", uncertain="ignore", blank="ignore
     known = {"path": tables.BELOW, "split": tables.one_of({"train": False, "test": True}, bool)}
     known |= {"patient": patient, "label": label}
     mark, choices = tables.finding(uncertain, blank)
-    _, header = next(tables.rows(path), (0, []))
+    _, (header,) = next(tables.rows(path), (0, [[]]))
     for place, column in enumerate(header, 1):
         if not column.strip():
-            raise ValueError(f"{path}: column {place} of its header has no name; name it")
+            mend = "name it, or remove it"
+            raise ValueError(f"{path}: column {place} of its header has no name; {mend}")
+        if column not in known and (meant := column.strip().lower()) in known:
+            raise ValueError(f"{path}: column {column!r} of its header; write {meant!r}")
     findings = [column for column in header if column not in known]
-    if "label" in header and (others := [*findings, *(f"--{choice}" for choice in choices)]):
+    if {"path", "label"} <= {*header} and (
+        others := [*findings, *(f"--{choice}" for choice in choices)]
+    ):
         also = ", ".join(others)
         raise ValueError(f"{path}: a label and {also}; keep label, or a column a finding")
     if "label" not in header and "path" in header and not findings:
@@ -46,8 +51,10 @@ def table(name, root, split, domain="natural", uncertain="ignore", blank="ignore
     tables.refuse_repeats(names, path, rows=True)
     if numbers is None:
         task, classes, labels = "multilabel", findings, np.stack(marks, axis=1)
-        for column in np.flatnonzero(np.isnan(labels).all(0)):
-            raise ValueError(f"{path}: finding {classes[column]} has no mark; fill it or drop it")
+        known = labels if test is None or test.all() else labels[~test]  # what may be trained on
+        for column in np.flatnonzero(np.isnan(known).all(0)):
+            mend = "to train on; fill it or drop it"
+            raise ValueError(f"{path}: finding {classes[column]} has no mark {mend}")
     else:
         task, classes = "multiclass", sorted(label.numbers)
         labels = np.argsort(np.argsort([*label.numbers]))[numbers]
@@ -63,12 +70,13 @@ def table(name, root, split, domain="natural", uncertain="ignore", blank="ignore
             line, both = tables.line_of(path, row), [*patient.numbers][patients[row]]
             mend = "choose one, or leave out the column split"
             raise ValueError(f"{path}, line {line}: patient {both} is in train and in test; {mend}")
-    for cls in [] if numbers is None else np.setdiff1d(labels, labels[~test]):
+    for cls in [] if numbers is None or test.all() else np.setdiff1d(labels, labels[~test]):
         line, unseen = tables.line_of(path, np.argmax(labels == cls)), classes[cls]
         raise ValueError(f"{path}, line {line}: class {unseen} has no training image; add some")
     mine = np.flatnonzero(test if split == "test" else ~test)
     if not len(mine):
-        raise ValueError(f"{path}: no row is of the {split} split; add some, or leave out split")
+        mend = "add some" + ", or leave out split" * ("split" in header)
+        raise ValueError(f"{path}: no row is of the {split} split; {mend}")
     reader, options = Files(str(path.parent), names[mine], mode), options | choices
     groups = None if patients is None else patients[mine]
     return ImageDataset(name, reader, labels[mine], classes, task, domain, groups, options=options)

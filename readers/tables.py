@@ -5,6 +5,7 @@ import csv
 import gzip
 import itertools
 import math
+import operator
 import os
 import zlib
 from collections.abc import Callable
@@ -99,26 +100,25 @@ class Names:
 
     def __init__(self):
         self.numbers = collections.defaultdict(itertools.count().__next__)
-        self.must = "not be blank"
+        self.must = "not be blank, nor begin or end with a blank"
 
     def convert(self, texts):
-        if not all(map(str.strip, texts)):
+        if not all(texts) or any(map(operator.ne, texts, map(str.strip, texts))):
             raise ValueError("blank")
         return np.fromiter(map(self.numbers.__getitem__, texts), np.int64, len(texts))
 
 
-def rows(path):
-    """Yields (the line in which it ends, texts) of each row of a CSV file that is not blank.
-
-    Bytes that are no UTF-8 come as surrogates. Raises ValueError for a damaged file.
+def rows(path, at_once=1):
+    """Yields (the line in which they end, at most `at_once` rows [texts]) of a CSV file, blank ones
+    left out. Bytes that are no UTF-8 come as surrogates. Raises ValueError for a damaged file.
     """
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file)
         try:
-            for row in reader:
-                if len(row) > 1 or "".join(row).strip():
-                    yield reader.line_num, row
+            while chunk := list(itertools.islice(reader, at_once)):
+                if chunk := [row for row in chunk if len(row) > 1 or "".join(row).strip()]:
+                    yield reader.line_num, chunk
         except (csv.Error, EOFError, zlib.error, gzip.BadGzipFile) as error:
             after = f"unreadable after line {reader.line_num}"
             raise ValueError(f"{path}: {after} ({error}); mend it") from error
@@ -135,8 +135,8 @@ def read_table(path, columns, optional=()):
     columns: {name: Column}. optional: names of columns that may be missing; their array is None.
     Lines of blanks are passed over. Raises ValueError naming the file and, of a row, its line.
     """
-    below = rows(path)
-    _, header = next(below, (0, []))
+    chunks = rows(path, ROWS_AT_ONCE)
+    _, (header, *first) = next(chunks, (0, [[]]))
     for name in columns:
         if name not in header and name not in optional:
             has = f"has no column {name!r}, only: {', '.join(header)} (is it separated by commas?)"
@@ -144,23 +144,22 @@ def read_table(path, columns, optional=()):
         if header.count(name) > 1:
             raise ValueError(f"{path}: has {header.count(name)} columns {name!r}; keep one")
     parts = {name: [] for name in columns if name in header}
-    while chunk := list(itertools.islice(below, ROWS_AT_ONCE)):
+    for _, chunk in itertools.chain([(0, first)] * bool(first), chunks):
         try:
-            by_column = zip(*(row for _, row in chunk), strict=True)
-            for name, texts in zip(header, by_column, strict=True):
+            for name, texts in zip(header, zip(*chunk, strict=True), strict=True):
                 if name in parts:
                     parts[name].append(columns[name].convert(texts))
         except NOT_VALID:
-            _refuse_bad_row(path, header, columns, chunk)
+            _refuse_bad_row(path, header, columns)
             raise
     if not any(parts.values()):
         raise ValueError(f"{path}: has no row below its header; fetch it again")
     return [np.concatenate(parts.pop(name)) if name in parts else None for name in columns]
 
 
-def _refuse_bad_row(path, header, columns, chunk):
-    """Raises ValueError naming the first of these rows that is not as its columns must be."""
-    for line, row in chunk:
+def _refuse_bad_row(path, header, columns):
+    """Raises ValueError naming the first row that is not as its columns must be."""
+    for line, (row,) in itertools.islice(rows(path), 1, None):
         count, of = len(row), len(header)
         if count != of:
             raise ValueError(f"{path}, line {line}: {count} columns, the header has {of}")

@@ -162,6 +162,7 @@ def chexpert_test(name, root, split):
         raise ValueError(f"{name}: has test images alone; evaluate a network there by --eval-only")
     folder = root / "CheXpert-v1.0"
     table = folder / "groundtruth.csv"
+    table = table if table.exists() else folder / "test" / "groundtruth.csv"
     need(name, table, folder / "test")
     columns = {"Study": CHEXPERT_STUDIES} | dict.fromkeys(FINDING_COLUMNS, PRESENT)
     studies, *findings = tables.read_table(table, columns)

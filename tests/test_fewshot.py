@@ -196,7 +196,10 @@ def test_each_cell_reads_its_own_images_and_says_so(grid, checkpoint, monkeypatc
         assert torch.equal(part[1].read(part[0], 7), testing.read(original, 7))
     for record in found().values():  # what changes no result stands elsewhere
         assert not record["config"].keys() & {"workers", "out", "log_every", "checkpoint"}
-        assert record["layout"] == {"checkpoint": str(checkpoint / "model.pt"), "workers": None}
+        weights = checkpoint / "model.pt"
+        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+        layout = {"checkpoint": str(weights), "sha256": digest, "workers": None}
+        assert record["layout"] == layout
 
 
 def test_each_image_is_read_once_for_the_whole_grid(grid, folder, checkpoint, spy):

@@ -1,7 +1,9 @@
 """charts.gain_figures and its tables: gains and their law as drawn, and what is said of them."""
 
 import itertools
+import json
 import math
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -30,6 +32,7 @@ def test_gain_panels_hold_the_differences_the_marks_and_the_counts(tmp_path):
     assert names == [f"synthetic-natural-target, {s}" for s in ("1-shot", "100-shot", "full")]
 
 
+@pytest.mark.filterwarnings("error")  # of a figure too small to be read
 def test_one_pair_has_no_interval_and_that_is_said(call, tmp_path):
     write_seeds(tmp_path / "results", [0.5], model="R26x1")
     write_seeds(tmp_path / "results", [0.6], model="R50x1")
@@ -86,7 +89,8 @@ def test_the_law_is_found_and_said(call, folder):
     # Of the 16 trades of two gaps in four tasks the observed one is the best.
     assert out.count("| 0.000 | 0.000  | 0.000  | 0.061 | 100 %             | –  ") == 2
     words = " ".join(texts("figures/law.svg"))
-    assert "ten times the distance: -0.100 ± 0.000" in words and "p = 0.061" in words
+    assert "ten times the distance, 10-shot: exponent -0.100 ± 0.000" in words
+    assert "p = 0.061" in words
     assert "one pre-training seed: its noise is not in the band" in words
     rows = read_csv("figures/law.csv")
     assert len(rows) == 64 and {row["kind"] for row in rows} == {"network", "source"}
@@ -95,6 +99,25 @@ def test_the_law_is_found_and_said(call, folder):
         expected = constant - 0.1 * float(row["log10_distance"])
         assert float(row["exponent"]) == pytest.approx(expected)
         assert float(row["predicted"]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_the_law_cannot_place_is_named(call, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "some")
+    for path in sorted((tmp_path / "some").glob("*.json")):
+        record = json.loads(path.read_text())
+        unknown = {"distance": None} if record["target"] == "t3~0" else {}
+        other = record["target"] == "t2~0" and record["model"] == "R14x0.5"
+        unknown |= {"model": "R9x9"} if other else {}
+        path.write_text(json.dumps(record | unknown))
+    status, _, err = call(tmp_path / "some", "--figure", "law")
+    said = [f"not in the law, distance or parameters unknown: {name}" for name in ("t3~0", "R9x9")]
+    assert status == 0 and err.splitlines() == [*said, "left out of the law: 2"]
+
+
+def test_one_number_of_shots_is_said(folder):
+    runs = [run for run in results.load([folder])[0] if run.shots == 1]
+    figure = gain_figures.draw_law(law.laws(runs, "auto"), {})
+    assert figure.axes[0].get_title().startswith("ten times the distance, 1-shot:")
 
 
 def test_points_lie_where_they_should(folder):

@@ -80,10 +80,18 @@ def test_fit_and_left_out_tasks_are_those_of_scikit_learn():
             out = names == task
             squares += list((line.fit(part[~out], y[~out]).predict(part[out]) - y[out]) ** 2)
         assert found.rmse[name] == pytest.approx(np.mean(squares) ** 0.5)
-    assert found.p < 0.05 and 0 < found.seed_share < 1 and found.coverage > 0.8
+    assert found.p < 0.05 and found.coverage > 0.8
+    moved = (x @ found.changes.T) ** 2  # of each fitted value, by unit
+    expected = np.median(moved[:, -2:].sum(1) / moved.sum(1))
+    assert found.seed_share == pytest.approx(expected) and 0 < expected < 1
     # Each seed alone moves both constants by 0.01, and nothing else.
     expected = np.outer([1, -1], [0.01, 0, 0.01, 0, 0, 0])
     assert found.changes[-2:] == pytest.approx(expected, abs=1e-9)
+
+
+def test_networks_are_as_large_as_their_parameters():
+    by_size = sorted(law.PARAMETERS, key=law.PARAMETERS.get)
+    assert sorted(by_size, key=results.size_order) == by_size
 
 
 def test_a_family_of_one_task_has_no_interval_and_is_not_predicted():

@@ -120,13 +120,22 @@ def test_without_ranges_or_versions_it_begins_anew(changes, server, get):
     [
         ({"lie": 10}, OSError, "cut off after"),
         ({"lie": -10}, ValueError, "not the file that is meant (no such weights)"),
-        ({"type": "text/html; charset=utf-8"}, ValueError, "a web page came"),
+        ({"type": "text/html; charset=utf-8"}, OSError, "a web page came"),
         ({"status": 404}, OSError, "cannot be fetched (HTTP Error 404"),
     ],
 )
 def test_lies_and_other_answers_leave_nothing_to_be_loaded(changes, error, said, server, get):
     vars(server).update(changes)
     refuses(error, get, server.url, said)
+
+
+def test_a_web_page_in_between_costs_nothing(server, get):
+    vars(server).update(cuts=[100_000, 0, 0, 0, 0, 0])
+    refuses(OSError, get, "cut off after 100,000 bytes", "the same command goes on from there")
+    server.type = "text/html"
+    refuses(OSError, get, "a web page came")
+    server.type = "application/zip"
+    assert get() == CONTENT and server.sent <= len(CONTENT) + 50_000 + len(CONTENT) - 100_000
 
 
 def test_a_network_is_fetched_once_and_found_offline(server, folder, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """What is kept beside results, against forward passes and metrics taken here."""
 
+import hashlib
 import re
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import data
 import fewshot
 import models
 from engine import options
+from engine.grid import Network
 from engine.metrics import compute_metrics
 from readers.labels import shared_classes
 
@@ -48,6 +50,8 @@ def test_predictions_and_the_network_that_made_them(folder, checkpoint, capsys):
     own = f"folder-{folder.name}-to-folder-{folder.name}-2shot-seed3-R14x0.5"
     found = grid(*words, model, "--eval-only", "--save", "predictions")
     again = found[f"folder-{folder.name}/{own}/full-seed0-eval.json"]
+    digest = hashlib.sha256(model.read_bytes()).hexdigest()
+    assert (again["layout"]["sha256"], again["config"]["weights"]) == (digest, digest[:16])
     assert again["metrics"] == record["metrics"] and again["kind"] == "transfer"
     assert again["config"]["labels"] == ["blue", "green", "red"] and again["train"]["images"] == 0
     # A finished run that lacks a file is run again.
@@ -100,12 +104,33 @@ def test_a_network_is_evaluated_by_the_labels_that_it_shares(nih_root, tmp_path)
         assert found[name]["auc"] == pytest.approx(expected)
     single = data.load_dataset("nih", nih_root, "test", single_label=True)
     for given, dataset, said in (
-        ((None, None), test, "does not name its classes"),
+        ((None, None, 13), test, "names no classes, and has a head of 13 outputs for 14 classes"),
         ((classes, "multilabel"), single, "is multilabel, nih multiclass"),
         ((("Fracture",), "multilabel"), test, "it knows no 'Atelectasis'"),
         ((classes, "multiclass"), single, "it knows no 'Atelectasis'"),
     ):
-        refuses(ValueError, partial(shared_classes, "x", *given, dataset), said)
+        about = zip(("classes", "task", "outputs"), given)
+        network = Network(*["x"] * 3, **dict(about))
+        refuses(ValueError, partial(shared_classes, network, dataset), said)
+
+
+def test_weights_alone_are_evaluated_on_a_table_of_test_rows(folder, checkpoint, tmp_path):
+    """Its head has as many outputs as the table has classes, and is taken to mean these."""
+    (tmp_path / "img").symlink_to(folder)
+    test = data.load_dataset(f"folder:{folder}", split="test")
+    rows = ["path,split,label"]
+    for i, label in enumerate(test.labels):
+        rows.append(f"img/{Path(test.where(i)).relative_to(folder)},test,{test.classes[label]}")
+    Path("t.csv").write_text("\n".join(rows))
+    torch.save(torch.load(checkpoint / "model.pt", weights_only=True)["model"], "alone.pt")
+    words = ("--target", f"table:{tmp_path}/t.csv", "--eval-only", "--image-size", 32)
+    foreign = ("--checkpoint", "alone.pt", "--model", "R14x0.5", "--source", "cifar10")
+    for checkpoints in foreign, ("--checkpoint", checkpoint):
+        found = grid(*words, *checkpoints)
+    (alone, named) = sorted(found.values(), key=lambda record: record["source"] != "cifar10")
+    assert alone["metrics"] == named["metrics"] and alone["metrics"]["accuracy"] > 0.2
+    assert alone["config"]["labels"] == ["blue", "green", "red"] and alone["source"] == "cifar10"
+    assert alone["config"]["test_images"] == 21
 
 
 def test_statistics_see_no_more_than_brightness(folder):
