@@ -72,10 +72,13 @@ class StdConv2d(nn.Conv2d):
             return conv2d(x, standardize(self.weight), self.stride, self.padding)
         kind, dtype = x.device.type, self.weight.dtype
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
-        key = id(self.weight), self.weight._version, self.weight.device, dtype
-        if self.kept is None or self.kept[0] != key:  # the version counts changes in place
-            self.kept = key, standardize(self.weight).to(dtype)
-        return self._conv_forward(x, self.kept[1], self.bias)
+        weight = self.weight
+        if weight.is_inference():  # whose changes are not counted
+            return self._conv_forward(x, standardize(weight).to(dtype), self.bias)
+        key = weight._version, weight.data_ptr(), weight.device, dtype
+        if self.kept is None or self.kept[0] is not weight or self.kept[1] != key:
+            self.kept = weight, key, standardize(weight).to(dtype)
+        return self._conv_forward(x, self.kept[2], self.bias)
 
     def train(self, mode=True):
         self.kept = None

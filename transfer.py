@@ -361,7 +361,7 @@ def train(cell, signals, args, env, title, accumulate):
             run.seconds += time.monotonic() - began
             run.save_or_stop(signals, log)
         run.save()
-        at_once = max(config["batch_size"], memory.images_at_once(rule.crop))
+        at_once = env.ranks * memory.images_at_once(rule.crop)
         tested = in_order(*target.test, at_once, env.rank, env.ranks, args.workers, env.device)
         known, keep = target.test_set, functools.partial(save_predictions, cell)
         about = known.labels, known.classes, env, normalization, known.groups

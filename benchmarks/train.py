@@ -30,7 +30,7 @@ ARMS = """ours, defaults | ours, fp32 | ours, fp32, compiled | ours, bf16 | ours
     timm, defaults | timm, fp32, fused | timm, bf16 | timm, bf16, fused |
     timm, bf16, channels_last | timm, bf16, compiled | timm, bf16, channels_last, compiled |
     timm, bf16, channels_last, compiled, fused"""
-REQUIRED = (("ours, defaults", "timm, defaults", 1.15), ("ours", "timm", 1.0))
+REQUIRED = (("ours, defaults", "timm, defaults", 1.5), ("ours", "timm", 1.1))
 PEERS_REQUIRED = (("ours, defaults", "timm, defaults", 1.4), ("ours", "timm", 1.15))
 
 

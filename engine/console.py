@@ -147,8 +147,8 @@ def exit_status(main):
         if not isinstance(error, (ValueError, OSError)):  # those are raised where the mend is known
             text = f"{type(error).__name__}: {text}; TRACEBACK=1 shows where"
             if re.search("memory|allocate|DataLoader worker", text, re.IGNORECASE):
-                less = "fewer --workers, a smaller --batch-size or --image-size"
-                text += f"; less is needed with {less}"
+                text += "; less is needed with --accumulate, --checkpoint-activations, fewer"
+                text += " --workers, a smaller --batch-size or --image-size"
         text = "error" + (f" (rank {rank})" if rank != "0" else "") + f": {text}"
     if rank == "0" or status == EXIT_BAD_INPUT:
         print(text, file=sys.stderr)

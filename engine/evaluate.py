@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from engine.console import say_once
+from engine.memory import out_of_memory
 from engine.metrics import answers, compute_metrics, loss_sum, refuse_nonfinite
 
 
@@ -33,11 +34,22 @@ def predict(forward, width, stream, num_images, env, normalization):
     outputs = torch.zeros(num_images, width, device=env.device)
     for rows, images in stream:
         with env.autocast():
-            output = forward(to_input(images, normalization, env.device))
+            output = halved(forward, to_input(images, normalization, env.device))
         outputs[rows] = output.float()
     if env.ranks > 1:
         dist.all_reduce(outputs)  # every row is zero but on one rank
     return outputs
+
+
+def halved(forward, images):
+    """forward(images), in halves where that runs out of memory."""
+    try:
+        return forward(images)
+    except RuntimeError as error:
+        if not out_of_memory(error) or len(images) == 1:
+            raise
+    torch.cuda.empty_cache()
+    return torch.cat([halved(forward, half) for half in images.chunk(2)])
 
 
 # What may be held for AUC and average precision, which want all scores of a class together: so many
@@ -81,7 +93,7 @@ def _sum_by_batches(model, stream, labels, num_classes, env, normalization):
     top5 = task == "multiclass" and num_classes > 5
     for rows, images in stream:
         with env.autocast():
-            logits = model(to_input(images, normalization, env.device)).float()
+            logits = halved(model, to_input(images, normalization, env.device)).float()
         own = labels[torch.as_tensor(rows).to(env.device)]
         right, in_top5 = answers(logits, own)
         bad = (~logits.isfinite()).sum()

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from engine import console
 from engine.checkpoint import load_checkpoint, read_result
 from engine.evaluate import can_hold
-from engine.memory import flops_per_second
+from engine.memory import flops_per_second, in_parts, out_of_memory
 from engine.metrics import Diverged
 from engine.outputs import ENDINGS
 from engine.processes import Stopped, environment, gathered
@@ -346,7 +346,12 @@ class Grid:
         @functools.cache
         def speed(name, crop, batch, flops, precision):
             model, env = create_model(name).train(), self.env.computing(precision)
-            return flops_per_second(model, batch, crop, flops, env)
+
+            def work(parts):
+                return flops_per_second(model, -(-batch // parts), crop, flops, env)
+
+            create = functools.partial(create_model, name)
+            return in_parts(work, create, crop, batch, env.alone(), wanted=1)
 
         each, busy = {}, [0.0] * (1 if self.together else self.env.ranks)
         for job in self.jobs:
@@ -377,9 +382,10 @@ class Grid:
 
 def lost_device(error):
     """Whether after this error the device is of no use to this process: all cells would fail."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if out_of_memory(error) or "NOT_SUPPORTED" in str(error):
         return False
-    signs = "CUDA error", "cuDNN error", "CUBLAS_STATUS", "NCCL error", "device-side assert"
+    signs = "CUDA error", "CUDA driver error", "Triton Error", "cuDNN error", "CUBLAS_STATUS"
+    signs += "NCCL error", "NCCL Error", "device-side assert"
     named = any(sign in str(error) for sign in signs)
     return isinstance(error, torch.AcceleratorError) or isinstance(error, RuntimeError) and named
 

@@ -141,6 +141,12 @@ PASSING = 1.5
 PARTS = {}  # {(network, pixels, images): in how many parts such a batch fits}
 
 
+def out_of_memory(error):
+    """Whether an error says that the device, or the host, has no more memory: it works on."""
+    found = re.search("out of memory|_ALLOC|can't allocate memory", str(error))
+    return isinstance(error, torch.OutOfMemoryError if not found else RuntimeError)
+
+
 def in_parts(work, create, image_size, share, env, wanted=None):
     """work(parts), in as few parts of `share` images as fit into memory: by estimate, and in twice
     as many, here and later, each time that memory runs out. wanted: parts to begin with.
@@ -148,7 +154,7 @@ def in_parts(work, create, image_size, share, env, wanted=None):
     create: a functools.partial that makes the network. Raises OutOfMemoryError where one image does
     not fit, or several ranks work together: one alone cannot choose.
     """
-    key = *create.args, image_size, share
+    key = *create.args, image_size, share, env.precision
     if wanted or key not in PARTS:
         with torch.device("meta"):
             PARTS[key] = wanted or estimate_parts(create(), image_size, share, env)
@@ -157,8 +163,8 @@ def in_parts(work, create, image_size, share, env, wanted=None):
         try:
             result = work(PARTS[key])
             break
-        except torch.OutOfMemoryError:
-            if PARTS[key] >= share or env.ranks > 1:
+        except RuntimeError as error:
+            if not out_of_memory(error) or PARTS[key] >= share or env.ranks > 1:
                 raise
         # Out of the handler, whose traceback holds the activations.
         torch.cuda.empty_cache()

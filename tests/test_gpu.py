@@ -5,6 +5,7 @@ import itertools
 import subprocess
 import sys
 import types
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import models
 import transfer
 from benchmarks.train import training_loop
-from engine import grid, memory, processes
+from engine import evaluate, grid, memory, processes
 from engine.optimizer import SGD_AGC
 from readers import workers
 from readers.images import Array, Decoded, Files, ImageDataset, Joined
@@ -81,6 +82,21 @@ def test_kept_weights_change_no_output_and_follow_the_weights(precision):
     assert torch.equal(kept(), plain())
     model.train()
     assert model.root.conv.kept is None
+    # What changes weights without counting it, or lends others, is noticed too.
+    model.eval()
+    flat = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    kept()
+    torch.nn.utils.vector_to_parameters(1.5 * flat.roll(1), model.parameters())
+    assert torch.equal(kept(), plain())
+    for scale in (1, 2, 3):
+        lent = {key: value.roll(scale) for key, value in model.named_parameters()}
+        with torch.inference_mode(), cpu.autocast():
+            one = torch.func.functional_call(model, lent, (images,))
+        with cpu.autocast():
+            other = torch.func.functional_call(model, lent, (images,))
+        assert torch.equal(one, other.detach())
+    with torch.inference_mode():
+        assert models.create_model("R14x0.5", 3).eval()(images).isfinite().all()
     assert not any("kept" in key for key in model.state_dict())
 
 
@@ -180,6 +196,23 @@ print(memory.peak_memory(env.device))
 """
 
 
+def test_an_evaluation_out_of_memory_goes_on_in_halves():
+    counts, images = [], torch.arange(10.0)[:, None]
+
+    def forward(images, most, error=torch.OutOfMemoryError):
+        counts.append(len(images))
+        if len(images) > most:
+            raise error("imitated")
+        return 2 * images
+
+    assert torch.equal(evaluate.halved(partial(forward, most=3), images), 2 * images)
+    assert counts == [10, 5, 3, 2, 5, 3, 2]
+    for error, most, tries in (RuntimeError, 3, 1), (torch.OutOfMemoryError, 0, 4):
+        counts.clear()
+        refuses(error, partial(evaluate.halved, partial(forward, most=most, error=error), images))
+        assert len(counts) == tries + (error is not RuntimeError)
+
+
 def test_evaluation_of_21841_classes_stays_small():
     """20,000 x 21,841 scores are 1.7 GB; they are never held."""
     out = subprocess.check_output([sys.executable, "-c", SCORES], text=True, env=env())
@@ -192,7 +225,12 @@ def test_evaluation_of_21841_classes_stays_small():
     (
         (torch.OutOfMemoryError("CUDA out of memory"), False),
         (RuntimeError("shapes do not match"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), False),
+        (torch.AcceleratorError("CUDA error: out of memory", 2), False),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"), False),
         (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), True),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), True),
+        (RuntimeError("CUDA driver error: unspecified launch failure"), True),
         (torch.AcceleratorError("device-side assert", 1), True),
     ),
 )
