@@ -103,7 +103,7 @@ def write_features(cell, signals, args, env):
         dataset = getattr(cell.target, f"{split}_set")
         arrays[f"{split}_features"] = features.cpu().numpy()
         arrays[f"{split}_labels"], arrays[f"{split}_names"] = dataset.labels, image_names(dataset)
-    save_arrays(cell.files["features"], **arrays)
+    save_arrays(cell.own_file("features"), **arrays)
     return {}, {"features_seconds": seconds}
 
 

@@ -144,7 +144,7 @@ DEFAULTS = {
 }
 
 
-def make_config(args, env, source):
+def make_config(args, env, source, test_set):
     """What decides the weights of this run: options, and the recipe where none was given.
 
     Raises ValueError for a warm-up that is no part of the run, or a batch smaller than its parts.
@@ -167,7 +167,7 @@ def make_config(args, env, source):
     config |= {option: getattr(args, option) for option in as_given}
     return config | {
         "source_options": source.options,
-        "data": data_digest(train=source),
+        "data": data_digest(train=source, test=test_set),
         "images": len(source),
         "num_classes": len(source.classes),
         "recipe": name,
@@ -203,7 +203,7 @@ def main():
     train_set, test_set = data.open_splits(args.source, args, env, **subset)
     if args.balanced and train_set.task == "multilabel":
         raise ValueError(f"--balanced: {args.source} is multi-label; it has no one class an image")
-    config = make_config(args, env, train_set)
+    config = make_config(args, env, train_set, test_set)
     folder = Path(args.out) / run_name(config, train_set)
     env = env.computing(config["precision"])
     args.kind = "pretrain-validation" if args.validation else "pretrain"

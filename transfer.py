@@ -370,7 +370,7 @@ def train(cell, signals, args, env, title, accumulate):
     if "model" in cell.save and env.main:
         source = f"{data.dataset_slug(network.source)}-to-{cell.folder}-{cell.path.stem}"
         about = network.model, train_set, normalization, rule.crop
-        save_network(cell.files["model"], model.state_dict(), *about, source=source)
+        save_network(cell.own_file("model"), model.state_dict(), *about, source=source)
     flops = models.forward_flops(network.model, classes, rule.crop)
     return metrics, run.summary(len(train_set), config["batch_size"], flops)
 

@@ -84,7 +84,7 @@ class Result(NamedTuple):
     path: Path
     train_images: int | None  # of the target; None where unknown
     test_images: int | None
-    made_of: str  # digests of weights and data; "" where unknown
+    made_of: str  # settings, digests of weights and data; "" where unknown
     early: bool = False  # a published run that ended before its last step
 
 
@@ -111,6 +111,7 @@ FIELDS = {key: kind for key, kind in Line.__annotations__.items() if key != "pre
 FIELDS |= {"target": str, "target_domain": str, "metrics": dict, "seed": int}
 FIELDS |= {"source_images": int | None, "shots": int | None}
 FIELDS |= dict.fromkeys(OPTIONAL, dict | None)
+OF_A_SEED = {"seed", "images", "sampling"}  # of a config: what differs among the runs of a cell
 BOUNDS = {"seed": (0, 2**64), "source_images": (0, 10**12), "shots": (1, 10**9)}
 
 
@@ -149,6 +150,7 @@ def checked_result(data, path, origin="own", classes=0):
             target += f" (validation {options['validation']:g})"
     pretraining = str(data.get("run")).partition(f"-{data['model']}")[2].lstrip("-") or None
     per_class = scores.get("per_class")
+    settings = {key: config[key] for key in sorted(config.keys() - OF_A_SEED)}
     return Result(
         Target(target, data["target_domain"], origin),
         Line(*(data[key] for key in Line._fields[:-1]), pretraining),
@@ -158,7 +160,7 @@ def checked_result(data, path, origin="own", classes=0):
         classes or (len(per_class) if isinstance(per_class, dict) else 0),
         path,
         *(number(config, key, 1, 2**63) for key in ("train_images", "test_images")),
-        json.dumps([config[key] for key in ("weights", "data")]) if "data" in config else "",
+        json.dumps(settings) if "data" in config else "",
         data.get("early", False),
     )
 
@@ -245,7 +247,8 @@ def load(paths):
     for run, result in list(kept.items()):
         other = newest.get(run[:-1], result)
         if result.made_of not in ("", other.made_of):
-            skipped.append(f"skipped {result.path}: of other weights or data than {other.path}")
+            other = f"of other weights, data or settings than {other.path}"
+            skipped.append(f"skipped {result.path}: {other}")
             del kept[run]
     return list(kept.values()), skipped, doubled
 

@@ -130,15 +130,16 @@ def read_result(path, kind, config=None):
 def finished_run(folder, config, kind):
     """The result of a finished pre-training in this folder, or None if there is none yet.
 
-    Raises ValueError as read_result, or when its model.pt is gone or damaged.
+    Raises ValueError as read_result, or when its model.pt, or model-best.pt, is gone or damaged.
     """
     path = Path(folder, "result.json")
     record = read_result(path, kind, config)
-    if record:
+    mends = {"model.pt": f"remove {path}, and the same command goes on from checkpoint.pt"}
+    mends |= {"model-best.pt": f"remove {folder}"} if config.get("keep_best") else {}
+    for name, mend in mends.items() if record else ():
         try:
-            read_tensors(Path(folder, "model.pt"))
+            read_tensors(Path(folder, name))
         except (ValueError, FileNotFoundError) as error:
-            mend = f"remove {path}, and the same command goes on from checkpoint.pt"
             raise ValueError(f"{error}, though {path} says that it is finished; {mend}") from error
     return record
 

@@ -117,6 +117,13 @@ class Cell(NamedTuple):
         """{key of outputs.ENDINGS: path of that file beside the result}"""
         return {what: self.path.with_suffix(ENDINGS[what]) for what in self.save}
 
+    def own_file(self, what):
+        """Of files, one that is to be written now. Raises ValueError where another process has
+        meanwhile put a result there that was made otherwise.
+        """
+        read_result(self.path, self.kind, self.config)
+        return self.files[what]
+
     @property
     def config(self):
         """What decides the result."""
@@ -176,7 +183,7 @@ def unfinished(cells, out, env):
         if held and not can_hold(len(test_set), len(test_set.classes)):
             raise ValueError(f"{cell.target.name}: too many scores for --save or --eval-only")
         record = read_result(cell.path, cell.kind, cell.config)
-        missing = [path for path in cell.files.values() if not path.exists()]
+        missing = [path for path in cell.files.values() if not path.is_file()]
         if record and missing:
             console.say(env, f"{cell.path}: run again, as there is no {missing[0].name}")
         elif record:
@@ -184,7 +191,8 @@ def unfinished(cells, out, env):
         if not record or missing:
             load_checkpoint(cell.checkpoint, cell.config)
             todo.append(cell)
-    console.refuse_unwritable("--out", *(cell.path for cell in todo))
+    paths = (path for cell in todo for path in (cell.path, *cell.files.values()))
+    console.refuse_unwritable("--out", *paths)
     first, *others = gathered([str(cell.path) for cell in todo], env)
     if any(other != first for other in others):
         mend = "name a folder that all nodes share"
@@ -228,6 +236,10 @@ def write_result(cell, metrics, train, workers, env):
         "environment": environment(env),
     }
     if env.main:
+        if not cell.path.exists():  # what lies there of a result that was removed is of others
+            for path in {cell.path.with_suffix(ending) for ending in ENDINGS.values()}:
+                if path not in cell.files.values():
+                    path.unlink(missing_ok=True)
         if not console.write_json(cell.path, record, replace=False):
             read_result(cell.path, cell.kind, cell.config)
         if cell.checkpoint:

@@ -34,7 +34,7 @@ def run_script(main):
         except (Exception, KeyboardInterrupt) as error:
             lost = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
             waiting = lost or isinstance(error, (Stopped, KeyboardInterrupt))
-            if _said(now=not waiting) and waiting:
+            if _said(now=not waiting):
                 return EXIT_BAD_INPUT
             raise
 
@@ -50,14 +50,12 @@ def run_script(main):
 
 
 def _said(now):
-    """Whether a process has said its error: from now on, or before."""
+    """Whether another process has said its error before; now: this one does so else."""
     # A store of rank 0's own ends with it, and then says so in many lines.
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         with contextlib.suppress(Exception):
             store = dist.distributed_c10d._get_default_store()
-            if now:
-                store.set("said", "")
-            return store.check(["said"])
+            return store.add("said", 1) > 1 if now else store.check(["said"])
     return False
 
 
@@ -132,7 +130,11 @@ def setup(precision="auto", timeout=None):
             raise ValueError(
                 f"{name}={count}: {count} processes that do not know each other; {mend}"
             )
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    given = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not all(text.isdecimal() for text in given) or int(given[0]) >= int(given[1]):
+        mend = "unset both, or start this with torchrun"
+        raise ValueError(f"RANK={given[0]} of WORLD_SIZE={given[1]}: no such process; {mend}")
+    rank, ranks = map(int, given)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         local, devices = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()

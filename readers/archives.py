@@ -5,6 +5,7 @@ import hashlib
 import os
 import shutil
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -149,10 +150,19 @@ def _tar_members(path):
 
 
 def _kept_arrays(cache, columns):
+    """The arrays, None where one is lost or damaged."""
     try:
-        return map_arrays(f"{cache}/", columns)
-    except Exception:  # of a lost file or a damaged header numpy raises many kinds
+        arrays = map_arrays(f"{cache}/", columns)
+        sums = map_arrays(f"{cache}/", ["crc32"])["crc32"]
+    except Exception:  # of a damaged header numpy raises many kinds
         return None
+    return arrays if np.array_equal(sums, _checksums(arrays)) else None
+
+
+def _checksums(arrays):
+    """CRC-32 of each array, by the order of their keys."""
+    flat = (np.ascontiguousarray(arrays[key]).reshape(-1) for key in sorted(arrays))
+    return [zlib.crc32(values.view(np.uint8)) for values in flat]
 
 
 def _keep_arrays(cache, stem, arrays, required):
@@ -163,7 +173,7 @@ def _keep_arrays(cache, stem, arrays, required):
     beside, fault = Path(f"{stem}{os.getpid()}-{os.urandom(4).hex()}"), None
     try:
         beside.mkdir(parents=True)
-        write_arrays(f"{beside}/", arrays)
+        write_arrays(f"{beside}/", arrays | {"crc32": np.array(_checksums(arrays))})
         for old in stem.parent.glob(glob.escape(stem.name) + "[0-9a-f]" * 24):
             if old != cache or _kept_arrays(cache, arrays) is None:
                 shutil.rmtree(old, ignore_errors=True)

@@ -203,7 +203,10 @@ def opened(content, path):
 IMPOSSIBLE = {
     "name": (5, ["R14x0.5"]),
     "source": (5, "", "a\nb"),
-    "run": ("../x", "/x", "a/../../x", "..", ".x"),
+    "run": ("../x", "/x", "a/../../x", "..", ".x", "a\tb", "a\0b"),
+    "classes": ("ab", 5, ("a", "a"), ("a", 5)),
+    "task": ("both", 5),
+    "image_size": ("x", 2.5, 0, 10**9),
     "domain": ("satellite",),
     "images": (-3, "many"),
     "mean": ("abc", (0.5, 0.5), (math.nan,) * 3),
@@ -219,6 +222,13 @@ def test_facts_of_a_network_that_cannot_be(tmp_path, key):
         said = "tensor([" if torch.is_tensor(value) else f"{value!r}; pre-train anew"
         call = partial(opened, weights(**{key: value}), path)
         refuses(ValueError, call, f"{path}: its {key} is {said}")
+
+
+@pytest.mark.parametrize("classes", (("a",), ("a", "b", "c")))
+def test_classes_that_are_not_those_of_the_head(tmp_path, classes):
+    """Else --eval-only would measure a head that was never trained."""
+    call = partial(opened, weights(classes=classes), tmp_path / "model.pt")
+    refuses(ValueError, call, f"names {len(classes)} classes, its head has 2; pre-train anew")
 
 
 FOREIGN = "not written by pretrain.py; say --model and --source of it"
@@ -368,7 +378,8 @@ def test_a_directory_where_a_file_belongs(refuse, tiny, tmp_path, name):
     assert f"folder-set-R14x0.5/{name}" in refuse("pretrain", *words)
 
 
-MEMORY = "; less is needed with fewer --workers, a smaller --batch-size or --image-size"
+MEMORY = "; less is needed with --accumulate, --checkpoint-activations, fewer --workers, a smaller"
+MEMORY += " --batch-size or --image-size"
 KINDS_OF_ERRORS = (AttributeError, TypeError, IndexError, RecursionError, ZeroDivisionError)
 
 

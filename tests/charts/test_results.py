@@ -139,16 +139,17 @@ def test_two_tasks_of_a_dataset_are_two_targets(tmp_path, target, single_label, 
 def test_runs_of_other_weights_or_data_are_never_averaged(call, tmp_path):
     """The newest say which; of older files nothing is known."""
     made = {"weights": "a", "data": {"train content": "b"}}
-    configs = [made, made | {"weights": "c"}, made | {"data": {"train content": "d"}}, {}, made]
+    configs = [made, made | {"weights": "c"}, made | {"data": {"train content": "d"}}, {}]
+    configs += [made | change for change in ({"lr": 5}, {"steps": 9}, {"seed": 5, "images": 3})]
     for seed, config in enumerate(configs):
         path = write(tmp_path / "results", f"{seed}.json", seed=seed, config=config)
         os.utime(path, (seed, seed))
     found, skipped, _ = results.load([tmp_path / "results"])
-    assert sorted(run.seed for run in found) == [0, 3, 4]
+    assert sorted(run.seed for run in found) == [0, 3, 6]
     folder = tmp_path / "results"
     assert skipped == [
-        f"skipped {folder}/{seed}.json: of other weights or data than {folder}/4.json"
-        for seed in (1, 2)
+        f"skipped {folder}/{seed}.json: of other weights, data or settings than {folder}/6.json"
+        for seed in (1, 2, 4, 5)
     ]
     write(tmp_path / "results", "5.json", seed=0, shots=1, config=made | {"weights": "c"})
     assert len(results.load([tmp_path / "results"])[0]) == 4  # another cell

@@ -54,6 +54,11 @@ def test_predictions_and_the_network_that_made_them(folder, checkpoint, capsys):
     assert (again["layout"]["sha256"], again["config"]["weights"]) == (digest, digest[:16])
     assert again["metrics"] == record["metrics"] and again["kind"] == "transfer"
     assert again["config"]["labels"] == ["blue", "green", "red"] and again["train"]["images"] == 0
+    # What lies beside a result that was removed is not taken for the next one's.
+    Path(f"results/{name}.json").unlink()
+    assert grid(*words, checkpoint, *more[:-3])[f"{name}.json"]["metrics"] == record["metrics"]
+    assert not Path(f"results/{name}.npz").exists() and not model.exists()
+    assert grid(*words, checkpoint, *more)[f"{name}.json"]["metrics"] == record["metrics"]
     # A finished run that lacks a file is run again.
     Path(f"results/{name}.npz").unlink()
     capsys.readouterr()

@@ -125,6 +125,14 @@ def test_processes_that_do_not_know_each_other(line, refused, monkeypatch):
         refuses(ValueError, lambda: processes.setup("fp32"), *said)
 
 
+@pytest.mark.parametrize("given", ("1 1", "0 0", "0 x", "x 2", "0 -1", "3 2", "0 "))
+def test_a_process_that_cannot_be(given, monkeypatch):
+    for name, value in zip(("RANK", "WORLD_SIZE"), given.split(" ")):
+        monkeypatch.setenv(name, value)
+    said = "RANK={} of WORLD_SIZE={}: no such process; unset both".format(*given.split(" "))
+    refuses(ValueError, lambda: processes.setup("fp32"), said)
+
+
 @pytest.mark.parametrize("rank, error", ((0, "ValueError"), (1, "KeyError")))
 def test_of_two_processes_the_one_that_met_an_error_says_it(rank, error, folder, tmp_path):
     """torchrun's own lines aside, of which none is of the other process."""

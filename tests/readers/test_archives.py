@@ -436,7 +436,7 @@ def test_its_name_and_content_hold_for_ever(tmp_path, monkeypatch):
     assert arrays["starts"].tolist() == [2 * 512 + -(-len(jpeg(0)) // 512) * 512, 512]
     assert arrays["sizes"].tolist() == [len(jpeg(0))] * 2 and arrays["labels"].tolist() == [0, 0]
     assert arrays["held_from"] == 1 and arrays["classes"].tolist() == [b"a"]
-    assert len(arrays) == 6
+    assert len(arrays) == 7
 
 
 def test_cache_dir(large, tmp_path, monkeypatch, capsys):
@@ -494,18 +494,21 @@ def test_changes_are_noticed(large, change):
     assert new != old
 
 
-@pytest.mark.parametrize("how", ["lost", "emptied", "overwritten"])
+@pytest.mark.parametrize("how", ["lost", "emptied", "overwritten", "flipped"])
 def test_a_damaged_index_is_made_anew(large, monkeypatch, how):
     class_as_tar(large / "imagenet-21K")
     reference = whole(large)
     (index,) = kept(large)
     files = sorted(index.iterdir())
-    assert len(files) == 6
+    assert len(files) == 7
     for file in files:
         if how == "lost":
             file.unlink()
         elif how == "emptied":  # as a power cut leaves what never reached the disk
             os.truncate(file, 0)
+        elif how == "flipped":  # one bit of the last value
+            content = file.read_bytes()
+            file.write_bytes(content[:-1] + bytes([content[-1] ^ 2]))
         else:
             file.write_bytes(b"(" * file.stat().st_size)
         assert facts(reference) == facts(both_21k(large)), file
