@@ -153,7 +153,7 @@ def draw_exponents(ax, law, looks):
     c = [letter for letter, _ in law.terms].index("c")
     at = "10-shot" if ("e", None) in law.terms else results.shots_words(law.rows[0].shots)
     change = f"{law.coefficients[c]:+.3f} ± {law.ci95[c]:.3f}"
-    ax.set_title(f"ten times the distance, {at}:\nexponent {change}", fontsize=7.5)
+    ax.set_title(f"ten times the distance, {at}:\nexponent changes by {change}", fontsize=7.5)
     ax.set_xscale("log")
     style.log_ticks(ax.xaxis, *ax.dataLim.intervalx)
     ax.set_xlabel("relative Fréchet distance of source and target")
@@ -169,7 +169,8 @@ def draw_predictions(ax, law, looks):
     ax.axline((0, 0), slope=1, color="black", linewidth=0.8)
     ax.set_title(f"{law.tasks} tasks, each predicted\nby a fit of the others", fontsize=7.5)
     b0, b1, own = law.rmse.values()
-    text = f"RMSE {own:.3f}: {own / b0:.2f} of B0's, {own / b1:.2f} of B1's, p = {law.p:.3f}\n"
+    text = f"RMSE {own:.3f}, of B0 {b0:.3f}, of B1 {b1:.3f}\n"
+    text += f"ratios to these {own / b0:.2f} and {own / b1:.2f}, p = {law.p:.3f}\n"
     text += f"{100 * law.coverage:.0f} % of {len(law.rows)} cells within their 95 % intervals\n"
     noise = "one pre-training seed: its noise is not in the band"
     if not math.isnan(law.seed_share):

@@ -89,7 +89,7 @@ def test_the_law_is_found_and_said(call, folder):
     # Of the 16 trades of two gaps in four tasks the observed one is the best.
     assert out.count("| 0.000 | 0.000  | 0.000  | 0.061 | 100 %             | –  ") == 2
     words = " ".join(texts("figures/law.svg"))
-    assert "ten times the distance, 10-shot: exponent -0.100 ± 0.000" in words
+    assert "ten times the distance, 10-shot: exponent changes by -0.100 ± 0.000" in words
     assert "p = 0.061" in words
     assert "one pre-training seed: its noise is not in the band" in words
     rows = read_csv("figures/law.csv")
