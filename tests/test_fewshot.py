@@ -24,7 +24,7 @@ import fewshot
 import pretrain
 import transfer
 from data import few_shot_indices
-from engine import distance, evaluate, linear
+from engine import distance, evaluate, linear, memory
 from engine.console import EXIT_STOPPED
 from engine.grid import PATIENCE
 from engine.metrics import compute_metrics
@@ -361,9 +361,12 @@ def test_a_dry_run_writes_nothing(grid, checkpoint, monkeypatch, tmp_path, capsy
     grid(shots=(1,), seeds=1)
     before = set(tmp_path.rglob("*"))
     monkeypatch.setattr(transfer.Target, "decode", None)
+    step = Mock(side_effect=[torch.OutOfMemoryError, torch.OutOfMemoryError, *[None] * 99])
+    monkeypatch.setattr(memory, "training_step", step)
     assert not grid("--dry-run", checkpoints=(checkpoint, "scratch"), seeds=3)
     assert "12 cells, 1 finished already" in capsys.readouterr().out
     assert set(tmp_path.rglob("*")) == before
+    assert [call.args[1] for call in step.call_args_list[:4]] == [8, 4, 2, 2]
 
 
 def test_few_shot_grid(checkpoint, folder, nih_root, tmp_path):

@@ -68,62 +68,6 @@ def test_one_test_metric_a_run_that_of_its_task(tmp_path, domain, test, title, v
     assert drawn(run) == {title: [([7], [pytest.approx(value)])]}
 
 
-def test_many_points_are_drawn_faint_below_medians_of_a_hundred_parts(tmp_path):
-    lines = [{"step": step, "loss": float(step % 4), "lr": 0.1} for step in range(400)]
-    run = write_log(tmp_path / "run", *lines)
-    panels, steps = drawn(run), list(range(400))
-    points, medians = panels["training loss"]
-    assert points == (steps, [0, 1, 2, 3] * 100)
-    assert medians == ([4 * part + 1.5 for part in range(100)], [1.5] * 100)
-    assert panels["learning rate"] == [(steps, [0.1] * 400)]  # no noise, and steps stay steps
-    faint, line = draw(run).axes[0].lines
-    assert faint.get_alpha() < 0.5 and line.get_alpha() is None
-
-
-def test_axes_share_the_steps_and_are_logarithmic_over_decades(tmp_path):
-    rates = [{"step": step, **OLD, "lr": 0.1**step} for step in (1, 2, 3)]
-    axes = draw(write_log(tmp_path / "run", *rates)).axes
-    assert [ax.get_yscale() for ax in axes] == ["linear", "log", "linear"]
-    assert [ax.get_ylim()[0] for ax in axes[::2]] == [0, 0]
-    assert len({ax.get_xlim() for ax in axes}) == 1
-    low, high = axes[1].get_ylim()
-    assert 0.0005 < low < 0.001 and 0.1 < high < 0.2
-    zero = write_log(tmp_path / "zero", *rates, {"step": 4, **OLD, "lr": 1e-9})
-    low, high = draw(zero).axes[1].get_ylim()
-    assert 1e-6 < low < 1e-5  # four decades below 0.1, not eight: a cosine ends near zero
-
-
-@pytest.mark.parametrize("count", [1, 30])
-def test_each_run_has_its_marker_and_dashes_and_its_name_in_the_legend(tmp_path, count):
-    names = [f"nih-R{place + 1}x1" for place in range(count)]
-    for name in names:
-        write_log(tmp_path / name, *({"step": s, **NEW} for s in range(20)))
-    figure = draw(*(tmp_path / name for name in reversed(names)))
-    (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == names  # R2x1 before R10x1
-    for ax in figure.axes:
-        looks = {(line.get_marker(), str(line._unscaled_dash_pattern)) for line in ax.lines}
-        assert len(looks) == count
-    boxes = [ax.get_tightbbox() for ax in figure.axes]
-    assert all(above.y0 >= below.y1 for above, below in zip(boxes, boxes[1:]))
-    assert legend.get_window_extent().y1 <= boxes[-1].y0
-
-
-def test_colours_are_those_of_the_domains(tmp_path):
-    about = {"zoo": ("natural", 9), "art": ("natural", 10), "nih": ("medical", 5), "new": (None, 0)}
-    for name, (domain, images) in about.items():
-        write_log(tmp_path / name, {"step": 1, **OLD}, domain=domain, images=images)
-    (tmp_path / "new/result.json").write_text("{")  # tells the colour alone: no error
-    logs = curves.load_logs([tmp_path / name for name in sorted(about)])
-    assert [log.name for log in logs] == ["zoo", "art", "nih", "new"]
-    figure = curves.draw_logs(logs)
-    zoo, art, nih, new = (line.get_color() for line in figure.axes[0].lines)
-    assert sum(zoo[:3]) > sum(art[:3])  # darker is larger
-    assert zoo[0] > zoo[2] and art[0] > art[2] and nih[2] > nih[0]
-    faces = [line.get_markerfacecolor() for line in figure.axes[0].lines]
-    assert faces == [zoo, art, "white", new]
-
-
 def test_equal_names_are_told_apart_by_their_parents(tmp_path):
     for path in ("x/runs/a", "y/runs/a", "y/old/a", "b"):
         write_log(tmp_path / path, {"step": 1, **OLD})
@@ -195,10 +139,3 @@ def test_a_folder_without_a_log_is_refused_by_name(call, tmp_path, text, fault):
         write_log(tmp_path / "runs/b", text)
     status, out, err = call("--curves", "runs/a", "runs/b")
     assert (status, out) == (2, "") and err.startswith(f"error: {fault}")
-
-
-def test_logs_without_a_number_are_refused(call, tmp_path):
-    write_log(tmp_path / "a", {"step": 1, "loss": None}, {"step": 1, "test": {"loss": 1.0}})
-    status, out, err = call("--curves", "a")
-    assert (status, out) == (2, "")
-    assert err == "error: the logs hold no number: let the runs train on, and draw again\n"

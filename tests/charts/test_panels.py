@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
-from result_files import PUBLISHED, write, write_seeds, write_worlds
+from result_files import PUBLISHED, write, write_seeds
 from scipy import stats
 
 from charts import panels, results, style
@@ -38,33 +38,6 @@ def test_lines_are_drawn_at_the_means_and_bars_at_the_intervals(tmp_path):
     (low, high), (_, last) = ([y for _, y in segment] for segment in bars.get_segments())
     assert (low, high, last) == pytest.approx((25 - half, 25 + half, 65 + half))
     assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "full"]
-
-
-@pytest.mark.parametrize("count", [1, 2, 7])
-def test_one_to_seven_panels_stand_apart(tmp_path, count):
-    for place in range(count):
-        write(tmp_path, f"{place}.json", target=f"target{place}")
-    figure = drawn(cells_of(tmp_path))
-    boxes = [ax.get_tightbbox() for ax in figure.axes]  # with their labels, as drawn
-    assert len(boxes) == count
-    for place, box in enumerate(boxes):
-        assert not any(box.overlaps(other) for other in boxes[place + 1 :])
-    (legend,) = figure.legends
-    assert legend.get_window_extent().y1 <= min(box.y0 for box in boxes)
-    assert figure.texts[-1].get_window_extent().y1 <= legend.get_window_extent().y0
-
-
-def test_domains_differ_in_hue_models_in_marker_and_dashes_and_packs_in_nothing(tmp_path):
-    write_worlds(tmp_path)
-    write_seeds(tmp_path, [0.5], source="nat@64", source_images=900)
-    lines = style.line_styles(cells_of(tmp_path))
-    looks = {(line.source, line.model): look for line, look in lines.items()}
-    small, large = looks["nat", "R14x0.5"], looks["nat", "R26x1"]
-    assert small["color"] == large["color"] == looks["nat@64", "R14x0.5"]["color"]
-    assert small["color"] != looks["nat-0.1", "R14x0.5"]["color"]
-    assert small["marker"] != large["marker"] and small["linestyle"] != large["linestyle"]
-    (red, _, blue, _), medical = small["color"], looks["xray", "R14x0.5"]["color"]
-    assert red > blue and medical[2] > medical[0]
 
 
 def test_metrics_are_the_papers_and_every_cell_is_a_bar(tmp_path):
