@@ -51,8 +51,8 @@ def table(name, root, split, domain="natural", uncertain="ignore", blank="ignore
     tables.refuse_repeats(names, path, rows=True)
     if numbers is None:
         task, classes, labels = "multilabel", findings, np.stack(marks, axis=1)
-        known = labels if test is None or test.all() else labels[~test]  # what may be trained on
-        for column in np.flatnonzero(np.isnan(known).all(0)):
+        training = labels if test is None or test.all() else labels[~test]
+        for column in np.flatnonzero(np.isnan(training).all(0)):
             mend = "to train on; fill it or drop it"
             raise ValueError(f"{path}: finding {classes[column]} has no mark {mend}")
     else:
