@@ -241,7 +241,8 @@ def pretrain(train_set, test_set, config, folder, args, env):
     least, best_path = math.inf, folder / "model-best.pt"
     if run.step:
         console.say(env, f"{folder}: continues after step {run.step}")
-        least = read_tensors(best_path)["loss"] if best_path.exists() else least
+        if config["keep_best"] and run.step > math.ceil(len(train_set) / batch_size):
+            least = read_tensors(best_path)["loss"]
     elif env.main:
         best_path.unlink(missing_ok=True)  # of another run
 

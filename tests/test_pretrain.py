@@ -233,6 +233,12 @@ def test_the_weights_of_the_least_loss_are_kept_also_when_killed(folder, tmp_pat
     (path,) = one.paths("model-best.pt")
     found = compute_metrics(outputs(path, shown, range(21), "forward"), test.labels, test.classes)
     assert found["loss"] == pytest.approx(losses[least], rel=1e-5)
+    path.unlink()
+    ((_, err),) = one.go(2)
+    assert f"no weights at {path}, though" in err and f"finished; remove {path.parent}\n" in err
+    one.paths("result.json")[0].unlink()
+    ((_, err),) = one.go(2)
+    assert f"no weights at {path}" in err
 
 
 def test_options_that_shape_a_source(nih_root, tmp_path):
