@@ -94,6 +94,10 @@ def save(folder, stem, figure, **texts):
     """Write folder/stem.{png,svg} and {ending: text}, all made before the first is written, each
     whole or not at all. Returns the paths."""
     contents = {}
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # its last digits vary: same input, same file
+    for ax in figure.axes:
+        ax.set_position([round(float(side), 5) for side in ax.get_position().bounds])
     for ending, metadata in (("png", None), ("svg", {"Date": None})):
         file = io.BytesIO()
         figure.savefig(file, format=ending, bbox_inches="tight", dpi=200, metadata=metadata)

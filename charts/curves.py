@@ -158,7 +158,4 @@ def draw_logs(logs, title=""):
     entries = [(Line2D([], [], **look), log.name) for log, look in zip(logs, looks)]
     half = math.ceil(len(entries) / 2)
     style.draw_foot(fig, [entries[:half], entries[half:]], notes)
-    fig.set_layout_engine("none")  # its last digits vary: same input, same file
-    for ax in axes:
-        ax.set_position([round(float(side), 5) for side in ax.get_position().bounds])
     return fig
