@@ -3,8 +3,7 @@
     python -m benchmarks train           # one training step: ours and timm's, eager and compiled
     python -m benchmarks train --peers   # the same from files to the loss, with timm's own loader
     python -m benchmarks gpu             # on a GPU: what agrees with a CPU, and how fast it is
-    python -m benchmarks scaling         # two processes of one thread beside one: pre-training
-    python -m benchmarks grid            # the same: the cells of a few-shot grid
+    python -m benchmarks grid            # cells of a few-shot grid: two processes beside one
     python -m benchmarks load            # from files to batches: decoding, packs, folders, tables
 
 All arms of a benchmark take turns in one process, so that noise of the machine meets all alike.
@@ -17,7 +16,7 @@ import torch
 
 from benchmarks.gpu import gpu
 from benchmarks.loading import load
-from benchmarks.processes import grid, scaling
+from benchmarks.processes import grid
 from benchmarks.train import train
 from engine.console import Parser, number, one_of, print_table, write_json
 from engine.processes import environment, run_script, setup
@@ -48,7 +47,6 @@ TRAINING |= {"--no-compile": False, "--peers": False, "--folder": None}
 BENCHMARKS = {
     train: NETWORK | TRAINING,
     gpu: {"--minutes": 10.0, "--out": "gpu"},
-    scaling: NETWORK | {"--steps": 10, "--rounds": 3},
     grid: {"--seeds": 10, "--rounds": 2},
     load: {"--rows": 377_110, "--rounds": 5},
 }
