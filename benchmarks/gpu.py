@@ -83,14 +83,18 @@ def gpu(args, env):
         about = {"began": time.strftime("%Y-%m-%d %H:%M"), **environment(env)}
         file.write(json.dumps(about) + "\n")
         say(env, ", ".join(f"{key} {value}" for key, value in about.items()))
+
+        def keep(arm):
+            rows.append(arm._asdict())
+            file.write(json.dumps(rows[-1]) + "\n")
+            file.flush()
+
         for name, part, share in parts:
             end += unit * share  # what a part leaves of its time is the next one's
             signal.setitimer(signal.ITIMER_REAL, max(1, end - time.monotonic()))
             try:
                 for arm in part:
-                    rows.append(arm._asdict())
-                    file.write(json.dumps(rows[-1]) + "\n")
-                    file.flush()
+                    keep(arm)
                     say(env, f"{arm.part}: {arm.arm}: {arm.value:.4g} {arm.unit}")
                     if arm.most is not None:
                         ratio = arm.most / arm.value if arm.value else 1.0
@@ -98,8 +102,7 @@ def gpu(args, env):
             except Exception as error:
                 reason = f"{type(error).__name__}: {one_line(error)}"[:300]
                 print(f"{name}: {reason}", file=sys.stderr)
-                rows.append(Arm(name, reason, None, "failed")._asdict())
-                file.write(json.dumps(rows[-1]) + "\n")
+                keep(Arm(name, reason, None, "failed"))
                 if name in {proof.__name__ for proof in proofs}:
                     bounds.append(bound(f"the bound of {name}", "failed", 0.0, 1.0))
             finally:
@@ -275,9 +278,8 @@ def loading(env, small):
         folder = make_images(Path(made), 256, classes=10, count=count // 10)
         dataset = data.load_dataset(f"folder:{folder}")
         pipeline = choose_pipeline(dataset, side, train=True)
-        for workers in (
-            (0, 2) if small else sorted({min(w, available_cores()) for w in (0, 4, 8, 14)})
-        ):
+        counts = (0, 2) if small else sorted({min(w, available_cores()) for w in (0, 4, 8, 14)})
+        for workers in counts:
             last = 2 if small else 8 + 8 * workers
             stream = loader(data.Batches(dataset, pipeline, size), 0, last, workers, env.device)
             speed = last * size / seconds(stream, last, env.device)

@@ -73,8 +73,8 @@ def regime(shots):
 def widest(kind, runs, metric):
     """The arms furthest apart in size among those that share the most partners: {arm: {(partner,
     its pre-training): {seed: score}}}, the small one first; {} without. Networks are as large as
-    the numbers in their names, sources as their images (those of unknown size, and none at all, are
-    no arms). Both arms had the same pre-training, its seed included.
+    size_order says, sources as their images (those of unknown size, and none at all, are no arms).
+    Both arms had the same pre-training, its seed included.
     """
     arm_of, partner_of = attrgetter(KINDS[kind][0]), attrgetter(KINDS[kind][1], "line.pretraining")
     scores, sizes = {}, {}

@@ -138,7 +138,7 @@ def estimate_parts(model, image_size, share, env):
 # What else a step takes for a while, to what it keeps: measured on CPUs 1.25 (R50x1 at 224 pixels),
 # 1.45 (at 64), 1.95 (R14x0.5 at 32) in all.
 PASSING = 1.5
-PARTS = {}  # {(network, pixels, images): in how many parts such a batch fits}
+PARTS = {}  # {(network, pixels, images, precision): in how many parts such a batch fits}
 
 
 def out_of_memory(error):

@@ -35,8 +35,8 @@ TABLE = """
     (default: patient)
 --labels intersection|union - of datasets joined by +: those common to all, or all (default:
     intersection)
---domain natural|medical - of folder: and table:, and of a --source unknown here; medical: X-rays,
-    read as grey (default: natural)
+--domain natural|medical - of folder: and table: (default: natural), and of foreign weights whose
+    --source is unknown here; medical: X-rays, read as grey
 --uncertain ignore|positive|negative - what a mark -1 is taken as (default: ignore, as in the study)
 --blank ignore|negative - what a finding without a mark is taken as (default: ignore, as in the
     study)
