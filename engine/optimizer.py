@@ -51,36 +51,28 @@ class SGD_AGC(torch.optim.SGD):
             params = [p for p in group["params"] if p.grad is not None]
             if group["clipping"] is None or not params:
                 norms += torch._foreach_norm([p.grad for p in params]) if params else []
-            else:
-                unit_norms, unit_scales = clip_units(params, group["clipping"], group["eps"])
-                norms.append(unit_norms.norm())
-                scales.append(unit_scales)
+                continue
+            # Vectors, of which there are twice as many as filters, take few launches together.
+            filters, vectors = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]
+            grads, flat = [p.grad for p in filters], [p.grad for p in vectors]
+            bounds = _unit_norms(filters, vectors).clamp_(min=group["eps"]).mul_(group["clipping"])
+            unit_norms = _unit_norms(grads, flat)
+            # At most 1, and exactly 1 where nothing is clipped.
+            unit_scales = bounds.div_(unit_norms.clamp(min=1e-30)).clamp_(max=1)
+            *by_filter, by_vector = unit_scales.split([*map(len, filters), len(vectors)])
+            for grad, scale in zip(grads, by_filter):
+                grad.mul_(scale.view(-1, *[1] * (grad.ndim - 1)))
+            if flat:
+                sizes = [grad.numel() for grad in flat]
+                scaled = torch.cat([grad.view(-1) for grad in flat])
+                scaled *= torch.cat([s.expand(n) for s, n in zip(by_vector.unbind(), sizes)])
+                torch._foreach_copy_(flat, scaled.split(sizes))
+            norms.append(unit_norms.norm())
+            scales.append(unit_scales)
         self.grad_norm = torch.stack(norms).norm()
         self.clipped = (torch.cat(scales) < 1).float().mean() if scales else math.nan
         super().step()
         return loss
-
-
-def clip_units(params, clipping, eps):
-    """Scales the gradients of these parameters in place, unit by unit; (their norms, scales).
-
-    Vectors, of which there are twice as many as filters, take a handful of launches together.
-    """
-    filters, vectors = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]
-    grads, flat = [p.grad for p in filters], [p.grad for p in vectors]
-    bounds = _unit_norms(filters, vectors).clamp_(min=eps).mul_(clipping)
-    norms = _unit_norms(grads, flat)
-    # At most 1, and exactly 1 where nothing is clipped.
-    scales = bounds.div_(norms.clamp(min=1e-30)).clamp_(max=1)
-    *by_filter, by_vector = scales.split([*map(len, filters), len(vectors)])
-    for grad, scale in zip(grads, by_filter):
-        grad.mul_(scale.view(-1, *[1] * (grad.ndim - 1)))
-    if flat:
-        sizes = [grad.numel() for grad in flat]
-        scaled = torch.cat([grad.view(-1) for grad in flat])
-        scaled *= torch.cat([s.expand(n) for s, n in zip(by_vector.unbind(), sizes)])
-        torch._foreach_copy_(flat, scaled.split(sizes))
-    return norms, scales
 
 
 def _unit_norms(filters, vectors):
