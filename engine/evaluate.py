@@ -62,6 +62,7 @@ def can_hold(num_images, num_classes):
     return num_classes <= MAX_CLASSES and num_images * num_classes <= MAX_SCORES
 
 
+@torch.inference_mode()
 def evaluate(model, stream, labels, classes, env, normalization, groups=None, keep=None):
     """compute_metrics of a test set; stream: as of `predict`. The model is in eval mode for it.
 
@@ -74,36 +75,29 @@ def evaluate(model, stream, labels, classes, env, normalization, groups=None, ke
         logits = predict(model, len(classes), stream, len(labels), env, normalization)
         if keep and env.main:
             keep(logits)
-        metrics = compute_metrics(logits, labels, classes, env, groups)
-    else:
-        found = f"{len(labels):,} images x {len(classes):,} classes, above {MAX_SCORES:,} scores"
-        found += f" or {MAX_CLASSES:,} classes"
-        say_once(env, f"AUC and average precision are left out: {found}")
-        metrics = _sum_by_batches(model, stream, labels, len(classes), env, normalization)
-    model.train()
-    return metrics
-
-
-@torch.inference_mode()
-def _sum_by_batches(model, stream, labels, num_classes, env, normalization):
+        model.train()
+        return compute_metrics(logits, labels, classes, env, groups)
+    found = f"{len(labels):,} images x {len(classes):,} classes, above {MAX_SCORES:,} scores"
+    found += f" or {MAX_CLASSES:,} classes"
+    say_once(env, f"AUC and average precision are left out: {found}")
     labels = torch.as_tensor(np.array(labels), device=env.device)
-    task = "multilabel" if labels.ndim == 2 else "multiclass"
+    multilabel = labels.ndim == 2
     # Right answers, those among five, the loss, outputs that are not finite.
     sums = torch.zeros(4, dtype=torch.float64, device=env.device)
-    top5 = task == "multiclass" and num_classes > 5
     for rows, images in stream:
         with env.autocast():
             logits = halved(model, to_input(images, normalization, env.device)).float()
         own = labels[torch.as_tensor(rows).to(env.device)]
         right, in_top5 = answers(logits, own)
+        loss = loss_sum(logits, own, "multilabel" if multilabel else "multiclass")
         bad = (~logits.isfinite()).sum()
-        loss = loss_sum(logits, own, task)
-        sums += torch.stack([right, in_top5 if top5 else bad, loss, bad]).double()
+        sums += torch.stack([right, bad if in_top5 is None else in_top5, loss, bad]).double()
     if env.ranks > 1:
         dist.all_reduce(sums)
+    model.train()
     right, in_top5, loss, bad = sums.tolist()
     refuse_nonfinite(bad == 0)
-    count = int((~labels.isnan()).sum()) if task == "multilabel" else len(labels)
-    found = {"accuracy": right / count, "top5": in_top5 / count if top5 else None}
-    found |= {"mean_auc": None, "mean_ap": None, "loss": loss / count}
-    return found | {"intervals": None, "per_class": None}
+    count = int((~labels.isnan()).sum()) if multilabel else len(labels)
+    top5 = None if multilabel or len(classes) <= 5 else in_top5 / count
+    found = {"accuracy": right / count, "top5": top5, "mean_auc": None, "mean_ap": None}
+    return found | {"loss": loss / count, "intervals": None, "per_class": None}
