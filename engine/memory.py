@@ -104,9 +104,8 @@ def images_at_once(size):
 
 
 def activation_bytes(model, image_size, precision):
-    """What a training step keeps of one image for its backward pass, in bytes: counted on the meta
-    device (where the model is), where nothing is computed. Blocks that are computed again are not
-    counted.
+    """Bytes that a training step keeps of one image for its backward pass, but for blocks that are
+    computed again: counted with the model on the meta device, where nothing is computed.
     """
     totals = []
     for count in (1, 2):  # the difference leaves out what does not grow with the batch
@@ -120,19 +119,6 @@ def activation_bytes(model, image_size, precision):
             model(torch.empty(count, 3, image_size, image_size, device="meta"))
         totals.append(sum(storage.nbytes() for storage in kept.values()))
     return (totals[1] - totals[0]) // (2 if precision == "bf16" else 1)
-
-
-def estimate_parts(model, image_size, share, env):
-    """In how many parts a process computes `share` images, by what a step keeps of each.
-
-    model: on the meta device. Weights, gradients, momentum and standardised weights are counted.
-    """
-    free = 0.8 * free_memory(env.device)
-    if env.device.type == "cpu":  # whose memory all processes of the machine share
-        free /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    room = free - 16 * sum(p.numel() for p in model.parameters())
-    needed = share * PASSING * activation_bytes(model, image_size, env.precision)
-    return min(share, max(1, math.ceil(needed / max(room, 1))))
 
 
 # What else a step takes for a while, to what it keeps: measured on CPUs 1.25 (R50x1 at 224 pixels),
@@ -155,9 +141,18 @@ def in_parts(work, create, image_size, share, env, wanted=None):
     not fit, or several ranks work together: one alone cannot choose.
     """
     key = *create.args, image_size, share, env.precision
-    if wanted or key not in PARTS:
+    if wanted:
+        PARTS[key] = wanted
+    elif key not in PARTS:
         with torch.device("meta"):
-            PARTS[key] = wanted or estimate_parts(create(), image_size, share, env)
+            model = create()
+        free = 0.8 * free_memory(env.device)
+        if env.device.type == "cpu":  # whose memory all processes of the machine share
+            free /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        # Weights, gradients, momentum and standardised weights.
+        room = free - 16 * sum(p.numel() for p in model.parameters())
+        needed = share * PASSING * activation_bytes(model, image_size, env.precision)
+        PARTS[key] = min(share, max(1, math.ceil(needed / max(room, 1))))
     before = PARTS[key]
     while True:
         try:
@@ -205,9 +200,8 @@ def flops_per_second(model, batch, image_size, flops, env):
 
 
 def print_estimate(model, config, steps, parts, flops, env):
-    """Prints the numbers of a training, config, and by steps that are tried its memory and time,
-    reading and evaluations aside. parts: of a rank's share of a batch, of which a CPU tries 32
-    images. flops: as above.
+    """Prints a training's config, and by steps that are tried its memory and time, reading and
+    evaluations aside. parts: of a rank's share of a batch; a CPU tries 32 images. flops: as above.
     """
     share, size = math.ceil(config["batch_size"] / env.ranks / parts), config["image_size"]
     tried = min(share, 32) if env.device.type == "cpu" else share
@@ -216,9 +210,12 @@ def print_estimate(model, config, steps, parts, flops, env):
     taken = peak_memory(env.device) + sum(4 * p.numel() for p in model.parameters())  # momentum
     taken += (share - tried) * PASSING * activation_bytes(model.to("meta"), size, env.precision)
     images = env.ranks * speed / (3 * flops)
-    rows = [*config.items(), ("steps", steps)]
-    rows.append(("GB of memory a process", f"{taken / 1e9:.1f}"))
-    rows.append(("images/s", f"{images:.0f}"))
-    rows.append(("hours", f"{steps * config['batch_size'] / images / 3600:.2f}"))
+    rows = config | {
+        "steps": steps,
+        "GB of memory a process": f"{taken / 1e9:.1f}",
+        "images/s": f"{images:.0f}",
+        "hours": f"{steps * config['batch_size'] / images / 3600:.2f}",
+    }
     if env.main:
-        print_table([(key, "" if value is None else value) for key, value in rows], ["", "value"])
+        rows = [(key, "" if value is None else value) for key, value in rows.items()]
+        print_table(rows, ["", "value"])

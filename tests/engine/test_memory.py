@@ -1,5 +1,6 @@
 """How many images fit, and what a training counts as arithmetic."""
 
+import copy
 import functools
 import itertools
 import math
@@ -13,15 +14,13 @@ from interruption import CPU
 import models
 from engine import memory
 
-
-def network():
-    torch.manual_seed(0)
-    return models.create_model("R14x0.5", 4)
+CREATE = functools.partial(models.create_model, "R14x0.5", 4)
 
 
-def parts_that_fit(model, batch_size, env=CPU):
-    create = functools.partial(models.create_model, "R14x0.5", 4)
-    return memory.parts_that_fit(model, create, 16, batch_size, env)
+@pytest.fixture(autouse=True)
+def nothing_tried(monkeypatch):
+    monkeypatch.setattr(memory, "PARTS", {})
+    monkeypatch.setattr(memory, "free_memory", lambda device: math.inf)
 
 
 def test_parts_that_fit_leave_the_network_as_it_was(monkeypatch):
@@ -34,21 +33,18 @@ def test_parts_that_fit_leave_the_network_as_it_was(monkeypatch):
             raise torch.OutOfMemoryError("imitated")
         step(model, batch, *about)
 
-    monkeypatch.setattr(memory, "PARTS", {})
-    monkeypatch.setattr(memory, "free_memory", lambda device: math.inf)
     monkeypatch.setattr(memory, "training_step", training_step)
-    model, before, state = network(), network().state_dict(), torch.get_rng_state()
-    assert parts_that_fit(model, 15) == 4 and counts == [15, 8, 4]
+    model = CREATE()
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    assert memory.parts_that_fit(model, CREATE, 16, 15, CPU) == 4 and counts == [15, 8, 4]
     assert all(p.grad is None for p in model.parameters()) and model.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_rank_with_the_least_memory_decides(monkeypatch):
-    monkeypatch.setattr(memory, "PARTS", {})
-    monkeypatch.setattr(memory, "free_memory", lambda device: math.inf)
     monkeypatch.setattr(memory, "gathered", lambda parts, env: [parts, 4])  # another rank's answer
-    assert parts_that_fit(network(), 15, CPU._replace(ranks=2)) == 4
+    assert memory.parts_that_fit(CREATE(), CREATE, 16, 15, CPU._replace(ranks=2)) == 4
 
 
 @pytest.mark.parametrize(
@@ -58,13 +54,11 @@ def test_the_rank_with_the_least_memory_decides(monkeypatch):
 )
 def test_parts_by_estimate(device, free, processes, parts, monkeypatch):
     """The processes of a machine share its memory, and have a GPU each."""
-    with torch.device("meta"):
-        model = network()
     monkeypatch.setattr(memory, "activation_bytes", lambda *args: 8 * 2**20)
     monkeypatch.setattr(memory, "free_memory", lambda device: free * 2**20)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     env = CPU._replace(device=torch.device(device))
-    assert memory.estimate_parts(model, 16, 30, env) == parts
+    assert memory.in_parts(lambda parts: parts, CREATE, 16, 30, env) == parts
 
 
 def test_flops_equal_twice_the_multiply_adds_of_timms_convolutions():
