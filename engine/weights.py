@@ -1,10 +1,16 @@
-"""Weight files, also of others: formats, names of parameters, where published ones lie."""
+"""Weight files, also of others: formats, names of parameters, published ones and their download."""
 
+import contextlib
 import difflib
 import functools
+import http.client
 import itertools
+import json
 import os
 import re
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +19,7 @@ import torch
 import torch.distributed as dist
 
 from engine.checkpoint import file_digest, load_plain, read_tensors
-from engine.console import say
-from engine.downloads import fetch
+from engine.console import locked, progress_bar, say
 
 # Names of others' files -> ours: regular expressions, replaced in this order.
 NAMES = (
@@ -108,7 +113,6 @@ STUDY = "https://fz-juelich.sciebo.de/s/9kqbf6yBDyJnQfd/download"
 STUDY_SOURCES = """imagenet1k imagenet21k chexpert chexpert+mimic chexpert+mimic+nih
     chexpert+mimic+nih+padchest"""
 
-
 PUBLISHED = {}  # {name, as --checkpoint takes it: Published}
 for model in BIT_MODELS:
     names = {f"BiT-S-{model}": "imagenet1k", f"BiT-M-{model}": "imagenet21k"}
@@ -146,8 +150,100 @@ def find_published(name, args, env=None):
         raise FileNotFoundError(f"{name}: no {path}; add --download, or fetch {url} to there")
     if args.download and env:
         if env.main and not path.exists():
-            fetch(url, path, read_weights, env)
+            fetch(url, path, env)
             say(env, f"{name}: {path}, SHA-256 {file_digest(path)}")
         if env.ranks > 1:
             dist.barrier()
     return path
+
+
+TRIES = 5  # in a row that bring no byte more
+PAUSE = 1.0  # seconds more before each of them
+BLOCK = 2**20
+
+
+def fetch(url, path, env):
+    """Fetches a weight file to a path: whole or not there. What came before a cut stays in
+    part-of-NAME beside it, and is gone on from, also by a later call, while the server has the same
+    version of the file. Raises ValueError for what is no weight file, which is removed, or while
+    another process fetches to there; OSError for what else went wrong; both name URL or folder.
+    """
+    part = path.with_name(f"part-of-{path.name}")
+    note = path.with_name(f"part-of-{path.name}.json")  # the version that it is of, and its length
+    bar = progress_bar(env, None, 0, path.name, "B")
+    bar.unit_scale = True
+    with locked(path.parent), open(part, "ab") as file, bar:
+        try:
+            _until_whole(url, file, note, bar)
+            read_weights(part)
+            os.replace(part, path)
+            note.unlink()
+        except ValueError as error:
+            part.unlink()
+            note.unlink(missing_ok=True)
+            raise ValueError(f"{url}: not the file that is meant ({error})") from error
+        finally:
+            if part.exists() and not part.stat().st_size:
+                part.unlink()
+
+
+def _until_whole(url, file, note, bar):
+    """Reads on until all is there; gives up after TRIES that brought nothing."""
+    known, most, tries, reason = {}, 0, 0, "too few bytes"
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(note.read_text())
+    while True:
+        try:
+            if _read_on(url, file, note, known, bar):
+                file.flush()
+                os.fsync(file.fileno())
+                return
+        except urllib.error.URLError as error:
+            raise OSError(f"{url}: cannot be fetched ({error})") from error
+        except ValueError as error:  # of what came before nothing is lost
+            raise OSError(f"{url}: not the file that is meant ({error})") from error
+        except (OSError, http.client.HTTPException) as error:
+            reason = error
+        tries = 0 if file.tell() > most else tries + 1
+        most = max(most, file.tell())
+        if tries == TRIES:
+            cut = f"cut off after {file.tell():,} bytes ({reason})"
+            again = "goes on from there" if known.get("version") else "begins anew"
+            raise OSError(f"{url}: {cut}; the same command {again}")
+        time.sleep(PAUSE * tries)
+
+
+def _read_on(url, file, note, known, bar):
+    """One answer of the server, appended to the file; whether it is whole then. known: the content
+    of the note, changed with it.
+    """
+    headers, have = {}, file.seek(0, os.SEEK_END)
+    if have and known.get("version"):
+        headers = {"Range": f"bytes={have}-", "If-Range": known["version"]}
+    try:
+        answer = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            raise
+        file.truncate(file.seek(0))
+        return False
+    with answer:
+        if answer.headers.get_content_type() == "text/html":
+            raise ValueError("a web page came")
+        tag = answer.headers.get("ETag", "W/")  # a weak one does not tell bytes apart
+        version = answer.headers.get("Last-Modified") if tag.startswith("W/") else tag
+        span, _, length = answer.headers.get("Content-Range", "").partition("/")
+        if answer.status != http.HTTPStatus.PARTIAL_CONTENT:
+            file.truncate(file.seek(0))
+            length = answer.headers.get("Content-Length")
+        found = {"version": version, "length": length}
+        if span and (known != found or not span.startswith(f"bytes {have}-")):
+            file.truncate(file.seek(0))  # what comes is the end of another file
+            return False
+        note.write_text(json.dumps(found))
+        known.update(found)
+        bar.total, bar.n = int(length) if length else None, file.tell()
+        while block := answer.read(BLOCK):
+            file.write(block)
+            bar.update(len(block))
+    return length is None or file.tell() == int(length)

@@ -13,7 +13,7 @@ from test_models import write_npz
 
 import fewshot
 import models
-from engine import downloads, weights
+from engine import weights
 from engine.processes import setup
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -60,7 +60,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(downloads, "PAUSE", 0)
+    monkeypatch.setattr(weights, "PAUSE", 0)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with Server() as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -71,17 +71,19 @@ def server(monkeypatch):
 
 
 @pytest.fixture
-def get(server, tmp_path):
+def get(server, tmp_path, monkeypatch):
     """Fetches the file -> its content; its folder holds nothing else then."""
 
     def check(path):
         if path.read_bytes() != server.content:
             raise ValueError("no such weights")
 
+    monkeypatch.setattr(weights, "read_weights", check)
+
     def get():
         path = tmp_path / "networks" / "network.npz"
         path.unlink(missing_ok=True)
-        downloads.fetch(server.url, path, check, setup("fp32"))
+        weights.fetch(server.url, path, setup("fp32"))
         assert [path] == list(path.parent.iterdir())
         return path.read_bytes()
 
