@@ -193,13 +193,38 @@ def _until_whole(url, file, note, bar):
     with contextlib.suppress(OSError, ValueError):
         known = json.loads(note.read_text())
     while True:
+        headers, have = {}, file.seek(0, os.SEEK_END)
+        if have and known.get("version"):
+            headers = {"Range": f"bytes={have}-", "If-Range": known["version"]}
         try:
-            if _read_on(url, file, note, known, bar):
-                file.flush()
-                os.fsync(file.fileno())
-                return
+            request = urllib.request.Request(url, headers=headers)
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                if answer.headers.get_content_type() == "text/html":
+                    raise ValueError("a web page came")
+                tag = answer.headers.get("ETag", "W/")  # a weak one does not tell bytes apart
+                version = answer.headers.get("Last-Modified") if tag.startswith("W/") else tag
+                span, _, length = answer.headers.get("Content-Range", "").partition("/")
+                if answer.status != http.HTTPStatus.PARTIAL_CONTENT:
+                    file.truncate(file.seek(0))
+                    length = answer.headers.get("Content-Length")
+                found = {"version": version, "length": length}
+                if span and (known != found or not span.startswith(f"bytes {have}-")):
+                    file.truncate(file.seek(0))  # what comes is the end of another file
+                else:
+                    note.write_text(json.dumps(found))
+                    known = found
+                    bar.total, bar.n = int(length) if length else None, file.tell()
+                    while block := answer.read(BLOCK):
+                        file.write(block)
+                        bar.update(len(block))
+                    if length is None or file.tell() == int(length):
+                        file.flush()
+                        os.fsync(file.fileno())
+                        return
         except urllib.error.URLError as error:
-            raise OSError(f"{url}: cannot be fetched ({error})") from error
+            if getattr(error, "code", 0) != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                raise OSError(f"{url}: cannot be fetched ({error})") from error
+            file.truncate(file.seek(0))
         except ValueError as error:  # of what came before nothing is lost
             raise OSError(f"{url}: not the file that is meant ({error})") from error
         except (OSError, http.client.HTTPException) as error:
@@ -211,39 +236,3 @@ def _until_whole(url, file, note, bar):
             again = "goes on from there" if known.get("version") else "begins anew"
             raise OSError(f"{url}: {cut}; the same command {again}")
         time.sleep(PAUSE * tries)
-
-
-def _read_on(url, file, note, known, bar):
-    """One answer of the server, appended to the file; whether it is whole then. known: the content
-    of the note, changed with it.
-    """
-    headers, have = {}, file.seek(0, os.SEEK_END)
-    if have and known.get("version"):
-        headers = {"Range": f"bytes={have}-", "If-Range": known["version"]}
-    try:
-        answer = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60)
-    except urllib.error.HTTPError as error:
-        if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            raise
-        file.truncate(file.seek(0))
-        return False
-    with answer:
-        if answer.headers.get_content_type() == "text/html":
-            raise ValueError("a web page came")
-        tag = answer.headers.get("ETag", "W/")  # a weak one does not tell bytes apart
-        version = answer.headers.get("Last-Modified") if tag.startswith("W/") else tag
-        span, _, length = answer.headers.get("Content-Range", "").partition("/")
-        if answer.status != http.HTTPStatus.PARTIAL_CONTENT:
-            file.truncate(file.seek(0))
-            length = answer.headers.get("Content-Length")
-        found = {"version": version, "length": length}
-        if span and (known != found or not span.startswith(f"bytes {have}-")):
-            file.truncate(file.seek(0))  # what comes is the end of another file
-            return False
-        note.write_text(json.dumps(found))
-        known.update(found)
-        bar.total, bar.n = int(length) if length else None, file.tell()
-        while block := answer.read(BLOCK):
-            file.write(block)
-            bar.update(len(block))
-    return length is None or file.tell() == int(length)
