@@ -72,9 +72,9 @@ def open_networks(args, open_network, env=None):
     networks = []
     for path in checkpoints:
         if str(path).startswith(("bit:", "study:")):
-            file, known = find_published(path, args, env), PUBLISHED[path]
-            about = {"source": known.source, "model": known.model}
-            networks.append(open_network(file, argparse.Namespace(**vars(args) | about)))
+            file = find_published(path, args, env)
+            told = argparse.Namespace(**vars(args) | PUBLISHED[path]._asdict())
+            networks.append(open_network(file, told))
         elif path not in ("scratch", "statistics"):
             networks.append(open_network(path, args))
     if "statistics" in checkpoints:  # of pixels from 0 to 1
@@ -193,8 +193,8 @@ def unfinished(cells, out, env):
             todo.append(cell)
     paths = (path for cell in todo for path in (cell.path, *cell.files.values()))
     console.refuse_unwritable("--out", *paths)
-    first, *others = gathered([str(cell.path) for cell in todo], env)
-    if any(other != first for other in others):
+    paths = [str(cell.path) for cell in todo]
+    if any(other != paths for other in gathered(paths, env)):
         mend = "name a folder that all nodes share"
         raise ValueError(f"--out {out}: the processes find different results there; {mend}")
     count = console.counted(len(cells), "cell")
@@ -207,7 +207,10 @@ def write_result(cell, metrics, train, workers, env):
 
     Raises ValueError where another process has meanwhile put one there that was made otherwise.
     """
+    if not env.main:
+        return
     network, target = cell.network, cell.target
+    layout = {"checkpoint": network.path or "scratch", "sha256": network.digest}
     record = {
         "schema": 1,
         "kind": cell.kind,
@@ -228,22 +231,22 @@ def write_result(cell, metrics, train, workers, env):
         "metrics": metrics,
         "train": train,
         "config": cell.config,
-        "layout": {
-            "checkpoint": network.path or "scratch",
-            "sha256": network.digest,
-            "workers": workers,
-        },
+        "layout": layout | {"workers": workers},
         "environment": environment(env),
     }
-    if env.main:
-        if not cell.path.exists():  # what lies there of a result that was removed is of others
-            for path in {cell.path.with_suffix(ending) for ending in ENDINGS.values()}:
-                if path not in cell.files.values():
-                    path.unlink(missing_ok=True)
-        if not console.write_json(cell.path, record, replace=False):
-            read_result(cell.path, cell.kind, cell.config)
-        if cell.checkpoint:
-            cell.checkpoint.unlink(missing_ok=True)
+    if not cell.path.exists():  # what lies there of a result that was removed is of others
+        for path in {cell.path.with_suffix(ending) for ending in ENDINGS.values()}:
+            if path not in cell.files.values():
+                path.unlink(missing_ok=True)
+    if not console.write_json(cell.path, record, replace=False):
+        read_result(cell.path, cell.kind, cell.config)
+    if cell.checkpoint:
+        cell.checkpoint.unlink(missing_ok=True)
+
+
+# What an error says after which the device is of no use to this process: all cells would fail.
+LOST = ("CUDA error", "CUDA driver error", "Triton Error", "cuDNN error", "CUBLAS_STATUS")
+LOST += ("NCCL error", "NCCL Error", "device-side assert")
 
 
 class Grid:
@@ -262,7 +265,10 @@ class Grid:
         self.env, self.together, self.results = env, together, results
         self.cells = [cell for job in self.jobs for cell in job]
         self.places = {cell.path: place for place, cell in enumerate(self.cells, 1)}
-        self.failures, self.stopped, self.taken = {}, None, 0
+        self.failures, self.stopped = {}, None
+        alone = together or env.ranks == 1
+        # It counts the jobs that all processes together have taken.
+        self.store = dist.HashStore() if alone else dist.distributed_c10d._get_default_store()
 
     def __iter__(self):
         if self.together:
@@ -271,19 +277,12 @@ class Grid:
         ends = np.cumsum([operations(job) for job in self.jobs])
         self.began = self.ended = time.monotonic()
         with console.progress_bar(self.env, len(self.cells), 0, "cells", "cell") as bar:
-            while (number := self._taken(1) - 1) < len(self.jobs):
+            while (number := self.store.add("jobs", 1) - 1) < len(self.jobs):
                 self.ahead = ends[-1] / ends[number] - 1  # work that is left to work that is done
                 for cell in self.jobs[number]:
                     if not self.stopped:
                         yield cell
                 bar.update(self.places[self.jobs[number][-1].path] - bar.n)  # of all processes
-
-    def _taken(self, more):
-        """How many jobs all processes together have taken, with so many more for this one."""
-        if self.env.ranks > 1:
-            return dist.distributed_c10d._get_default_store().add("jobs", more)
-        self.taken += more
-        return self.taken
 
     @contextlib.contextmanager
     def tolerating(self, cell):
@@ -301,14 +300,16 @@ class Grid:
             if self.together or self.env.ranks == 1:
                 raise
             self.stopped = stop
-            self._taken(len(self.jobs))  # so that none is left
+            self.store.add("jobs", len(self.jobs))  # so that none is left
         except tolerated as error:
             if os.environ.get("TRACEBACK"):
                 raise
-            reason = console.one_line(error)
-            if lost_device(error):
-                lost = f"the device is lost ({reason}); the same command runs what is unfinished"
-                raise ValueError(f"{cell}: {lost}") from error
+            reason, text = console.one_line(error), str(error)
+            lost = isinstance(error, torch.AcceleratorError) or any(sign in text for sign in LOST)
+            works = out_of_memory(error) or "NOT_SUPPORTED" in text
+            if lost and not works and isinstance(error, RuntimeError):
+                mend = "the same command runs what is unfinished"
+                raise ValueError(f"{cell}: the device is lost ({reason}); {mend}") from error
             self.failures[str(cell.path)] = reason
 
     def title(self, cell):
@@ -330,8 +331,9 @@ class Grid:
         tqdm.write(clear + line, end="")
 
     def finish(self, cells):
-        """Once every process is through: raises Stopped on all if one was stopped. Prints the table
-        of all cells, and those that failed with their reasons; returns the exit status.
+        """Once every process is through: raises Stopped on all if one was stopped. Prints of all
+        cells mean ± sd over seeds (how many), a row a target and network, a column a number of
+        shots; and those that failed with their reasons. Returns the exit status.
         """
         found = self.results, self.failures, self.stopped and self.stopped.args
         for results, failures, stop in gathered(found, self.env):
@@ -341,8 +343,24 @@ class Grid:
                 raise Stopped(*stop)
         if not self.env.main:
             return 0
+        columns, values = [], {}
+        for cell in cells:
+            if str(cell.path) in self.results:
+                column = console.counted(cell.shots, "shot") if cell.shots else "full"
+                columns += [] if column in columns else [column]
+                metric = cell.metric + " (validation)" * cell.kind.endswith("-validation")
+                row = values.setdefault((cell.target.name, cell.network.name, metric), {})
+                row.setdefault(column, []).append(self.results[str(cell.path)])
+        rows = []
+        for about, by_column in values.items():
+            rows.append([*about])
+            for column in columns:
+                scores = [score for score in by_column.get(column, ()) if score is not None]
+                text = f"{np.mean(scores):.3f}" if scores else ""
+                text += f" ± {np.std(scores, ddof=1):.3f}" if len(scores) > 1 else ""
+                rows[-1].append(f"{text} ({len(scores)})" if scores else "")
         if any(cell.kind != "features" for cell in cells):
-            report(cells, self.results)
+            console.print_table(rows, ["target", "source-model", "metric", *columns])
         if self.failures:
             failed = console.counted(len(self.failures), "cell")
             print(f"{failed} failed; the same command tries again:")
@@ -371,10 +389,9 @@ class Grid:
             batch = config.get("batch_size", 128) // (self.env.ranks if self.together else 1)
             batch = batch if self.env.device.type == "cuda" else min(batch, 32)
             about = config["model"], config["crop"], batch, job[0].flops, config["precision"]
-            rate = speed(*about)
-            needed = operations(job) / rate
+            needed = operations(job) / speed(*about)
             each |= {cell.path: needed / len(job) for cell in job}
-            heapq.heappush(busy, heapq.heappop(busy) + needed)
+            heapq.heapreplace(busy, busy[0] + needed)
         if not self.env.main:
             return
         groups = {}
@@ -392,16 +409,6 @@ class Grid:
         print(f"about {tqdm.format_interval(total)} on {processes}")
 
 
-def lost_device(error):
-    """Whether after this error the device is of no use to this process: all cells would fail."""
-    if out_of_memory(error) or "NOT_SUPPORTED" in str(error):
-        return False
-    signs = "CUDA error", "CUDA driver error", "Triton Error", "cuDNN error", "CUBLAS_STATUS"
-    signs += "NCCL error", "NCCL Error", "device-side assert"
-    named = any(sign in str(error) for sign in signs)
-    return isinstance(error, torch.AcceleratorError) or isinstance(error, RuntimeError) and named
-
-
 def operations(job):
     """Floating-point operations of cells that share features, or of one that is fine-tuned, about:
     forward passes, and training as three of them.
@@ -411,25 +418,3 @@ def operations(job):
     if "steps" in config:
         images = config["test_images"] + 3 * config["steps"] * config["batch_size"]
     return images * job[0].flops
-
-
-def report(cells, results):
-    """Mean ± sd over seeds (how many), a row a target and network, a column a number of shots."""
-    columns, values = [], {}
-    for cell in cells:
-        if str(cell.path) in results:
-            column = console.counted(cell.shots, "shot") if cell.shots else "full"
-            columns += [] if column in columns else [column]
-            metric = cell.metric + " (validation)" * cell.kind.endswith("-validation")
-            row = cell.target.name, cell.network.name, metric
-            values.setdefault(row, {}).setdefault(column, []).append(results[str(cell.path)])
-    rows = []
-    for row, by_column in values.items():
-        texts = []
-        for column in columns:
-            scores = [score for score in by_column.get(column, []) if score is not None]
-            text = f"{np.mean(scores):.3f}" if scores else ""
-            text += f" ± {np.std(scores, ddof=1):.3f}" if len(scores) > 1 else ""
-            texts.append(f"{text} ({len(scores)})" if scores else "")
-        rows.append([*row, *texts])
-    console.print_table(rows, ["target", "source-model", "metric", *columns])

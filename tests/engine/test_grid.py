@@ -14,7 +14,7 @@ from interruption import hears
 
 from engine import grid as module
 from engine.console import write_json
-from engine.grid import Cell, Grid, Network, operations, report, unfinished
+from engine.grid import Cell, Grid, Network, operations, unfinished
 from engine.metrics import Diverged
 from engine.processes import Stopped
 
@@ -95,7 +95,7 @@ def test_when_one_process_stops_all_do(store):
         (ALONE, False, Stopped, False),
     ],
 )
-def test_a_failure_is_noted_with_its_reason(env, together, error, tolerated, monkeypatch):
+def test_a_failure_is_noted_with_its_reason(env, together, error, tolerated, store, monkeypatch):
     monkeypatch.delenv("TRACEBACK", raising=False)
     grid, cell = Grid([], {}, env, together), make_cell(4)
     with contextlib.nullcontext() if tolerated else pytest.raises(error):
@@ -132,7 +132,7 @@ def test_undefined_metrics_are_said_so_and_counted_as_none(capsys):
     for cell, value in zip(grid, (0.5, None, None, None, 0.25, 0.75)):
         grid.done(cell, {"accuracy": value})
     assert capsys.readouterr().out.count("accuracy undefined, ") == 3
-    report(cells, grid.results)
+    assert grid.finish(cells) == 0
     header, _, row = capsys.readouterr().out.splitlines()
     columns = [column.strip() for column in header.split("|")[4:7]]
     assert columns == ["1 shot", "5 shots", "full"]
@@ -171,7 +171,7 @@ def test_no_result_is_replaced_by_one_of_another_config(tmp_path):
     assert [path.name for path in one.path.parent.iterdir()] == [one.path.name]
 
 
-def test_the_estimate_fills_the_processes_longest_first(capsys, monkeypatch):
+def test_the_estimate_fills_the_processes_longest_first(store, capsys, monkeypatch):
     """Jobs of 5, 4 and 2 steps on two processes: the third joins the first that is free."""
     monkeypatch.setattr(module, "flops_per_second", lambda *args: 1.0)
     times = []
