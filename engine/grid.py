@@ -118,9 +118,7 @@ class Cell(NamedTuple):
         return {what: self.path.with_suffix(ENDINGS[what]) for what in self.save}
 
     def own_file(self, what):
-        """Of files, one that is to be written now. Raises ValueError where another process has
-        meanwhile put a result there that was made otherwise.
-        """
+        """Of files, one to be written now; ValueError as of write_result."""
         read_result(self.path, self.kind, self.config)
         return self.files[what]
 
@@ -184,13 +182,13 @@ def unfinished(cells, out, env):
             raise ValueError(f"{cell.target.name}: too many scores for --save or --eval-only")
         record = read_result(cell.path, cell.kind, cell.config)
         missing = [path for path in cell.files.values() if not path.is_file()]
-        if record and missing:
-            console.say(env, f"{cell.path}: run again, as there is no {missing[0].name}")
-        elif record:
+        if record and not missing:
             results[str(cell.path)] = record["metrics"].get(cell.metric)
-        if not record or missing:
-            load_checkpoint(cell.checkpoint, cell.config)
-            todo.append(cell)
+            continue
+        if record:
+            console.say(env, f"{cell.path}: run again, as there is no {missing[0].name}")
+        load_checkpoint(cell.checkpoint, cell.config)
+        todo.append(cell)
     paths = (path for cell in todo for path in (cell.path, *cell.files.values()))
     console.refuse_unwritable("--out", *paths)
     paths = [str(cell.path) for cell in todo]
@@ -203,9 +201,8 @@ def unfinished(cells, out, env):
 
 
 def write_result(cell, metrics, train, workers, env):
-    """Writes the result of a cell, on the main rank; train: what it says of the training.
-
-    Raises ValueError where another process has meanwhile put one there that was made otherwise.
+    """Writes the result of a cell, on the main rank; train: what it says of the training. Raises
+    ValueError where another process has meanwhile put one there that was made otherwise.
     """
     if not env.main:
         return
@@ -286,10 +283,7 @@ class Grid:
 
     @contextlib.contextmanager
     def tolerating(self, cell):
-        """A block whose error is noted as the reason why this cell failed, and stops no other.
-
-        When one process is to stop, all stop after the cell in hand.
-        """
+        """A block whose error is noted as the reason why this cell failed, and stops no other."""
         # What one process of several alone meets leaves the others waiting: then the run ends, to
         # be continued.
         several = self.together and self.env.ranks > 1
@@ -300,7 +294,7 @@ class Grid:
             if self.together or self.env.ranks == 1:
                 raise
             self.stopped = stop
-            self.store.add("jobs", len(self.jobs))  # so that none is left
+            self.store.add("jobs", len(self.jobs))  # none is left: all stop after that in hand
         except tolerated as error:
             if os.environ.get("TRACEBACK"):
                 raise
@@ -331,9 +325,8 @@ class Grid:
         tqdm.write(clear + line, end="")
 
     def finish(self, cells):
-        """Once every process is through: raises Stopped on all if one was stopped. Prints of all
-        cells mean ± sd over seeds (how many), a row a target and network, a column a number of
-        shots; and those that failed with their reasons. Returns the exit status.
+        """Once every process is through, or Stopped is raised on all: prints means ± sd over seeds
+        (how many) of all cells, and why cells failed; returns the exit status.
         """
         found = self.results, self.failures, self.stopped and self.stopped.args
         for results, failures, stop in gathered(found, self.env):
@@ -375,12 +368,8 @@ class Grid:
 
         @functools.cache
         def speed(name, crop, batch, flops, precision):
-            model, env = create_model(name).train(), self.env.computing(precision)
-
-            def work(parts):
-                return flops_per_second(model, -(-batch // parts), crop, flops, env)
-
-            create = functools.partial(create_model, name)
+            create, env = functools.partial(create_model, name), self.env.computing(precision)
+            work = functools.partial(flops_per_second, create().train(), batch, crop, flops, env)
             return in_parts(work, create, crop, batch, env.alone(), wanted=1)
 
         each, busy = {}, [0.0] * (1 if self.together else self.env.ranks)
@@ -410,9 +399,7 @@ class Grid:
 
 
 def operations(job):
-    """Floating-point operations of cells that share features, or of one that is fine-tuned, about:
-    forward passes, and training as three of them.
-    """
+    """Floating-point operations of a job, about: forward passes, and training as three of them."""
     config = job[0].config
     images = config["test_images"] + max(cell.config["images"] for cell in job)
     if "steps" in config:

@@ -35,9 +35,8 @@ PEAKS = {
 
 @functools.lru_cache
 def peak_flops(device, precision):
-    """Floating-point operations a second: of the maker for bf16 and TF32 on a GPU in PEAKS, else
-    the best of five products (8192 x 8192 on a GPU, 1024 x 1024 on a CPU). precision: "fp32",
-    "tf32" or "bf16".
+    """Floating-point operations a second: the maker's for "bf16" and "tf32" on a GPU in PEAKS, else
+    measured, as for "fp32".
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((peak for known, peak in PEAKS.items() if known in name), None)
@@ -47,6 +46,7 @@ def peak_flops(device, precision):
 
 
 def measured_flops(device, precision):
+    """Of the best of five products of 8192 x 8192, on a CPU of 1024 x 1024."""
     side, best = 8192 if device.type == "cuda" else 1024, 0.0
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     matrix = torch.ones(side, side, dtype=dtype, device=device)
@@ -184,11 +184,11 @@ def parts_that_fit(model, create, image_size, batch_size, env):
     return parts
 
 
-def flops_per_second(model, batch, image_size, flops, env):
-    """Of a training step of so many images, the best of four; flops: of one image's forward pass,
-    of which a training step counts as three.
+def flops_per_second(model, share, image_size, flops, env, parts=1):
+    """Of a training step of such a part of `share` images, the best of four; flops: of one image's
+    forward pass, of which a training step counts as three.
     """
-    best = math.inf
+    batch, best = math.ceil(share / parts), math.inf
     for _ in range(4):  # the first is slow
         began = time.perf_counter()
         training_step(model, batch, image_size, env)

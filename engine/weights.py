@@ -70,9 +70,8 @@ def _read_once(path, state):
 
 
 def weights_of(path, digest=None):
-    """(what a weight file holds, its digest), read anew when the file has changed.
-
-    digest: of the file that was opened. Raises as read_weights, and ValueError for another file.
+    """(what a weight file holds, its digest), read anew when the file has changed. digest: of the
+    file that was opened. Raises as read_weights, and ValueError for another file.
     """
     stat = os.stat(path) if os.path.exists(path) else None
     state = stat and (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
@@ -137,9 +136,8 @@ def published_path(name, folder=None):
 
 
 def find_published(name, args, env=None):
-    """The file of such a name; with --download fetched by the main rank where it is not here.
-
-    Raises ValueError for an unknown name, or what is no weight file; FileNotFoundError, OSError.
+    """The file of such a name; with --download the main rank fetches it if it is not here. Raises
+    ValueError for an unknown name, or what is no weight file; FileNotFoundError, OSError.
     """
     if name not in PUBLISHED:
         near = difflib.get_close_matches(name, PUBLISHED, n=1, cutoff=0)[0]
