@@ -157,7 +157,6 @@ def find_published(name, args, env=None):
 
 TRIES = 5  # in a row that bring no byte more
 PAUSE = 1.0  # seconds more before each of them
-BLOCK = 2**20
 
 
 def fetch(url, path, env):
@@ -212,7 +211,7 @@ def _until_whole(url, file, note, bar):
                     note.write_text(json.dumps(found))
                     known = found
                     bar.total, bar.n = int(length) if length else None, file.tell()
-                    while block := answer.read(BLOCK):
+                    while block := answer.read(2**20):
                         file.write(block)
                         bar.update(len(block))
                     if length is None or file.tell() == int(length):
