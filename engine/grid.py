@@ -207,7 +207,7 @@ def write_result(cell, metrics, train, workers, env):
     if not env.main:
         return
     network, target = cell.network, cell.target
-    layout = {"checkpoint": network.path or "scratch", "sha256": network.digest}
+    layout = {"checkpoint": network.path or "scratch", "sha256": network.digest, "workers": workers}
     record = {
         "schema": 1,
         "kind": cell.kind,
@@ -228,7 +228,7 @@ def write_result(cell, metrics, train, workers, env):
         "metrics": metrics,
         "train": train,
         "config": cell.config,
-        "layout": layout | {"workers": workers},
+        "layout": layout,
         "environment": environment(env),
     }
     if not cell.path.exists():  # what lies there of a result that was removed is of others
@@ -286,8 +286,7 @@ class Grid:
         """A block whose error is noted as the reason why this cell failed, and stops no other."""
         # What one process of several alone meets leaves the others waiting: then the run ends, to
         # be continued.
-        several = self.together and self.env.ranks > 1
-        tolerated = Diverged if several else Exception
+        tolerated = Diverged if self.together and self.env.ranks > 1 else Exception
         try:
             yield
         except Stopped as stop:
