@@ -16,8 +16,7 @@ class SGD_AGC(torch.optim.SGD):
     def __init__(
         self, params, lr, momentum=0.9, weight_decay=0.0, nesterov=True, clipping=0.01, eps=1e-3
     ):
-        settings = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
-        super().__init__(params, **settings)
+        super().__init__(params, lr, momentum, weight_decay=weight_decay, nesterov=nesterov)
         self.defaults.update(clipping=clipping, eps=eps)
         for group in self.param_groups:
             group.setdefault("clipping", clipping)
