@@ -1,7 +1,4 @@
-"""An image on disk and in memory: decoding, where it lies, and `ImageDataset`, images with labels.
-
-Images are uint8 tensors (C,H,W) until they are on the device, where they are normalised.
-"""
+"""Images as uint8 tensors (C,H,W): decoding, where they lie, and `ImageDataset`, with labels."""
 
 import bisect
 import dataclasses

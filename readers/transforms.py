@@ -1,11 +1,8 @@
-"""What is done to pixels: the study's transforms, uint8 (C,H,W) -> uint8 (C,h,w).
+"""What is done to pixels: the study's transforms, uint8 (C,H,W) -> uint8 (C,h,w)."""
 
-A `Pipeline` says what is done to an image once, and what is drawn anew each time.
-"""
-
-import functools
 import math
 from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -21,7 +18,7 @@ NORMALIZATION = {
 
 
 class Pipeline(NamedTuple):
-    """prepare: done to an image once, deterministic. augment: (image, rng) -> image, each time.
+    """prepare: done to an image once, deterministic. augment: (image, rng) -> image, drawn anew.
 
     size: the shorter side that `prepare` makes of an image, in pixels; None: it keeps its own.
     """
@@ -79,7 +76,7 @@ def xray_square(image, size):
     return torch.stack(channels)
 
 
-@functools.lru_cache(maxsize=256)
+@lru_cache(maxsize=256)
 def _area_weights(side, size):
     """What each of four neighbouring outputs takes of each pixel that they touch.
 
@@ -177,8 +174,7 @@ AUGMENTATIONS = {"crop": random_resized_crop_flip, "randaugment": random_augment
 
 def xray_pipeline(size, train):
     """The study's way with X-rays, in pre-training and for multi-label targets: `size` pixels."""
-    prepare = functools.partial(xray_square, size=size)
-    return Pipeline(prepare, random_affine_flip if train else keep, size)
+    return Pipeline(partial(xray_square, size=size), random_affine_flip if train else keep, size)
 
 
 def cropped_pipeline(resize, crop, train, square=False):
@@ -188,6 +184,6 @@ def cropped_pipeline(resize, crop, train, square=False):
     if crop > resize:
         raise ValueError(f"a crop of {crop} pixels is larger than the images, {resize}")
     if not train:
-        return Pipeline(functools.partial(resize_square, size=crop), keep, crop)
-    prepare = functools.partial(resize_square if square else resize_shorter, size=resize)
-    return Pipeline(prepare, functools.partial(random_crop_flip, size=crop), resize)
+        return Pipeline(partial(resize_square, size=crop), keep, crop)
+    prepare = partial(resize_square if square else resize_shorter, size=resize)
+    return Pipeline(prepare, partial(random_crop_flip, size=crop), resize)
