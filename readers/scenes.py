@@ -14,7 +14,7 @@ import numpy as np
 def grid(size):
     """Coordinates of the pixel centres, x and y, each (size, size) float32 in (-1, 1)."""
     centres = ((np.arange(size) + 0.5) * 2 / size - 1).astype(np.float32)
-    return np.tile(centres, (size, 1)), np.tile(centres[:, None], (1, size))
+    return np.meshgrid(centres, centres)
 
 
 @functools.lru_cache(maxsize=16)
