@@ -125,27 +125,20 @@ def random_resized_crop_flip(image, rng, size):
 def random_affine_flip(image, rng):
     """The study's X-ray augmentation: shift to 25 %, rotate to 45 degrees, scale +-10 %, flip.
 
-    Bilinear; beyond its border the image is mirrored, as the study's library did by default
-    (albumentations 0.5, ShiftScaleRotate).
+    Turned and scaled about the centre, then shifted. Bilinear; beyond its border the image is
+    mirrored, as the study's library did by default (albumentations 0.5, ShiftScaleRotate).
     """
-    angle, scale = rng.uniform(-45, 45), rng.uniform(0.9, 1.1)
-    shift = [rng.uniform(-0.25, 0.25) * side for side in (image.shape[-1], image.shape[-2])]
-    return random_flip(affine(image, angle, shift, scale), rng)
-
-
-def affine(image, angle, shift, scale):
-    """The image turned by `angle` degrees and scaled about its centre, then shifted, mirrored.
-
-    image: uint8 (C,H,W). shift: pixels to the right and down.
-    """
-    half = [max((side - 1) / 2, 0.5) for side in (image.shape[-1], image.shape[-2])]
-    cos, sin = math.cos(math.radians(angle)) / scale, math.sin(math.radians(angle)) / scale
+    angle, scale = math.radians(rng.uniform(-45, 45)), rng.uniform(0.9, 1.1)
+    cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
+    sides = image.shape[-1], image.shape[-2]
+    right, down = (rng.uniform(-0.25, 0.25) * side for side in sides)  # pixels
+    half = [max((side - 1) / 2, 0.5) for side in sides]
     rows = []  # from a pixel to where it comes from, both in units of half the image
     for x, y, unit in ((cos, sin, half[0]), (-sin, cos, half[1])):
-        rows.append([x * half[0] / unit, y * half[1] / unit, -(x * shift[0] + y * shift[1]) / unit])
+        rows.append([x * half[0] / unit, y * half[1] / unit, -(x * right + y * down) / unit])
     grid = F.affine_grid(torch.tensor([rows]), [1, *image.shape], align_corners=True)
     image = F.grid_sample(image[None].float(), grid, "bilinear", "reflection", align_corners=True)
-    return image[0].round_().to(torch.uint8)
+    return random_flip(image[0].round_().to(torch.uint8), rng)
 
 
 def random_shift_flip(image, rng):

@@ -216,13 +216,10 @@ def test_every_format_gives_the_weights_back(name, tmp_path):
     assert same(before, other.state_dict())
 
 
-def test_another_width_is_refused_by_its_shapes(tmp_path):
+def test_weights_of_another_width_or_by_two_names_are_refused(tmp_path):
     save(tmp_path / "model.pt", create_model("R26x1", 3).state_dict())
     call = partial(load_weights, create_model("R26x0.5", 3), tmp_path / "model.pt")
     refuses(ValueError, call, "root.conv.weight is (64, ", "for (32, ")
-
-
-def test_weights_by_two_names_are_refused(tmp_path):
     state = small().state_dict()
     torch.save(state | {f"module.{key}": -state[key] for key in state}, tmp_path / "w.pth")
     call = partial(load_weights, small(), tmp_path / "w.pth")

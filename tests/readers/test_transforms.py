@@ -1,6 +1,7 @@
 """The study's transforms beside torchvision, SciPy and exact arithmetic."""
 
 import math
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import scipy.ndimage
 import torch
 import torchvision
-from scipy.stats import chisquare, ks_2samp, kstest, uniform
+from scipy.stats import chisquare, ks_2samp
 from torchvision.transforms import v2
 from trees import random_image
 
@@ -108,42 +109,40 @@ def test_resized_crop_pixels(rng):
     assert seen == {True, False}
 
 
+def views(image, size):
+    """The bytes of every size x size window of (1,H,W), and of its mirror image."""
+    windows = image[0].unfold(0, size, 1).unfold(1, size, 1).flatten(0, 1)
+    return [view.numpy().tobytes() for window in windows for view in (window, window.flip(-1))]
+
+
 def test_crop_and_flip_windows(rng):
     image = torch.arange(42, dtype=torch.uint8).reshape(1, 6, 7)
-    views = [image[:, t : t + 4, l : l + 4] for t in range(3) for l in range(4)]
-    views = [v.numpy().tobytes() for view in views for v in (view, view.flip(-1))]
     drawn = [transforms.random_crop_flip(image, rng, 4).numpy().tobytes() for _ in range(2400)]
-    counts = [drawn.count(view) for view in views]
-    assert sum(counts) == 2400 and chisquare(counts).pvalue > 0.001
+    counts = [drawn.count(view) for view in views(image, 4)]
+    assert len(counts) == 24 and sum(counts) == 2400 and chisquare(counts).pvalue > 0.001
 
 
 def test_shift_flip_windows(rng):
     image = random_image(rng, 1, 16, 16)
     framed = torch.zeros(1, 18, 18, dtype=torch.uint8)
     framed[:, 1:17, 1:17] = image
-    views = [framed[:, t : t + 16, l : l + 16] for t in range(3) for l in range(3)]
-    views = {v.numpy().tobytes() for view in views for v in (view, view.flip(-1))}
     drawn = {transforms.random_shift_flip(image, rng).numpy().tobytes() for _ in range(400)}
-    assert drawn == views  # a sixteenth of the side, here one pixel, each way
+    assert drawn == {*views(framed, 16)}  # a sixteenth of the side, here one pixel, each way
 
 
-def test_affine_draws(rng, monkeypatch):
-    drawn = []
+def test_affine_draws(rng):
+    bounds = []
 
-    def record(image, angle, shift, scale):
-        drawn.append((angle, *shift, scale))
-        return image
+    def middle(low, high):  # neither turned nor shifted nor scaled
+        bounds.append((low, high))
+        return (low + high) / 2
 
     image = random_image(rng, 1, 40, 60)
-    monkeypatch.setattr(transforms, "affine", record)
-    flips = 0
-    for seed in range(1000):
-        found = transforms.random_affine_flip(image, np.random.default_rng(seed))
-        flips += torch.equal(found, image.flip(-1))
-    angles, across, down, scales = np.array(drawn).T
-    for values, bound in ((angles, 45), (across, 15), (down, 10), (scales - 1, 0.1)):
-        assert kstest(values, uniform(-bound, 2 * bound).cdf).pvalue > 0.01
-    assert 430 < flips < 570
+    draws = SimpleNamespace(uniform=middle, random=rng.random)
+    found = [transforms.random_affine_flip(image, draws) for _ in range(1000)]
+    assert {*bounds} == {(-45, 45), (0.9, 1.1), (-0.25, 0.25)} and len(bounds) == 4000
+    flips = sum(torch.equal(view, image.flip(-1)) for view in found)
+    assert flips + sum(torch.equal(view, image) for view in found) == 1000 and 430 < flips < 570
 
 
 def mapped(image, angle, shift, scale):
@@ -162,7 +161,9 @@ def mapped(image, angle, shift, scale):
 def test_affine_mirrors_beyond_the_border(rng, height, width, degrees, shift, scale):
     image = random_image(rng, 1, height, width)
     expected = mapped(image[0].numpy(), math.radians(degrees), np.array(shift), scale)
-    found = transforms.affine(image, degrees, shift, scale)
+    draws = iter((degrees, scale, shift[0] / width, shift[1] / height))
+    rng = SimpleNamespace(uniform=lambda low, high: next(draws), random=lambda: 1)  # not flipped
+    found = transforms.random_affine_flip(image, rng)
     assert found.dtype == torch.uint8 and found.shape == image.shape
     np.testing.assert_allclose(found.numpy().ravel(), expected, atol=0.51)
 
