@@ -261,13 +261,14 @@ def matching_state(model, path, content=None, head=True):
     if len(state) < count:
         raise ValueError(f"{path}: holds some weights twice, by two names; keep one of each")
     own = model.state_dict()
-    refuse_nonsense(path, {key: state[key] for key in own if key in state})
+    shared = [key for key in own if key in state]
+    refuse_nonsense(path, {key: state[key] for key in shared})
     heads = ("head.conv.weight", "head.conv.bias")
     if all(key in state and (not head or len(state[key]) != len(own[key])) for key in heads):
         state |= {key: own[key] for key in heads}
     differences = [f"{key} is missing" for key in own if key not in state]
     differences += [f"{key} is unexpected" for key in state if key not in own]
-    for key in [key for key in own if key in state]:
+    for key in shared:
         if state[key].shape != own[key].shape:
             differences.append(f"{key} is {tuple(state[key].shape)} for {tuple(own[key].shape)}")
     if differences:

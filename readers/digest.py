@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from readers.images import Joined, Members
+from readers.images import Joined
 
 SAMPLE = 256  # images of a set whose content is read
 
@@ -45,7 +45,6 @@ def _names(reader):
     if isinstance(reader, Joined):
         names = [names for member in reader.readers for names in _names(member)]
         return names if reader.chosen is None else [*names, reader.chosen]
-    reader = reader.files if isinstance(reader, Members) else reader
     return [reader.names] if hasattr(reader, "names") else []
 
 

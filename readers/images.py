@@ -1,7 +1,4 @@
-"""An image on disk and in memory: decoding, where it lies, and `ImageDataset`, images with labels.
-
-Images are uint8 tensors (C,H,W) until they are on the device, where they are normalised.
-"""
+"""Images as uint8 tensors (C,H,W): decoding, where they lie, and `ImageDataset`, with labels."""
 
 import bisect
 import dataclasses
@@ -72,6 +69,8 @@ class ImageDataset(torch.utils.data.Dataset):
     options: dict = dataclasses.field(default_factory=dict)  # what shaped it, as used
     dropped: dict = dataclasses.field(default_factory=dict)  # {reason: images, or marks, left out}
 
+    replace = dataclasses.replace  # (**changes) -> a copy with these attributes changed
+
     def __post_init__(self):
         self.classes = tuple(self.classes)
         least, most = (f.reduce(self.labels, None, initial=0) for f in (np.fmin, np.fmax))
@@ -99,10 +98,6 @@ class ImageDataset(torch.utils.data.Dataset):
         reader = Joined([self.reader], [0], indices)
         groups = None if self.groups is None else self.groups[indices]
         return self.replace(reader=reader, labels=self.labels[indices], groups=groups)
-
-    def replace(self, **changes):
-        """A copy with some attributes changed."""
-        return dataclasses.replace(self, **changes)
 
 
 def refuse_missing(dataset):
@@ -145,20 +140,39 @@ def own_domain(domain):
 
 
 class Files(NamedTuple):
-    """Image files: names (N,) bytes below a folder; mode: of read_image."""
+    """Image files: names (N,) bytes below a folder; mode: of read_image.
+
+    With starts and sizes (N,) int64 they are those bytes of CLASS.tar in the folder, read in place,
+    by classes and labels (N,); start -1: a file of its own.
+    """
 
     folder: str
     names: np.ndarray
     mode: str
+    classes: list | None = None
+    labels: np.ndarray | None = None
+    starts: np.ndarray | None = None
+    sizes: np.ndarray | None = None
+
+    def archive(self, i):
+        """The archive of which image i is a member; None of a file of its own."""
+        if self.starts is None or self.starts[i] < 0:
+            return None
+        return os.path.join(self.folder, f"{self.classes[self.labels[i]]}.tar")
 
     def __call__(self, i, size=None):
-        return read_image(self.where(i), self.mode, size)
+        name = self.where(i)
+        return read_image(self.content(i) if self.archive(i) else name, self.mode, size, name)
 
     def content(self, i):
-        return Path(self.where(i)).read_bytes()
+        archive = self.archive(i)
+        if archive is None:
+            return Path(self.where(i)).read_bytes()
+        return np.fromfile(archive, np.uint8, self.sizes[i], offset=self.starts[i]).tobytes()
 
     def where(self, i):
-        return os.path.join(self.folder, os.fsdecode(self.names[i]))
+        archive, name = self.archive(i), os.fsdecode(self.names[i])
+        return f"{archive}: {name}" if archive else os.path.join(self.folder, name)
 
 
 class Array(NamedTuple):
@@ -172,39 +186,6 @@ class Array(NamedTuple):
 
     def where(self, i):
         return f"{self.name} image {i}"
-
-
-class Members(NamedTuple):
-    """Members of one tar archive a class, read in place.
-
-    files: the members' names. The archive is CLASS.tar in their folder, by labels (N,); starts,
-    sizes (N,) int64: the bytes in it; start -1: a file of its own.
-    """
-
-    files: Files
-    classes: list
-    labels: np.ndarray
-    starts: np.ndarray
-    sizes: np.ndarray
-
-    def __call__(self, i, size=None):
-        if self.starts[i] < 0:
-            return self.files(i, size)
-        return read_image(self.content(i), self.files.mode, size, self.where(i))
-
-    def content(self, i):
-        if self.starts[i] < 0:
-            return self.files.content(i)
-        start, size = self.starts[i], self.sizes[i]
-        return np.fromfile(self._archive(i), np.uint8, size, offset=start).tobytes()
-
-    def _archive(self, i):
-        return os.path.join(self.files.folder, f"{self.classes[self.labels[i]]}.tar")
-
-    def where(self, i):
-        if self.starts[i] < 0:
-            return self.files.where(i)
-        return f"{self._archive(i)}: {os.fsdecode(self.files.names[i])}"
 
 
 class Joined(NamedTuple):

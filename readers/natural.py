@@ -11,7 +11,7 @@ import numpy as np
 import torchvision
 
 from readers.archives import class_index
-from readers.images import Array, Files, ImageDataset, Members, encoded, need, own_domain
+from readers.images import Array, Files, ImageDataset, encoded, need, own_domain
 
 
 def _torchvision(dataset, name, root, download, **options):
@@ -105,8 +105,6 @@ def _class_dataset(name, folder, index, images=slice(None), domain="natural"):
     if not len(names):
         raise ValueError(f"{name}: {folder} holds no image for this split")
     mode, options = own_domain(domain)
-    reader = Files(str(folder), names, mode)
-    if "starts" in index:
-        starts, sizes = index["starts"][images], index["sizes"][images]
-        reader = Members(reader, classes, labels, starts, sizes)
+    places = [index[key][images] for key in ("starts", "sizes") if key in index]
+    reader = Files(str(folder), names, mode, classes, labels, *places)
     return ImageDataset(name, reader, labels, classes, "multiclass", domain, options=options)

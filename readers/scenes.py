@@ -14,7 +14,7 @@ import numpy as np
 def grid(size):
     """Coordinates of the pixel centres, x and y, each (size, size) float32 in (-1, 1)."""
     centres = ((np.arange(size) + 0.5) * 2 / size - 1).astype(np.float32)
-    return np.tile(centres, (size, 1)), np.tile(centres[:, None], (1, size))
+    return np.meshgrid(centres, centres)
 
 
 @functools.lru_cache(maxsize=16)
@@ -94,14 +94,15 @@ TEXTURES = {
 CENTRED = ("ringed", "spoked")  # on the object; the other textures get a random phase
 
 
-def paint_clutter(x, y, size, soft, rng):
+def paint_clutter(size, rng):
     """A background of soft colours, bars and faint waves, (3, size, size)."""
+    x, y = grid(size)
     image = 0.3 + 0.4 * clouds(rng, 3, 4, size)
     colours = rng.random((3, 3), dtype=np.float32)
     for colour, u in zip(colours, rng.random((3, 6)).tolist()):
         px, py = turn(x - 2.4 * u[0] + 1.2, y - 2.4 * u[1] + 1.2, np.pi * u[2])
         width = 0.06 + 0.16 * u[3]
-        mask = inside(box(px, py, width, width + 0.7 * u[4] ** 2), soft)
+        mask = inside(box(px, py, width, width + 0.7 * u[4] ** 2), 2.5 / size)
         image += mask * (colour[:, None, None] - image)
     u = rng.random(4).tolist()
     image += 0.1 * u[3] * np.sin(turn(x, y, np.pi * u[0])[0] * (4 + 12 * u[1]) + 7 * u[2])
@@ -119,9 +120,8 @@ def paint_object(texture, shape, size, rng, share=0, phantom=0):
 
     share: how far, 0 to 1, clutter gives way to the phantom (1, size, size) and colour to grey.
     """
-    x, y = grid(size)
-    soft = 2.5 / size
-    image = paint_clutter(x, y, size, soft, rng)
+    (x, y), soft = grid(size), 2.5 / size
+    image = paint_clutter(size, rng)
     u = rng.random(12).tolist()
     scale = 0.55 + 0.25 * u[0]
     px = (x - (1 - scale) * (2 * u[1] - 1)) / scale
@@ -146,7 +146,7 @@ def paint_object(texture, shape, size, rng, share=0, phantom=0):
 
 def paint_background(size, rng):
     """The natural-like world without an object, (3, size, size) float32 in about [0, 1]."""
-    image = paint_clutter(*grid(size), size, 2.5 / size, rng)
+    image = paint_clutter(size, rng)
     shine(image, rng.random(3).tolist(), rng)
     return image
 

@@ -116,9 +116,10 @@ def labels(name, split, num_images, seed=0):
     draws = label_draws(name, split, seed, 0, num_images)
     if name in OBJECTS:
         return (draws[:, -1] * len(OBJECTS[name])).astype(np.int64)
-    if WORLDS[name].task == "multilabel":
-        return present(name, draws)[:, : len(XRAY_CLASSES)].astype(np.float32)
-    return present(name, draws)[:, -1].astype(np.int64)
+    shown = present(name, draws)
+    if name in TARGET_FINDING:
+        return shown[:, -1].astype(np.int64)
+    return shown[:, :-1].astype(np.float32)
 
 
 def render(name, split, index, size, seed=0, gap=0.0):
@@ -133,8 +134,8 @@ def render(name, split, index, size, seed=0, gap=0.0):
     other = functools.partial(generator, name, split, seed, (0, index, 2, 0))
     if name in OBJECTS:
         texture, shape = OBJECTS[name][int(draws[0, -1] * len(OBJECTS[name]))]
-        moved = (share, paint_chest((), size, other())) if gap else ()
-        image = paint_object(texture, shape, size, scene(), *moved)
+        phantom = paint_chest((), size, other()) if gap else 0
+        image = paint_object(texture, shape, size, scene(), share, phantom)
     else:
         names = *XRAY_CLASSES, TARGET_FINDING.get(name)
         findings = [finding for finding, shown in zip(names, present(name, draws)[0]) if shown]

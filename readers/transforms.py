@@ -1,11 +1,8 @@
-"""What is done to pixels: the study's transforms, uint8 (C,H,W) -> uint8 (C,h,w).
+"""What is done to pixels: the study's transforms, uint8 (C,H,W) -> uint8 (C,h,w)."""
 
-A `Pipeline` says what is done to an image once, and what is drawn anew each time.
-"""
-
-import functools
 import math
 from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -21,7 +18,7 @@ NORMALIZATION = {
 
 
 class Pipeline(NamedTuple):
-    """prepare: done to an image once, deterministic. augment: (image, rng) -> image, each time.
+    """prepare: done to an image once, deterministic. augment: (image, rng) -> image, drawn anew.
 
     size: the shorter side that `prepare` makes of an image, in pixels; None: it keeps its own.
     """
@@ -56,23 +53,19 @@ def resize_center_crop(image, size):
 
 
 def xray_square(image, size):
-    """The study's X-ray preparation: central square, area resize to `size` pixels."""
-    side = min(image.shape[-2:])
-    return area_resize(TF.center_crop(image, [side, side]), size)
+    """The study's X-ray preparation: the central square, by area to `size` pixels.
 
-
-def area_resize(image, size):
-    """Each output pixel is the mean over the exact area that it covers (OpenCV's INTER_AREA).
-
-    image: uint8 (C,H,H). An image smaller than `size` is enlarged bilinearly.
+    Each output pixel is the mean over the exact area that it covers (OpenCV's INTER_AREA); a square
+    smaller than `size` is enlarged bilinearly.
     """
-    side, channels = image.shape[-1], []
+    side, channels = min(image.shape[-2:]), []
+    square = TF.center_crop(image, [side, side])
     if side == size:
-        return image
+        return square
     if side < size:
-        return resize_square(image, size)
+        return resize_square(square, size)
     pixels, weights = _area_weights(side, size)
-    for sums in image:
+    for sums in square:
         # Sums over the rows, then the columns, in units of 1/size pixel. The first lie below 2^24:
         # they are exact up to 65,793 pixels.
         for dtype in (torch.float32, torch.float64):
@@ -83,15 +76,15 @@ def area_resize(image, size):
     return torch.stack(channels)
 
 
-@functools.lru_cache(maxsize=256)
-def _area_weights(side, size, group=4):
-    """What each of `group` neighbouring outputs takes of each pixel that they touch.
+@lru_cache(maxsize=256)
+def _area_weights(side, size):
+    """What each of four neighbouring outputs takes of each pixel that they touch.
 
-    Returns (pixels (G*taps,) int64, weights (G,group,taps) int64 in units of 1/size pixel).
+    Returns (pixels (G*taps,) int64, weights (G,4,taps) int64 in units of 1/size pixel).
     """
-    outputs = torch.arange(math.ceil(size / group) * group).view(-1, group, 1)
+    outputs = torch.arange(math.ceil(size / 4) * 4).view(-1, 4, 1)
     first = outputs[:, :1] * side // size
-    pixels = first + torch.arange(math.ceil(group * side / size) + 1)
+    pixels = first + torch.arange(math.ceil(4 * side / size) + 1)
     ends = torch.minimum((pixels + 1) * size, (outputs + 1) * side)
     weights = (ends - torch.maximum(pixels * size, outputs * side)).clamp_(min=0)
     weights *= pixels < side
@@ -115,47 +108,37 @@ def random_resized_crop_flip(image, rng, size):
 
     Szegedy et al. 2015, arXiv:1409.4842; the draw is torchvision's RandomResizedCrop.
     """
-    top, left, height, width = _resized_crop_window(*image.shape[-2:], rng)
-    crop = image[..., top : top + height, left : left + width]
-    return random_flip(resize_square(crop, size), rng)
-
-
-def _resized_crop_window(height, width, rng):
+    height, width = image.shape[-2:]
     for _ in range(10):
         area = height * width * rng.uniform(0.08, 1.0)
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-    # A very elongated image: its central part of the nearest allowed aspect.
-    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-    return (height - h) // 2, (width - w) // 2, h, w
+            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            break
+    else:  # a very elongated image: its central part of the nearest allowed aspect
+        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+        top, left = (height - h) // 2, (width - w) // 2
+    return random_flip(resize_square(image[..., top : top + h, left : left + w], size), rng)
 
 
 def random_affine_flip(image, rng):
     """The study's X-ray augmentation: shift to 25 %, rotate to 45 degrees, scale +-10 %, flip.
 
-    Bilinear; beyond its border the image is mirrored, as the study's library did by default
-    (albumentations 0.5, ShiftScaleRotate).
+    Turned and scaled about the centre, then shifted. Bilinear; beyond its border the image is
+    mirrored, as the study's library did by default (albumentations 0.5, ShiftScaleRotate).
     """
-    angle, scale = rng.uniform(-45, 45), rng.uniform(0.9, 1.1)
-    shift = [rng.uniform(-0.25, 0.25) * side for side in (image.shape[-1], image.shape[-2])]
-    return random_flip(affine(image, angle, shift, scale), rng)
-
-
-def affine(image, angle, shift, scale):
-    """The image turned by `angle` degrees and scaled about its centre, then shifted, mirrored.
-
-    image: uint8 (C,H,W). shift: pixels to the right and down.
-    """
-    half = [max((side - 1) / 2, 0.5) for side in (image.shape[-1], image.shape[-2])]
-    cos, sin = math.cos(math.radians(angle)) / scale, math.sin(math.radians(angle)) / scale
+    angle, scale = math.radians(rng.uniform(-45, 45)), rng.uniform(0.9, 1.1)
+    cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
+    sides = image.shape[-1], image.shape[-2]
+    right, down = (rng.uniform(-0.25, 0.25) * side for side in sides)  # pixels
+    half = [max((side - 1) / 2, 0.5) for side in sides]
     rows = []  # from a pixel to where it comes from, both in units of half the image
     for x, y, unit in ((cos, sin, half[0]), (-sin, cos, half[1])):
-        rows.append([x * half[0] / unit, y * half[1] / unit, -(x * shift[0] + y * shift[1]) / unit])
+        rows.append([x * half[0] / unit, y * half[1] / unit, -(x * right + y * down) / unit])
     grid = F.affine_grid(torch.tensor([rows]), [1, *image.shape], align_corners=True)
     image = F.grid_sample(image[None].float(), grid, "bilinear", "reflection", align_corners=True)
-    return image[0].round_().to(torch.uint8)
+    return random_flip(image[0].round_().to(torch.uint8), rng)
 
 
 def random_shift_flip(image, rng):
@@ -167,17 +150,15 @@ def random_shift_flip(image, rng):
 RAND_AUGMENT = RandAugment(num_ops=2, magnitude=9)
 
 
-def random_augment(image, rng):
-    """RandAugment(2, 9) as torchvision has it (Cubuk et al. 2019, arXiv:1909.13719)."""
+def random_augment_crop_flip(image, rng, size):
+    """RandAugment(2, 9) as torchvision has it (Cubuk et al. 2019, arXiv:1909.13719), then
+    Inception-style crop and flip: the study's order.
+    """
     with torch.random.fork_rng(devices=[]):
         # torchvision draws from PyTorch's own generator, whatever drew from it before.
         torch.default_generator.manual_seed(int(rng.integers(2**63)))
-        return RAND_AUGMENT(image)
-
-
-def random_augment_crop_flip(image, rng, size):
-    """RandAugment, then Inception-style crop and flip, in the study's order."""
-    return random_resized_crop_flip(random_augment(image, rng), rng, size)
+        image = RAND_AUGMENT(image)
+    return random_resized_crop_flip(image, rng, size)
 
 
 # Of natural images in pre-training: (image, rng, size) -> image of size x size pixels.
@@ -186,8 +167,7 @@ AUGMENTATIONS = {"crop": random_resized_crop_flip, "randaugment": random_augment
 
 def xray_pipeline(size, train):
     """The study's way with X-rays, in pre-training and for multi-label targets: `size` pixels."""
-    prepare = functools.partial(xray_square, size=size)
-    return Pipeline(prepare, random_affine_flip if train else keep, size)
+    return Pipeline(partial(xray_square, size=size), random_affine_flip if train else keep, size)
 
 
 def cropped_pipeline(resize, crop, train, square=False):
@@ -197,6 +177,6 @@ def cropped_pipeline(resize, crop, train, square=False):
     if crop > resize:
         raise ValueError(f"a crop of {crop} pixels is larger than the images, {resize}")
     if not train:
-        return Pipeline(functools.partial(resize_square, size=crop), keep, crop)
-    prepare = functools.partial(resize_square if square else resize_shorter, size=resize)
-    return Pipeline(prepare, functools.partial(random_crop_flip, size=crop), resize)
+        return Pipeline(partial(resize_square, size=crop), keep, crop)
+    prepare = partial(resize_square if square else resize_shorter, size=resize)
+    return Pipeline(prepare, partial(random_crop_flip, size=crop), resize)

@@ -55,7 +55,7 @@ def test_pretraining_pipelines(rng):
     xrays, photos = (Namespace(domain=name, size=None) for name in ("medical", "natural"))
     prepare, augment, _ = pretrain.choose_pipeline(xrays, 24, True)
     square = prepare(image[:1])
-    assert torch.equal(square, transforms.area_resize(image[:1, :, 10:60], 24))
+    assert torch.equal(square, transforms.xray_square(image[:1, :, 10:60], 24))
     expected = transforms.random_affine_flip(square, generator(1))
     assert torch.equal(augment(square, generator(1)), expected)
     assert pretrain.choose_pipeline(xrays, 24, False).augment is transforms.keep
@@ -69,9 +69,7 @@ def test_pretraining_pipelines(rng):
     assert torch.equal(prepare(image), transforms.resize_center_crop(image, 24))
     assert augment is transforms.keep
     prepare, augment, _ = pretrain.choose_pipeline(photos, 24, True, augment="randaugment")
-    drawn = generator(5)
-    expected = transforms.random_augment(image, drawn)  # before the crop
-    expected = transforms.random_resized_crop_flip(expected, drawn, 24)
+    expected = transforms.random_augment_crop_flip(image, generator(5), 24)
     assert torch.equal(augment(image, generator(5)), expected)
 
     for domain in ("natural", "medical"):

@@ -18,13 +18,9 @@ GREY = np.array([[0, 1, 128], [200, 254, 255]], np.uint8)
 COLOUR = np.stack([GREY, GREY[::-1], GREY[:, ::-1]], -1)
 ALPHA = np.array([[0, 0, 7], [255, 3, 0]], np.uint8)
 DEEP = np.array([[0, 128, 129], [257, 32896, 65535]], np.uint16)
-
-
-def as_palette():
-    image = Image.new("P", (3, 2))
-    image.putpalette([*range(10, 28)])
-    image.putdata([0, 1, 2, 3, 4, 5])
-    return image, np.arange(10, 28, dtype=np.uint8).reshape(2, 3, 3)
+PALETTE = np.arange(10, 28, dtype=np.uint8).reshape(2, 3, 3)
+INDEXED = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3), "P")
+INDEXED.putpalette(PALETTE.tobytes())
 
 
 @pytest.mark.parametrize(
@@ -35,7 +31,7 @@ def as_palette():
         (Image.fromarray(np.stack([GREY, ALPHA], -1)), GREY, GREY),
         (Image.fromarray(COLOUR), COLOUR, luma(COLOUR)),
         (Image.fromarray(np.dstack([COLOUR, ALPHA])), COLOUR, luma(COLOUR)),
-        (as_palette()[0], as_palette()[1], luma(as_palette()[1])),
+        (INDEXED, PALETTE, luma(PALETTE)),
         (Image.fromarray(GREY > 127), *[np.where(GREY > 127, 255, 0).astype(np.uint8)] * 2),
     ],
     ids=["grey", "grey16", "grey+alpha", "rgb", "rgba", "palette", "one-bit"],

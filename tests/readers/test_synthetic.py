@@ -2,6 +2,7 @@
 
 import itertools
 from functools import cache
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -115,21 +116,16 @@ def test_distractors_are_as_frequent_in_both_target_classes():
 
 
 def test_labels_tell_what_is_painted(monkeypatch):
-    painted = []
-
-    def record(*what):
-        painted.append(what[:-2])  # without the size and the generator
-        return 0.0
-
-    monkeypatch.setattr(synthetic, "paint_object", record)
-    monkeypatch.setattr(synthetic, "paint_chest", record)
+    paint = mock.Mock(return_value=0.0)
+    monkeypatch.setattr(synthetic, "paint_object", paint)
+    monkeypatch.setattr(synthetic, "paint_chest", paint)
     for name, world in WORLDS.items():
-        painted.clear()
+        paint.reset_mock()
         for i in range(60):
             render(name, "test", i, 16)
-        for row, shown in zip(labels(name, "test", 60), painted):
+        for row, (shown, _) in zip(labels(name, "test", 60), paint.call_args_list):
             if world.domain == "natural":
-                assert world.classes[row] == " ".join(shown)
+                assert world.classes[row] == " ".join(shown[:2])
             elif world.task == "multilabel":
                 assert [c for c, y in zip(world.classes, row) if y] == shown[0]
             else:

@@ -1,13 +1,15 @@
 """The study's transforms beside torchvision, SciPy and exact arithmetic."""
 
 import math
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import scipy.ndimage
 import torch
 import torchvision
-from scipy.stats import chisquare, ks_2samp, kstest, uniform
+from scipy.stats import chisquare, ks_2samp
 from torchvision.transforms import v2
 from trees import random_image
 
@@ -44,21 +46,21 @@ def exact_area(pixels, size):
     "side, size",
     [(7, 3), (10, 4), (9, 9), (5, 1), (256, 224), (225, 224), (300, 224), (1024, 224)],
 )
-def test_area_resize_is_exact(rng, side, size):
+def test_xray_square_is_the_exact_mean_of_areas(rng, side, size):
     image = random_image(rng, 2 if side < 500 else 1, side, side)
     before = image.clone()
-    small = transforms.area_resize(image, size)
+    small = transforms.xray_square(image, size)
     assert small.dtype == torch.uint8 and small.shape == (len(image), size, size)
     np.testing.assert_array_equal(small, np.rint(exact_area(image.numpy(), size)))
     assert torch.equal(image, before)
 
 
-def test_area_resize_extremes(rng):
+def test_xray_square_extremes(rng):
     for side, value in ((1024, 255), (3000, 255), (31, 0)):  # sums that would leave 32 bits
         flat = torch.full((1, side, side), value, dtype=torch.uint8)
-        assert (transforms.area_resize(flat, 7) == value).all()
+        assert (transforms.xray_square(flat, 7) == value).all()
     small = random_image(rng, 1, 5, 5)
-    assert torch.equal(transforms.area_resize(small, 8), transforms.resize_square(small, 8))
+    assert torch.equal(transforms.xray_square(small, 8), transforms.resize_square(small, 8))
 
 
 def test_xray_square_takes_the_centre():
@@ -69,22 +71,29 @@ def test_xray_square_takes_the_centre():
     assert transforms.xray_square(image[:, :1, :1], 10).shape == (1, 10, 10)
 
 
-def windows(height, width, count, rng):
-    return np.array([transforms._resized_crop_window(height, width, rng) for _ in range(count)])
+def window(image, rng):
+    """(top, left, height, width) of what random_resized_crop_flip takes of an image."""
+    places = torch.arange(image[0].numel()).view(1, *image.shape[1:])
+    whole = dict.fromkeys(("resize_square", "random_flip"), lambda crop, _: crop)
+    with mock.patch.multiple(transforms, **whole):
+        crop = transforms.random_resized_crop_flip(places, rng, None)[0]
+    return *divmod(crop[0, 0].item(), image.shape[2]), *crop.shape
 
 
 def test_resized_crop_is_torchvisions(rng):
     """The same distribution of area, aspect ratio and place in the room there is."""
     torch.manual_seed(0)
     draw = torchvision.transforms.RandomResizedCrop.get_params
-    image = torch.empty(1, 300, 400)
+    image, elongated = torch.empty(1, 300, 400), torch.empty(1, 2, 90)  # whose centre it takes
+    assert window(elongated, rng) == draw(elongated, (0.08, 1.0), (3 / 4, 4 / 3))
     theirs = np.array([draw(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(3000)])
+    ours = np.array([window(image, rng) for _ in range(3000)])
 
     def properties(boxes):
         top, left, h, w = boxes.T
         return h * w, w / h, top / (301 - h), left / (401 - w)
 
-    for mine, reference in zip(properties(windows(300, 400, 3000, rng)), properties(theirs)):
+    for mine, reference in zip(properties(ours), properties(theirs)):
         assert ks_2samp(mine, reference).pvalue > 0.01
 
 
@@ -92,7 +101,7 @@ def test_resized_crop_pixels(rng):
     image, seen = random_image(rng, 3, 50, 40), set()
     for seed in range(8):
         crop = transforms.random_resized_crop_flip(image, np.random.default_rng(seed), 16)
-        top, left, h, w = transforms._resized_crop_window(50, 40, np.random.default_rng(seed))
+        top, left, h, w = window(image, np.random.default_rng(seed))
         expected = v2.Resize((16, 16))(image[:, top : top + h, left : left + w])
         flipped = torch.equal(crop, expected.flip(-1))
         assert flipped or torch.equal(crop, expected)
@@ -100,42 +109,40 @@ def test_resized_crop_pixels(rng):
     assert seen == {True, False}
 
 
+def views(image, size):
+    """The bytes of every size x size window of (1,H,W), and of its mirror image."""
+    windows = image[0].unfold(0, size, 1).unfold(1, size, 1).flatten(0, 1)
+    return [view.numpy().tobytes() for window in windows for view in (window, window.flip(-1))]
+
+
 def test_crop_and_flip_windows(rng):
     image = torch.arange(42, dtype=torch.uint8).reshape(1, 6, 7)
-    views = [image[:, t : t + 4, l : l + 4] for t in range(3) for l in range(4)]
-    views = [v.numpy().tobytes() for view in views for v in (view, view.flip(-1))]
     drawn = [transforms.random_crop_flip(image, rng, 4).numpy().tobytes() for _ in range(2400)]
-    counts = [drawn.count(view) for view in views]
-    assert sum(counts) == 2400 and chisquare(counts).pvalue > 0.001
+    counts = [drawn.count(view) for view in views(image, 4)]
+    assert len(counts) == 24 and sum(counts) == 2400 and chisquare(counts).pvalue > 0.001
 
 
 def test_shift_flip_windows(rng):
     image = random_image(rng, 1, 16, 16)
     framed = torch.zeros(1, 18, 18, dtype=torch.uint8)
     framed[:, 1:17, 1:17] = image
-    views = [framed[:, t : t + 16, l : l + 16] for t in range(3) for l in range(3)]
-    views = {v.numpy().tobytes() for view in views for v in (view, view.flip(-1))}
     drawn = {transforms.random_shift_flip(image, rng).numpy().tobytes() for _ in range(400)}
-    assert drawn == views  # a sixteenth of the side, here one pixel, each way
+    assert drawn == {*views(framed, 16)}  # a sixteenth of the side, here one pixel, each way
 
 
-def test_affine_draws(rng, monkeypatch):
-    drawn = []
+def test_affine_draws(rng):
+    bounds = []
 
-    def record(image, angle, shift, scale):
-        drawn.append((angle, *shift, scale))
-        return image
+    def middle(low, high):  # neither turned nor shifted nor scaled
+        bounds.append((low, high))
+        return (low + high) / 2
 
     image = random_image(rng, 1, 40, 60)
-    monkeypatch.setattr(transforms, "affine", record)
-    flips = 0
-    for seed in range(1000):
-        found = transforms.random_affine_flip(image, np.random.default_rng(seed))
-        flips += torch.equal(found, image.flip(-1))
-    angles, across, down, scales = np.array(drawn).T
-    for values, bound in ((angles, 45), (across, 15), (down, 10), (scales - 1, 0.1)):
-        assert kstest(values, uniform(-bound, 2 * bound).cdf).pvalue > 0.01
-    assert 430 < flips < 570
+    draws = SimpleNamespace(uniform=middle, random=rng.random)
+    found = [transforms.random_affine_flip(image, draws) for _ in range(1000)]
+    assert {*bounds} == {(-45, 45), (0.9, 1.1), (-0.25, 0.25)} and len(bounds) == 4000
+    flips = sum(torch.equal(view, image.flip(-1)) for view in found)
+    assert flips + sum(torch.equal(view, image) for view in found) == 1000 and 430 < flips < 570
 
 
 def mapped(image, angle, shift, scale):
@@ -154,7 +161,9 @@ def mapped(image, angle, shift, scale):
 def test_affine_mirrors_beyond_the_border(rng, height, width, degrees, shift, scale):
     image = random_image(rng, 1, height, width)
     expected = mapped(image[0].numpy(), math.radians(degrees), np.array(shift), scale)
-    found = transforms.affine(image, degrees, shift, scale)
+    draws = iter((degrees, scale, shift[0] / width, shift[1] / height))
+    rng = SimpleNamespace(uniform=lambda low, high: next(draws), random=lambda: 1)  # not flipped
+    found = transforms.random_affine_flip(image, rng)
     assert found.dtype == torch.uint8 and found.shape == image.shape
     np.testing.assert_allclose(found.numpy().ravel(), expected, atol=0.51)
 
@@ -162,9 +171,11 @@ def test_affine_mirrors_beyond_the_border(rng, height, width, degrees, shift, sc
 def test_random_augment_is_torchvisions_and_leaves_its_generator_alone(rng):
     image = random_image(rng, 3, 40, 30)
     state = torch.random.get_rng_state()
-    found = [transforms.random_augment(image, np.random.default_rng(seed)) for seed in (1, 1, 2)]
+    augment, crop = transforms.AUGMENTATIONS["randaugment"], transforms.AUGMENTATIONS["crop"]
+    found = [augment(image, np.random.default_rng(seed), 16) for seed in (1, 1, 2)]
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
-    torch.manual_seed(int(np.random.default_rng(1).integers(2**63)))
-    assert torch.equal(found[0], v2.RandAugment(2, 9)(image))
+    drawn = np.random.default_rng(1)
+    torch.manual_seed(int(drawn.integers(2**63)))
+    assert torch.equal(found[0], crop(v2.RandAugment(2, 9)(image), drawn, 16))  # before the crop
     torch.random.set_rng_state(state)
