@@ -62,11 +62,11 @@ def one_of(*choices):
     """An argparse type: one of these words; the near match is named otherwise."""
 
     def check(text):
-        if text not in choices:
-            near = difflib.get_close_matches(text, choices, n=1, cutoff=0)[0]
-            known = ", ".join(choices)
-            raise argparse.ArgumentTypeError(f"unknown {text!r}, did you mean {near}? ({known})")
-        return text
+        if text in choices:
+            return text
+        near = difflib.get_close_matches(text, choices, n=1, cutoff=0)[0]
+        known = ", ".join(choices)
+        raise argparse.ArgumentTypeError(f"unknown {text!r}, did you mean {near}? ({known})")
 
     return check
 
@@ -102,9 +102,8 @@ say_once = functools.lru_cache(say)
 
 def progress_bar(env, total, start=0, title="", unit="step"):
     """A tqdm bar; disabled off a terminal, on the other ranks, and with TQDM_DISABLE set."""
-    hidden = not env.main or bool(os.environ.get("TQDM_DISABLE")) or None
-    about = {"desc": title, "unit": unit, "dynamic_ncols": True, "disable": hidden}
-    return tqdm(total=total, initial=start, **about)
+    off = not env.main or bool(os.environ.get("TQDM_DISABLE")) or None
+    return tqdm(desc=title, total=total, initial=start, unit=unit, dynamic_ncols=True, disable=off)
 
 
 class Stopped(Exception):
@@ -139,8 +138,12 @@ def exit_status(main):
     except KeyboardInterrupt as asked:
         text, status = f"stopped by {asked or 'SIGINT'}; run the same command again", EXIT_STOPPED
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and nobody_reads():
-            return 128 + signal.SIGPIPE
+        if isinstance(error, BrokenPipeError):
+            try:
+                print(flush=True)  # what could not be written may be lost already
+            except BrokenPipeError:  # what read this output has ended, as head does: drop the rest
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return 128 + signal.SIGPIPE
         if os.environ.get("TRACEBACK"):
             raise
         text, status = one_line(error), EXIT_BAD_INPUT
@@ -153,16 +156,6 @@ def exit_status(main):
     if rank == "0" or status == EXIT_BAD_INPUT:
         print(text, file=sys.stderr)
     return status
-
-
-def nobody_reads():
-    """Whether what read this script's output has ended, as head does; the rest is dropped then."""
-    try:
-        print(flush=True)  # what could not be written may be lost already
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
 
 
 def one_line(error):
@@ -242,24 +235,18 @@ def write_atomically(path, write, replace=True):
                 file.flush()
                 os.fsync(file.fileno())
             if not replace:
-                return _link(temporary, path)
+                try:
+                    os.link(temporary, path)
+                    return True
+                except FileExistsError:
+                    return False
+                except OSError:  # a file system without hard links
+                    if path.exists():
+                        return False
             os.replace(temporary, path)
+            return True
         finally:
             temporary.unlink(missing_ok=True)
-    return True
-
-
-def _link(temporary, path):
-    """Whether the file got this name too, which it does unless there is such a file."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links
-        if path.exists():
-            return False
-        os.replace(temporary, path)
-    return True
 
 
 def write_json(path, record, replace=True):
@@ -279,6 +266,8 @@ def locked(folder, main=True):
     if not main:
         yield
         return
+    import fcntl  # not for plot.py, which needs no lock
+
     folder = Path(folder)
     path, made = folder / "lock", [p for p in (folder, *folder.parents) if not p.exists()]
     # torchrun may start again before an NFS server frees the lock of a lost node, after 90 s.
@@ -286,11 +275,25 @@ def locked(folder, main=True):
     deadline = time.monotonic() + 120 * restarts
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        while (file := _lock(path)) is None and time.monotonic() < deadline:
-            time.sleep(1)
-    if file is None:
-        mend = "wait for its end, or give another --out"
-        raise ValueError(f"{folder}: another process is writing there; {mend}")
+        while True:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                os.close(file)
+                if time.monotonic() >= deadline:
+                    mend = "wait for its end, or give another --out"
+                    said = f"{folder}: another process is writing there; {mend}"
+                    raise ValueError(said) from None
+                time.sleep(1)
+            except OSError as error:
+                reason = f"cannot be locked ({error.strerror}); start no second process"
+                print(f"{folder}: {reason}", file=sys.stderr)
+                break
+            else:
+                if os.fstat(file).st_nlink:  # else its holder has just removed it
+                    break
+                os.close(file)
     try:
         for left in folder.glob(".*.tmp"):
             left.unlink()
@@ -301,23 +304,3 @@ def locked(folder, main=True):
         for place in made:
             with contextlib.suppress(OSError):  # it holds something
                 place.rmdir()
-
-
-def _lock(path):
-    """The descriptor of a file that this process has locked, None while another one has."""
-    import fcntl  # not for plot.py, which needs no lock
-
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            os.close(file)
-            return None
-        except OSError as error:
-            reason = f"cannot be locked ({error.strerror}); start no second process"
-            print(f"{path.parent}: {reason}", file=sys.stderr)
-            return file
-        if os.fstat(file).st_nlink:  # else its holder has just removed it
-            return file
-        os.close(file)
