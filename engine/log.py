@@ -1,5 +1,6 @@
 """How a training goes: readings of the device, log.jsonl, and lines or a bar for the eye."""
 
+import contextlib
 import json
 import math
 import time
@@ -13,7 +14,7 @@ from engine.console import print_table, progress_bar, say, write_atomically, wri
 from engine.metrics import Diverged
 
 
-class Log:
+class Log(contextlib.AbstractContextManager):
     """Readings of a training, kept on the device and read every `every` steps, so that the device
     never waits; then a line of log.jsonl (given a path) and of the terminal (given a title).
 
@@ -29,9 +30,6 @@ class Log:
             trim_log(env, path, start)
         self.bad = torch.full((), math.inf, dtype=torch.float64, device=env.device)
         self._begin()
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *error):
         self.bar.close()
@@ -52,8 +50,11 @@ class Log:
         """After a step: `step` are done; its learning rate, this rank's sum of losses (a tensor on
         the device), the valid labels of the global batch, the optimiser after its update.
 
-        Every `every` steps, or to read, says how it goes; raises Diverged on all ranks when a loss
-        or gradient was not finite.
+        Every `every` steps, or to read, waits for the device and says the means since the last
+        time. grad_norm: before clipping. clipped: share of the units that AGC scales, None without.
+        images_per_second: of all ranks. data_wait: share of the time that the host waited for a
+        batch. memory: bytes, the peak of this process. Raises Diverged then, on all ranks, when a
+        loss or gradient was not finite.
         """
         norm = getattr(optimizer, "grad_norm", None)
         if norm is None:  # of another optimiser than ours
@@ -65,9 +66,30 @@ class Log:
         self.clipped = self.clipped + getattr(optimizer, "clipped", math.nan)
         self.count, self.rates[step] = self.count + count, lr
         self.bar.update()
-        if read or step % self.every == 0:
-            self._report(step, lr)
-            self._begin()
+        if not read and step % self.every:
+            return
+        self.refuse_nonfinite()
+        if self.env.ranks > 1:
+            dist.all_reduce(self.loss)
+        steps, clipped = len(self.rates), float(self.clipped)
+        mean, seconds = float(self.loss) / max(self.count, 1), time.monotonic() - self.since
+        speed = steps * self.batch_size / seconds
+        readings = {
+            "loss": mean,
+            "grad_norm": float(self.norm) / steps,
+            "clipped": None if math.isnan(clipped) else clipped / steps,
+            "images_per_second": speed,
+            "data_wait": self.waited / seconds,
+            "memory": memory.peak_memory(self.env.device),
+        }
+        self._append({"step": step, "lr": lr, **readings})
+        self.bar.set_postfix_str(f"loss {mean:.4f}, lr {lr:.4g}, {speed:.0f} images/s")
+        if self.title and self.bar.disable:
+            pace = (time.monotonic() - self.began) / max(step - self.start, 1)
+            left = tqdm.format_interval(pace * (self.last - step))
+            text = f"loss {mean:.4f}  lr {lr:.4g}  {speed:.0f} images/s  {left} left"
+            say(self.env, f"{self.title}  step {step}/{self.last}  {text}")
+        self._begin()
 
     def finite(self):
         """Whether every loss and gradient so far was finite."""
@@ -83,35 +105,6 @@ class Log:
             where = f"at step {step - 1:.0f}, learning rate {self.rates[int(step)]:g}"
             mend = f"lower --lr{fp32} and give another --out (the last checkpoint is from before)"
             raise Diverged(f"loss or gradient is not finite {where}; {mend}")
-
-    def _report(self, step, lr):
-        """Means over the steps since the last report; waits for the device.
-
-        grad_norm: before clipping. clipped: share of the units that AGC scales, None without.
-        images_per_second: of all ranks. data_wait: share of the time that the host waited for a
-        batch. memory: bytes, the peak of this process.
-        """
-        self.refuse_nonfinite()
-        if self.env.ranks > 1:
-            dist.all_reduce(self.loss)
-        steps, clipped = len(self.rates), float(self.clipped)
-        loss, seconds = float(self.loss) / max(self.count, 1), time.monotonic() - self.since
-        speed = steps * self.batch_size / seconds
-        readings = {
-            "loss": loss,
-            "grad_norm": float(self.norm) / steps,
-            "clipped": None if math.isnan(clipped) else clipped / steps,
-            "images_per_second": speed,
-            "data_wait": self.waited / seconds,
-            "memory": memory.peak_memory(self.env.device),
-        }
-        self._append({"step": step, "lr": lr, **readings})
-        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.4g}, {speed:.0f} images/s")
-        if self.title and self.bar.disable:
-            pace = (time.monotonic() - self.began) / max(step - self.start, 1)
-            left = tqdm.format_interval(pace * (self.last - step))
-            text = f"loss {loss:.4f}  lr {lr:.4g}  {speed:.0f} images/s  {left} left"
-            say(self.env, f"{self.title}  step {step}/{self.last}  {text}")
 
     def evaluation(self, step, metrics):
         """A line of test metrics; the clock of the readings starts anew."""
