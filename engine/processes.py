@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torchvision
+from torch.nn.parallel import DistributedDataParallel
 
 from engine.console import EXIT_BAD_INPUT, EXIT_STOPPED, Stopped, exit_status, say_once
 
@@ -34,8 +35,12 @@ def run_script(main):
         except (Exception, KeyboardInterrupt) as error:
             lost = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
             waiting = lost or isinstance(error, (Stopped, KeyboardInterrupt))
-            if _said(now=not waiting):
-                return EXIT_BAD_INPUT
+            # Has another said its error? (A store of rank 0's own ends with it, in many lines.)
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                with contextlib.suppress(Exception):
+                    store = dist.distributed_c10d._get_default_store()
+                    if store.check(["said"]) if waiting else store.add("said", 1) > 1:
+                        return EXIT_BAD_INPUT
             raise
 
     status = exit_status(said_once)
@@ -47,16 +52,6 @@ def run_script(main):
             os._exit(status)
         dist.destroy_process_group()
     sys.exit(status)
-
-
-def _said(now):
-    """Whether another process has said its error before; now: this one does so else."""
-    # A store of rank 0's own ends with it, and then says so in many lines.
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        with contextlib.suppress(Exception):
-            store = dist.distributed_c10d._get_default_store()
-            return store.add("said", 1) > 1 if now else store.check(["said"])
-    return False
 
 
 class Env(NamedTuple):
@@ -105,16 +100,10 @@ class Env(NamedTuple):
 
 def gathered(value, env):
     """The values of all ranks, on each of them."""
-    values = [value]
+    values = [value] * env.ranks
     if env.ranks > 1:
-        values = [None] * env.ranks
         dist.all_gather_object(values, value)
     return values
-
-
-# What tells a process that others were started beside it: srun alone sets the first, where
-# SLURM_NTASKS is of the whole allocation (srun(1), output environment variables).
-TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 def setup(precision="auto", timeout=None):
@@ -123,13 +112,14 @@ def setup(precision="auto", timeout=None):
     timeout: timedelta that one process waits for another (default: PyTorch's). Raises ValueError
     where processes could not join each other.
     """
-    for name in TASKS:
+    # What tells a process that others were started beside it: srun alone sets the first, where
+    # SLURM_NTASKS is of the whole allocation (srun(1), output environment variables).
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         count = os.environ.get(name, "")
         if count not in ("", "0", "1") and "WORLD_SIZE" not in os.environ:
             mend = "start one a node, of torchrun, or set WORLD_SIZE=1 for runs of their own"
-            raise ValueError(
-                f"{name}={count}: {count} processes that do not know each other; {mend}"
-            )
+            said = f"{name}={count}: {count} processes that do not know each other; {mend}"
+            raise ValueError(said)
     given = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not all(text.isdecimal() for text in given) or int(given[0]) >= int(given[1]):
         mend = "unset both, or start this with torchrun"
@@ -228,9 +218,8 @@ def parallel(model, env):
     """The callable that trains this model, averaging gradients over ranks."""
     if env.ranks == 1:
         return model
-    settings = {"device_ids": [env.device] if env.device.type == "cuda" else None}
-    settings["gradient_as_bucket_view"] = True
-    return torch.nn.parallel.DistributedDataParallel(model, **settings)
+    own = [env.device] if env.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=own, gradient_as_bucket_view=True)
 
 
 def parts(network, images, labels, count, env, multiple=1):
