@@ -93,10 +93,10 @@ def file_digest(path):
     return digest.hexdigest()
 
 
-def read_result(path, kind, config=None):
-    """A finished result of this kind, or None if there is none yet.
+def read_result(path, kind, config):
+    """A finished result of this kind and config, or None if there is none yet.
 
-    Raises ValueError for a file that is broken or of another kind or, with config, made otherwise.
+    Raises ValueError for a file that is broken, of another kind or made otherwise.
     """
     if not os.path.exists(path):  # nor where no such name can be
         return None
@@ -115,8 +115,7 @@ def read_result(path, kind, config=None):
         raise ValueError(f"{path}: not a result file ({error!r:.60}); {mend}") from error
     if found != (kind, 1):
         raise ValueError(f"{path}: a result of kind and schema {found}, not {(kind, 1)}")
-    if config is not None:
-        check_same_config(path, record["config"], config)
+    check_same_config(path, record["config"], config)
     return record
 
 

@@ -71,10 +71,12 @@ def one_of(*choices):
     return check
 
 
-def number(kind, low, high=10**9):
-    """An argparse type: an int or a float from low to high."""
+def number(kind, low, high=10**9, word=None):
+    """An argparse type: an int or a float from low to high, or this word."""
 
     def check(text):
+        if text == word:
+            return word
         value = kind(text)
         if not low <= value <= high:  # nor NaN
             raise argparse.ArgumentTypeError(f"{text:.40} is not from {low} to {high}")

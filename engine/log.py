@@ -18,16 +18,26 @@ class Log(contextlib.AbstractContextManager):
     """Readings of a training, kept on the device and read every `every` steps, so that the device
     never waits; then a line of log.jsonl (given a path) and of the terminal (given a title).
 
-    start, last: steps done, and steps in all. batch_size: of all processes. A context manager: the
-    bar is closed at its end.
+    start, last: steps done, and steps in all; lines after `start` are dropped, as a continued run
+    writes them again. batch_size: of all processes. A context manager: the bar is closed at its
+    end. Raises ValueError naming a damaged line.
     """
 
     def __init__(self, env, start, last, batch_size, every=50, path=None, title=None):
         self.env, self.path, self.title, self.batch_size = env, path, title, batch_size
         self.start, self.last, self.every, self.began = start, last, every, time.monotonic()
         self.bar = progress_bar(env if title else env._replace(rank=1), last, start, title)
-        if path:
-            trim_log(env, path, start)
+        if path and env.main and path.exists():
+            kept = []
+            *lines, _ = path.read_bytes().split(b"\n")  # a last line that a kill cut is dropped
+            for number, line in enumerate(lines, 1):
+                try:
+                    record = json.loads(line)
+                    if record["step"] < start + ("loss" in record):  # the evaluation is made again
+                        kept.append(line + b"\n")
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                    raise ValueError(f"{path}, line {number}: damaged; remove that line") from error
+            write_atomically(path, lambda file: file.writelines(kept))
         self.bad = torch.full((), math.inf, dtype=torch.float64, device=env.device)
         self._begin()
 
@@ -120,25 +130,6 @@ class Log(contextlib.AbstractContextManager):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with writing(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(record, allow_nan=False) + "\n")
-
-
-def trim_log(env, path, step):
-    """Drops the lines after `step`, which a continued run will write again.
-
-    Raises ValueError naming a damaged line.
-    """
-    if not (env.main and path.exists()):
-        return
-    kept = []
-    *lines, _ = path.read_bytes().split(b"\n")  # a last line that a kill cut is dropped
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            if record["step"] < step + ("loss" in record):  # the evaluation is made again
-                kept.append(line + b"\n")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: damaged; remove that line") from error
-    write_atomically(path, lambda file: file.writelines(kept))
 
 
 def print_result(record):

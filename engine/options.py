@@ -109,12 +109,7 @@ def words(*choices):
 
 def number_or(word, high=10**9):
     """Keywords of add_argument for an option that is a whole number above zero, or this word."""
-
-    def check(text):
-        return text if text == word else number(int, 1, high)(text)
-
-    check.__name__ = "int"
-    return {"type": check, "metavar": f"N|{word}"}
+    return {"type": number(int, 1, high, word), "metavar": f"N|{word}"}
 
 
 def add(parser, flags, **changes):
