@@ -40,9 +40,9 @@ def load_plain(path):
 def read_tensors(path, load=load_plain):
     """What a file of weights holds, as `load` reads it: nothing in the file is run.
 
-    Raises FileNotFoundError, or ValueError for a file that is damaged (a zip file, as weights are,
-    also where its checksums are wrong, at which neither torch.load nor NumPy looks), that would
-    unpack to far more than weights do, or that holds code.
+    Raises FileNotFoundError, or ValueError for a file that holds code, would unpack to far more
+    than weights do, or is damaged, also by its checksums, at which neither torch.load nor NumPy
+    looks.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no weights at {path}")
@@ -94,9 +94,8 @@ def file_digest(path):
 
 
 def read_result(path, kind, config):
-    """A finished result of this kind and config, or None if there is none yet.
-
-    Raises ValueError for a file that is broken, of another kind or made otherwise.
+    """A finished result of this kind and config, or None if there is none yet. Raises ValueError
+    for a file that is broken, of another kind or made otherwise.
     """
     if not os.path.exists(path):  # nor where no such name can be
         return None
@@ -120,9 +119,8 @@ def read_result(path, kind, config):
 
 
 def finished_run(folder, config, kind):
-    """The result of a finished pre-training in this folder, or None if there is none yet.
-
-    Raises ValueError as read_result, or when its model.pt, or model-best.pt, is gone or damaged.
+    """The result of a finished pre-training in this folder, or None. Raises ValueError as
+    read_result, or when its model.pt, or model-best.pt, is gone or damaged.
     """
     path = Path(folder, "result.json")
     record = read_result(path, kind, config)
@@ -138,10 +136,7 @@ def finished_run(folder, config, kind):
 
 
 def load_checkpoint(path, config):
-    """The state of an interrupted run, or None if there is none.
-
-    Raises ValueError when it was made with another config.
-    """
+    """The state of an interrupted run, or None. Raises ValueError for one of another config."""
     if path is None or not os.path.exists(path):
         return None
     state = read_tensors(path)

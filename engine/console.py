@@ -201,7 +201,8 @@ def writing(path):
 
 def refuse_unwritable(option, *paths):
     """Raises OSError, before the work whose outcome shall go to these files, for one that cannot be
-    written, also where its folder is still to be made. option: that names another place."""
+    written, also where its folder is still to be made. option: that names another place.
+    """
     for path in map(Path, filter(None, paths)):
         there = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
         try:
@@ -216,11 +217,11 @@ def refuse_unwritable(option, *paths):
 
 
 def write_atomically(path, write, replace=True):
-    """Calls write(a binary file), which then gets its name: whole or not at all.
+    """Calls write(a binary file), which then gets its name: whole or not at all. No two writers
+    share a temporary file. Raises OSError naming the file; what was there before stays.
 
-    No two writers share a temporary file. replace=False: a file that is there stays, also one that
-    another process put there meanwhile, and the answer is False; else True. Raises OSError naming
-    the file; what was there before stays.
+    replace=False: a file that is there stays, also one that another process put there meanwhile,
+    and the answer is False; else True.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -259,11 +260,9 @@ def write_json(path, record, replace=True):
 
 @contextlib.contextmanager
 def locked(folder, main=True):
-    """A block in which no other process writes to this folder; main: whether this one does.
-
-    Raises ValueError naming the folder while another process is in such a block. The lock ends with
-    its process, however that ends, and holds across NFS. A file system that has no locks is told of
-    and trusted.
+    """A block in which no other process writes to this folder; main: whether this one does. Raises
+    ValueError naming the folder while another process is in such a block. The lock ends with its
+    process, and holds across NFS. A file system that has no locks is told of and trusted.
     """
     if not main:
         yield

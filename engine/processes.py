@@ -1,7 +1,4 @@
-"""Processes: who takes part, how all stop at one step, how a script ends.
-
-Under torchrun each process runs the same script; without it, one process does all of it.
-"""
+"""Processes, of torchrun or one: who takes part, how all stop at one step, how a script ends."""
 
 import contextlib
 import functools
@@ -25,8 +22,8 @@ BEGAN = time.monotonic()
 
 
 def run_script(main):
-    """Calls main() and exits with its status, as console.exit_status says; of several processes the
-    one that met an error says it, and not those that it leaves waiting.
+    """Calls main() and exits with its exit_status; of several processes the one that met an error
+    says it, and not those that it leaves waiting.
     """
 
     def said_once():
@@ -76,9 +73,8 @@ class Env(NamedTuple):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def training_precision(self, args, size):
-        """That of a training on images of size x size pixels with these options.
-
-        Raises ValueError for --compile and bf16 where PyTorch 2.14 computes it wrongly on CPUs: the
+        """That of a training on images of size x size pixels with these options. Raises
+        ValueError for --compile and bf16 where PyTorch 2.14 computes it wrongly on CPUs: the
         weight gradient of a 3x3 convolution of stride 2 from 1x1 pixels, to which four halvings
         bring 16, reads memory that was never written (engine/convolution.py does not).
         """
@@ -107,10 +103,8 @@ def gathered(value, env):
 
 
 def setup(precision="auto", timeout=None):
-    """Joins the other processes of torchrun, if any, and chooses device and precision.
-
-    timeout: timedelta that one process waits for another (default: PyTorch's). Raises ValueError
-    where processes could not join each other.
+    """The Env, joined to the other processes of torchrun. timeout: timedelta that one waits for
+    another (default: PyTorch's). Raises ValueError where processes could not join each other.
     """
     # What tells a process that others were started beside it: srun alone sets the first, where
     # SLURM_NTASKS is of the whole allocation (srun(1), output environment variables).
@@ -174,9 +168,8 @@ def environment(env):
 
 
 class StopSignal:
-    """SIGTERM, SIGUSR1 and SIGINT ask for a stop after the current step; a second SIGINT kills.
-
-    minutes: since the script began, after which it asks for a stop itself.
+    """SIGTERM, SIGUSR1 and SIGINT ask for a stop after the current step, and so do so many minutes
+    since the script began; a second SIGINT kills.
     """
 
     def __init__(self, env, minutes=None):
@@ -191,7 +184,6 @@ class StopSignal:
 
     def agreed(self):
         """(why, exit status) on all ranks at the same step, once any of them was asked; else None.
-
         The ranks' answers are added up while the next step runs, and read after it.
         """
         asked = torch.tensor([self.name is not None, time.monotonic() > self.deadline]).float()
