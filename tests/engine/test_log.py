@@ -74,11 +74,10 @@ def test_a_continued_run_writes_later_lines_again(tmp_path):
 
 @pytest.mark.parametrize("line", ('{"st', "[]", '{"step": "x"}'))
 def test_a_damaged_line_is_named(line, tmp_path):
-    path = tmp_path / "log.jsonl"
+    path, said = tmp_path / "log.jsonl", "line 2: damaged; remove that line"
     text = f'{{"step": 1, "loss": 2}}\n{line}\n{{"step": 2, "loss": 2}}\n'
     path.write_text(text)
-    log = partial(Log, CPU, 5, 9, 4, path=path)
-    refuses(ValueError, log, f"{path}, line 2: damaged; remove that")
+    refuses(ValueError, partial(Log, CPU, 5, 9, 4, path=path), f"{path}, {said}")
     assert path.read_text() == text
 
 
