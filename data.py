@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from engine import options
-from engine.console import Parser, exit_status, not_empty, print_table, refuse_unwritable
+from engine.console import Parser, exit_status, not_empty, number, print_table, refuse_unwritable
 from readers import inspect, natural, own, packs, synthetic, xrays
 from readers.images import ImageDataset, refuse_missing
 from readers.labels import join, keep_single_label
@@ -420,7 +420,7 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     changes = {
         "size": {"required": True},
-        "workers": options.whole(1, 256) | {"help": "(default: one a core)"},
+        "workers": {"type": number(int, 1, 256), "help": "(default: one a core)"},
         "out": {"help": "directory for the pack (default: --data-dir; beside a folder: or table:)"},
     }
     for command, (function, flags) in COMMANDS.items():

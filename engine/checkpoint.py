@@ -27,10 +27,8 @@ def save_tensors(path, state):
 # A NumPy number in a file is a call of this function, which either major version names otherwise,
 # with one of these types; none holds an object, nor runs anything.
 _SCALAR = np.float64(0).__reduce__()[0]
-NUMPY_NUMBERS = [
-    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-    *(np.dtype, *(type(np.dtype(letter)) for letter in "?bBhHiIlLqQefd")),
-]
+NUMPY_NUMBERS = [(_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+NUMPY_NUMBERS += [np.dtype, *(type(np.dtype(letter)) for letter in "?bBhHiIlLqQefd")]
 
 
 def load_plain(path):
@@ -39,29 +37,12 @@ def load_plain(path):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def refuse_damaged(path):
-    """Raises ValueError for a zip file, as weights are, whose checksums are wrong, at which neither
-    torch.load nor NumPy looks, or that would unpack to far more than weights do.
-    """
-    with zipfile.ZipFile(path) as archive:
-        records = archive.infolist()
-        unpacked = sum(record.file_size for record in records)
-        if unpacked > 20 * Path(path).stat().st_size + 2**20:  # weights hardly shrink
-            raise ValueError(f"it would unpack to {unpacked:,} bytes")
-        # torch.load reads whatever its memory holds for a record marked as a directory.
-        marked = (r.filename for r in records if r.external_attr & 0x10 and r.file_size)
-        damaged = next(marked, None)
-        # torch.serialization.set_crc32_options(False) makes files without checksums.
-        if not damaged and any(record.CRC for record in records):
-            damaged = archive.testzip()
-    if damaged:
-        raise ValueError(f"the checksum of its record {damaged} is wrong")
-
-
 def read_tensors(path, load=load_plain):
     """What a file of weights holds, as `load` reads it: nothing in the file is run.
 
-    Raises FileNotFoundError, or ValueError when the file is damaged or holds code.
+    Raises FileNotFoundError, or ValueError for a file that holds code, would unpack to far more
+    than weights do, or is damaged, also by its checksums, at which neither torch.load nor NumPy
+    looks.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no weights at {path}")
@@ -69,7 +50,19 @@ def read_tensors(path, load=load_plain):
         with open(path, "rb") as file:
             zipped = file.read(2) == b"PK"
         if zipped:
-            refuse_damaged(path)
+            with zipfile.ZipFile(path) as archive:
+                records = archive.infolist()
+                unpacked = sum(record.file_size for record in records)
+                if unpacked > 20 * Path(path).stat().st_size + 2**20:  # weights hardly shrink
+                    raise ValueError(f"it would unpack to {unpacked:,} bytes")
+                # torch.load reads whatever its memory holds for a record marked as a directory.
+                marked = (r.filename for r in records if r.external_attr & 0x10 and r.file_size)
+                damaged = next(marked, None)
+                # torch.serialization.set_crc32_options(False) makes files without checksums.
+                if not damaged and any(record.CRC for record in records):
+                    damaged = archive.testzip()
+            if damaged:
+                raise ValueError(f"the checksum of its record {damaged} is wrong")
         return load(path)
     except pickle.UnpicklingError as error:
         reason = "it holds code or is no checkpoint (torch.load(weights_only=True) reads neither)"
@@ -100,10 +93,9 @@ def file_digest(path):
     return digest.hexdigest()
 
 
-def read_result(path, kind, config=None):
-    """A finished result of this kind, or None if there is none yet.
-
-    Raises ValueError for a file that is broken or of another kind or, with config, made otherwise.
+def read_result(path, kind, config):
+    """A finished result of this kind and config, or None if there is none yet. Raises ValueError
+    for a file that is broken, of another kind or made otherwise.
     """
     if not os.path.exists(path):  # nor where no such name can be
         return None
@@ -122,20 +114,19 @@ def read_result(path, kind, config=None):
         raise ValueError(f"{path}: not a result file ({error!r:.60}); {mend}") from error
     if found != (kind, 1):
         raise ValueError(f"{path}: a result of kind and schema {found}, not {(kind, 1)}")
-    if config is not None:
-        check_same_config(path, record["config"], config)
+    check_same_config(path, record["config"], config)
     return record
 
 
 def finished_run(folder, config, kind):
-    """The result of a finished pre-training in this folder, or None if there is none yet.
-
-    Raises ValueError as read_result, or when its model.pt, or model-best.pt, is gone or damaged.
+    """The result of a finished pre-training in this folder, or None. Raises ValueError as
+    read_result, or when its model.pt, or model-best.pt, is gone or damaged.
     """
     path = Path(folder, "result.json")
     record = read_result(path, kind, config)
     mends = {"model.pt": f"remove {path}, and the same command goes on from checkpoint.pt"}
-    mends |= {"model-best.pt": f"remove {folder}"} if config.get("keep_best") else {}
+    if config.get("keep_best"):
+        mends["model-best.pt"] = f"remove {folder}"
     for name, mend in mends.items() if record else ():
         try:
             read_tensors(Path(folder, name))
@@ -145,10 +136,7 @@ def finished_run(folder, config, kind):
 
 
 def load_checkpoint(path, config):
-    """The state of an interrupted run, or None if there is none.
-
-    Raises ValueError when it was made with another config.
-    """
+    """The state of an interrupted run, or None. Raises ValueError for one of another config."""
     if path is None or not os.path.exists(path):
         return None
     state = read_tensors(path)
@@ -222,11 +210,10 @@ class Run:
         if wait:
             self.finish_saving()
 
-    def finish_saving(self, wait=True):
+    def finish_saving(self):
         """Waits for the checkpoint that is being written; raises what went wrong with it."""
-        if self._writing is not None and (wait or self._writing.done()):
-            writing, self._writing = self._writing, None
-            writing.result()
+        if self._writing:
+            self._writing.result()
 
     def summary(self, images, batch_size, flops):
         """What a result file says of a training on so many images.
@@ -236,22 +223,23 @@ class Run:
         peak_share: of what the devices can do.
         """
         speed = self.step * batch_size / self.seconds
-        peak = self.env.ranks * peak_flops(self.env.device, self.env.precision)
+        work = 3 * flops * speed
         return {
             "optimizer": type(self.optimizer).__name__,
             "images": images,
             "steps": self.step,
             "seconds": self.seconds,
             "images_per_second": speed,
-            "flops_per_second": 3 * flops * speed,
-            "peak_share": 3 * flops * speed / peak,
+            "flops_per_second": work,
+            "peak_share": work / (self.env.ranks * peak_flops(self.env.device, self.env.precision)),
         }
 
     def save_or_stop(self, signals, log):
         """After a step: saves every save_minutes in the background; once any process was asked to
         stop, saves and raises Stopped on all. What is saved is finite: log raises Diverged else.
         """
-        self.finish_saving(wait=False)
+        if self._writing and self._writing.done():
+            self.finish_saving()
         if stop := signals.agreed():
             log.refuse_nonfinite()
             self.save()

@@ -62,19 +62,21 @@ def one_of(*choices):
     """An argparse type: one of these words; the near match is named otherwise."""
 
     def check(text):
-        if text not in choices:
-            near = difflib.get_close_matches(text, choices, n=1, cutoff=0)[0]
-            known = ", ".join(choices)
-            raise argparse.ArgumentTypeError(f"unknown {text!r}, did you mean {near}? ({known})")
-        return text
+        if text in choices:
+            return text
+        near = difflib.get_close_matches(text, choices, n=1, cutoff=0)[0]
+        known = ", ".join(choices)
+        raise argparse.ArgumentTypeError(f"unknown {text!r}, did you mean {near}? ({known})")
 
     return check
 
 
-def number(kind, low, high=10**9):
-    """An argparse type: an int or a float from low to high."""
+def number(kind, low, high=10**9, word=None):
+    """An argparse type: an int or a float from low to high, or this word."""
 
     def check(text):
+        if text == word:
+            return word
         value = kind(text)
         if not low <= value <= high:  # nor NaN
             raise argparse.ArgumentTypeError(f"{text:.40} is not from {low} to {high}")
@@ -102,9 +104,8 @@ say_once = functools.lru_cache(say)
 
 def progress_bar(env, total, start=0, title="", unit="step"):
     """A tqdm bar; disabled off a terminal, on the other ranks, and with TQDM_DISABLE set."""
-    hidden = not env.main or bool(os.environ.get("TQDM_DISABLE")) or None
-    about = {"desc": title, "unit": unit, "dynamic_ncols": True, "disable": hidden}
-    return tqdm(total=total, initial=start, **about)
+    off = not env.main or bool(os.environ.get("TQDM_DISABLE")) or None
+    return tqdm(desc=title, total=total, initial=start, unit=unit, dynamic_ncols=True, disable=off)
 
 
 class Stopped(Exception):
@@ -139,8 +140,12 @@ def exit_status(main):
     except KeyboardInterrupt as asked:
         text, status = f"stopped by {asked or 'SIGINT'}; run the same command again", EXIT_STOPPED
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and nobody_reads():
-            return 128 + signal.SIGPIPE
+        if isinstance(error, BrokenPipeError):
+            try:
+                print(flush=True)  # what could not be written may be lost already
+            except BrokenPipeError:  # what read this output has ended, as head does: drop the rest
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return 128 + signal.SIGPIPE
         if os.environ.get("TRACEBACK"):
             raise
         text, status = one_line(error), EXIT_BAD_INPUT
@@ -153,16 +158,6 @@ def exit_status(main):
     if rank == "0" or status == EXIT_BAD_INPUT:
         print(text, file=sys.stderr)
     return status
-
-
-def nobody_reads():
-    """Whether what read this script's output has ended, as head does; the rest is dropped then."""
-    try:
-        print(flush=True)  # what could not be written may be lost already
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
 
 
 def one_line(error):
@@ -206,7 +201,8 @@ def writing(path):
 
 def refuse_unwritable(option, *paths):
     """Raises OSError, before the work whose outcome shall go to these files, for one that cannot be
-    written, also where its folder is still to be made. option: that names another place."""
+    written, also where its folder is still to be made. option: that names another place.
+    """
     for path in map(Path, filter(None, paths)):
         there = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
         try:
@@ -221,11 +217,11 @@ def refuse_unwritable(option, *paths):
 
 
 def write_atomically(path, write, replace=True):
-    """Calls write(a binary file), which then gets its name: whole or not at all.
+    """Calls write(a binary file), which then gets its name: whole or not at all. No two writers
+    share a temporary file. Raises OSError naming the file; what was there before stays.
 
-    No two writers share a temporary file. replace=False: a file that is there stays, also one that
-    another process put there meanwhile, and the answer is False; else True. Raises OSError naming
-    the file; what was there before stays.
+    replace=False: a file that is there stays, also one that another process put there meanwhile,
+    and the answer is False; else True.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -242,24 +238,18 @@ def write_atomically(path, write, replace=True):
                 file.flush()
                 os.fsync(file.fileno())
             if not replace:
-                return _link(temporary, path)
+                try:
+                    os.link(temporary, path)
+                    return True
+                except FileExistsError:
+                    return False
+                except OSError:  # a file system without hard links
+                    if path.exists():
+                        return False
             os.replace(temporary, path)
+            return True
         finally:
             temporary.unlink(missing_ok=True)
-    return True
-
-
-def _link(temporary, path):
-    """Whether the file got this name too, which it does unless there is such a file."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links
-        if path.exists():
-            return False
-        os.replace(temporary, path)
-    return True
 
 
 def write_json(path, record, replace=True):
@@ -270,15 +260,15 @@ def write_json(path, record, replace=True):
 
 @contextlib.contextmanager
 def locked(folder, main=True):
-    """A block in which no other process writes to this folder; main: whether this one does.
-
-    Raises ValueError naming the folder while another process is in such a block. The lock ends with
-    its process, however that ends, and holds across NFS. A file system that has no locks is told of
-    and trusted.
+    """A block in which no other process writes to this folder; main: whether this one does. Raises
+    ValueError naming the folder while another process is in such a block. The lock ends with its
+    process, and holds across NFS. A file system that has no locks is told of and trusted.
     """
     if not main:
         yield
         return
+    import fcntl  # not for plot.py, which needs no lock
+
     folder = Path(folder)
     path, made = folder / "lock", [p for p in (folder, *folder.parents) if not p.exists()]
     # torchrun may start again before an NFS server frees the lock of a lost node, after 90 s.
@@ -286,11 +276,25 @@ def locked(folder, main=True):
     deadline = time.monotonic() + 120 * restarts
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        while (file := _lock(path)) is None and time.monotonic() < deadline:
-            time.sleep(1)
-    if file is None:
-        mend = "wait for its end, or give another --out"
-        raise ValueError(f"{folder}: another process is writing there; {mend}")
+        while True:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                os.close(file)
+                if time.monotonic() >= deadline:
+                    mend = "wait for its end, or give another --out"
+                    said = f"{folder}: another process is writing there; {mend}"
+                    raise ValueError(said) from None
+                time.sleep(1)
+            except OSError as error:
+                reason = f"cannot be locked ({error.strerror}); start no second process"
+                print(f"{folder}: {reason}", file=sys.stderr)
+                break
+            else:
+                if os.fstat(file).st_nlink:  # else its holder has just removed it
+                    break
+                os.close(file)
     try:
         for left in folder.glob(".*.tmp"):
             left.unlink()
@@ -301,23 +305,3 @@ def locked(folder, main=True):
         for place in made:
             with contextlib.suppress(OSError):  # it holds something
                 place.rmdir()
-
-
-def _lock(path):
-    """The descriptor of a file that this process has locked, None while another one has."""
-    import fcntl  # not for plot.py, which needs no lock
-
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            os.close(file)
-            return None
-        except OSError as error:
-            reason = f"cannot be locked ({error.strerror}); start no second process"
-            print(f"{path.parent}: {reason}", file=sys.stderr)
-            return file
-        if os.fstat(file).st_nlink:  # else its holder has just removed it
-            return file
-        os.close(file)

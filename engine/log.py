@@ -1,5 +1,6 @@
 """How a training goes: readings of the device, log.jsonl, and lines or a bar for the eye."""
 
+import contextlib
 import json
 import math
 import time
@@ -13,25 +14,32 @@ from engine.console import print_table, progress_bar, say, write_atomically, wri
 from engine.metrics import Diverged
 
 
-class Log:
+class Log(contextlib.AbstractContextManager):
     """Readings of a training, kept on the device and read every `every` steps, so that the device
     never waits; then a line of log.jsonl (given a path) and of the terminal (given a title).
 
-    start, last: steps done, and steps in all. batch_size: of all processes. A context manager: the
-    bar is closed at its end.
+    start, last: steps done, and steps in all; lines after `start` are dropped, as a continued run
+    writes them again. batch_size: of all processes. A context manager: the bar is closed at its
+    end. Raises ValueError naming a damaged line.
     """
 
     def __init__(self, env, start, last, batch_size, every=50, path=None, title=None):
         self.env, self.path, self.title, self.batch_size = env, path, title, batch_size
         self.start, self.last, self.every, self.began = start, last, every, time.monotonic()
         self.bar = progress_bar(env if title else env._replace(rank=1), last, start, title)
-        if path:
-            trim_log(env, path, start)
+        if path and env.main and path.exists():
+            kept = []
+            *lines, _ = path.read_bytes().split(b"\n")  # a last line that a kill cut is dropped
+            for number, line in enumerate(lines, 1):
+                try:
+                    record = json.loads(line)
+                    if record["step"] < start + ("loss" in record):  # the evaluation is made again
+                        kept.append(line + b"\n")
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                    raise ValueError(f"{path}, line {number}: damaged; remove that line") from error
+            write_atomically(path, lambda file: file.writelines(kept))
         self.bad = torch.full((), math.inf, dtype=torch.float64, device=env.device)
         self._begin()
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *error):
         self.bar.close()
@@ -52,8 +60,11 @@ class Log:
         """After a step: `step` are done; its learning rate, this rank's sum of losses (a tensor on
         the device), the valid labels of the global batch, the optimiser after its update.
 
-        Every `every` steps, or to read, says how it goes; raises Diverged on all ranks when a loss
-        or gradient was not finite.
+        Every `every` steps, or to read, waits for the device and says the means since the last
+        time. grad_norm: before clipping. clipped: share of the units that AGC scales, None without.
+        images_per_second: of all ranks. data_wait: share of the time that the host waited for a
+        batch. memory: bytes, the peak of this process. Raises Diverged then, on all ranks, when a
+        loss or gradient was not finite.
         """
         norm = getattr(optimizer, "grad_norm", None)
         if norm is None:  # of another optimiser than ours
@@ -65,9 +76,30 @@ class Log:
         self.clipped = self.clipped + getattr(optimizer, "clipped", math.nan)
         self.count, self.rates[step] = self.count + count, lr
         self.bar.update()
-        if read or step % self.every == 0:
-            self._report(step, lr)
-            self._begin()
+        if not read and step % self.every:
+            return
+        self.refuse_nonfinite()
+        if self.env.ranks > 1:
+            dist.all_reduce(self.loss)
+        steps, clipped = len(self.rates), float(self.clipped)
+        mean, seconds = float(self.loss) / max(self.count, 1), time.monotonic() - self.since
+        speed = steps * self.batch_size / seconds
+        readings = {
+            "loss": mean,
+            "grad_norm": float(self.norm) / steps,
+            "clipped": None if math.isnan(clipped) else clipped / steps,
+            "images_per_second": speed,
+            "data_wait": self.waited / seconds,
+            "memory": memory.peak_memory(self.env.device),
+        }
+        self._append({"step": step, "lr": lr, **readings})
+        self.bar.set_postfix_str(f"loss {mean:.4f}, lr {lr:.4g}, {speed:.0f} images/s")
+        if self.title and self.bar.disable:
+            pace = (time.monotonic() - self.began) / max(step - self.start, 1)
+            left = tqdm.format_interval(pace * (self.last - step))
+            text = f"loss {mean:.4f}  lr {lr:.4g}  {speed:.0f} images/s  {left} left"
+            say(self.env, f"{self.title}  step {step}/{self.last}  {text}")
+        self._begin()
 
     def finite(self):
         """Whether every loss and gradient so far was finite."""
@@ -84,35 +116,6 @@ class Log:
             mend = f"lower --lr{fp32} and give another --out (the last checkpoint is from before)"
             raise Diverged(f"loss or gradient is not finite {where}; {mend}")
 
-    def _report(self, step, lr):
-        """Means over the steps since the last report; waits for the device.
-
-        grad_norm: before clipping. clipped: share of the units that AGC scales, None without.
-        images_per_second: of all ranks. data_wait: share of the time that the host waited for a
-        batch. memory: bytes, the peak of this process.
-        """
-        self.refuse_nonfinite()
-        if self.env.ranks > 1:
-            dist.all_reduce(self.loss)
-        steps, clipped = len(self.rates), float(self.clipped)
-        loss, seconds = float(self.loss) / max(self.count, 1), time.monotonic() - self.since
-        speed = steps * self.batch_size / seconds
-        readings = {
-            "loss": loss,
-            "grad_norm": float(self.norm) / steps,
-            "clipped": None if math.isnan(clipped) else clipped / steps,
-            "images_per_second": speed,
-            "data_wait": self.waited / seconds,
-            "memory": memory.peak_memory(self.env.device),
-        }
-        self._append({"step": step, "lr": lr, **readings})
-        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.4g}, {speed:.0f} images/s")
-        if self.title and self.bar.disable:
-            pace = (time.monotonic() - self.began) / max(step - self.start, 1)
-            left = tqdm.format_interval(pace * (self.last - step))
-            text = f"loss {loss:.4f}  lr {lr:.4g}  {speed:.0f} images/s  {left} left"
-            say(self.env, f"{self.title}  step {step}/{self.last}  {text}")
-
     def evaluation(self, step, metrics):
         """A line of test metrics; the clock of the readings starts anew."""
         shown = {k: v for k, v in metrics.items() if isinstance(v, float)}
@@ -127,25 +130,6 @@ class Log:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with writing(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(record, allow_nan=False) + "\n")
-
-
-def trim_log(env, path, step):
-    """Drops the lines after `step`, which a continued run will write again.
-
-    Raises ValueError naming a damaged line.
-    """
-    if not (env.main and path.exists()):
-        return
-    kept = []
-    *lines, _ = path.read_bytes().split(b"\n")  # a last line that a kill cut is dropped
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            if record["step"] < step + ("loss" in record):  # the evaluation is made again
-                kept.append(line + b"\n")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: damaged; remove that line") from error
-    write_atomically(path, lambda file: file.writelines(kept))
 
 
 def print_result(record):

@@ -97,11 +97,6 @@ EVERYWHERE = """--out --data-dir --cache-dir --download --views --split-by --lab
     --recipe"""
 
 
-def whole(low=1, high=10**9):
-    """Keywords of add_argument for a whole number in these bounds."""
-    return {"type": number(int, low, high), "metavar": "N"}
-
-
 def words(*choices):
     """Keywords of add_argument for an option that is one of these words."""
     return {"type": one_of(*choices), "metavar": "|".join(choices)}
@@ -109,12 +104,7 @@ def words(*choices):
 
 def number_or(word, high=10**9):
     """Keywords of add_argument for an option that is a whole number above zero, or this word."""
-
-    def check(text):
-        return text if text == word else number(int, 1, high)(text)
-
-    check.__name__ = "int"
-    return {"type": check, "metavar": f"N|{word}"}
+    return {"type": number(int, 1, high, word), "metavar": f"N|{word}"}
 
 
 def add(parser, flags, **changes):
@@ -127,7 +117,7 @@ def add(parser, flags, **changes):
         if flag in flags.split():
             settings = KINDS.get(kind) or words(*kind.split("|"))
             if ".." in kind:
-                settings = whole(*map(int, kind.split("..")))
+                settings = {"type": number(int, *map(int, kind.split(".."))), "metavar": "N"}
             if default != "-":
                 settings = settings | {"default": settings.get("type", str)(default)}
             name = flag.removeprefix("--").replace("-", "_")

@@ -1,7 +1,4 @@
-"""Processes: who takes part, how all stop at one step, how a script ends.
-
-Under torchrun each process runs the same script; without it, one process does all of it.
-"""
+"""Processes, of torchrun or one: who takes part, how all stop at one step, how a script ends."""
 
 import contextlib
 import functools
@@ -17,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torchvision
+from torch.nn.parallel import DistributedDataParallel
 
 from engine.console import EXIT_BAD_INPUT, EXIT_STOPPED, Stopped, exit_status, say_once
 
@@ -24,8 +22,8 @@ BEGAN = time.monotonic()
 
 
 def run_script(main):
-    """Calls main() and exits with its status, as console.exit_status says; of several processes the
-    one that met an error says it, and not those that it leaves waiting.
+    """Calls main() and exits with its exit_status; of several processes the one that met an error
+    says it, and not those that it leaves waiting.
     """
 
     def said_once():
@@ -34,8 +32,12 @@ def run_script(main):
         except (Exception, KeyboardInterrupt) as error:
             lost = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
             waiting = lost or isinstance(error, (Stopped, KeyboardInterrupt))
-            if _said(now=not waiting):
-                return EXIT_BAD_INPUT
+            # Has another said its error? (A store of rank 0's own ends with it, in many lines.)
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                with contextlib.suppress(Exception):
+                    store = dist.distributed_c10d._get_default_store()
+                    if store.check(["said"]) if waiting else store.add("said", 1) > 1:
+                        return EXIT_BAD_INPUT
             raise
 
     status = exit_status(said_once)
@@ -47,16 +49,6 @@ def run_script(main):
             os._exit(status)
         dist.destroy_process_group()
     sys.exit(status)
-
-
-def _said(now):
-    """Whether another process has said its error before; now: this one does so else."""
-    # A store of rank 0's own ends with it, and then says so in many lines.
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        with contextlib.suppress(Exception):
-            store = dist.distributed_c10d._get_default_store()
-            return store.add("said", 1) > 1 if now else store.check(["said"])
-    return False
 
 
 class Env(NamedTuple):
@@ -81,9 +73,8 @@ class Env(NamedTuple):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def training_precision(self, args, size):
-        """That of a training on images of size x size pixels with these options.
-
-        Raises ValueError for --compile and bf16 where PyTorch 2.14 computes it wrongly on CPUs: the
+        """That of a training on images of size x size pixels with these options. Raises
+        ValueError for --compile and bf16 where PyTorch 2.14 computes it wrongly on CPUs: the
         weight gradient of a 3x3 convolution of stride 2 from 1x1 pixels, to which four halvings
         bring 16, reads memory that was never written (engine/convolution.py does not).
         """
@@ -105,31 +96,24 @@ class Env(NamedTuple):
 
 def gathered(value, env):
     """The values of all ranks, on each of them."""
-    values = [value]
+    values = [value] * env.ranks
     if env.ranks > 1:
-        values = [None] * env.ranks
         dist.all_gather_object(values, value)
     return values
 
 
-# What tells a process that others were started beside it: srun alone sets the first, where
-# SLURM_NTASKS is of the whole allocation (srun(1), output environment variables).
-TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-
-
 def setup(precision="auto", timeout=None):
-    """Joins the other processes of torchrun, if any, and chooses device and precision.
-
-    timeout: timedelta that one process waits for another (default: PyTorch's). Raises ValueError
-    where processes could not join each other.
+    """The Env, joined to the other processes of torchrun. timeout: timedelta that one waits for
+    another (default: PyTorch's). Raises ValueError where processes could not join each other.
     """
-    for name in TASKS:
+    # What tells a process that others were started beside it: srun alone sets the first, where
+    # SLURM_NTASKS is of the whole allocation (srun(1), output environment variables).
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         count = os.environ.get(name, "")
         if count not in ("", "0", "1") and "WORLD_SIZE" not in os.environ:
             mend = "start one a node, of torchrun, or set WORLD_SIZE=1 for runs of their own"
-            raise ValueError(
-                f"{name}={count}: {count} processes that do not know each other; {mend}"
-            )
+            said = f"{name}={count}: {count} processes that do not know each other; {mend}"
+            raise ValueError(said)
     given = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not all(text.isdecimal() for text in given) or int(given[0]) >= int(given[1]):
         mend = "unset both, or start this with torchrun"
@@ -184,9 +168,8 @@ def environment(env):
 
 
 class StopSignal:
-    """SIGTERM, SIGUSR1 and SIGINT ask for a stop after the current step; a second SIGINT kills.
-
-    minutes: since the script began, after which it asks for a stop itself.
+    """SIGTERM, SIGUSR1 and SIGINT ask for a stop after the current step, and so do so many minutes
+    since the script began; a second SIGINT kills.
     """
 
     def __init__(self, env, minutes=None):
@@ -201,7 +184,6 @@ class StopSignal:
 
     def agreed(self):
         """(why, exit status) on all ranks at the same step, once any of them was asked; else None.
-
         The ranks' answers are added up while the next step runs, and read after it.
         """
         asked = torch.tensor([self.name is not None, time.monotonic() > self.deadline]).float()
@@ -228,9 +210,8 @@ def parallel(model, env):
     """The callable that trains this model, averaging gradients over ranks."""
     if env.ranks == 1:
         return model
-    settings = {"device_ids": [env.device] if env.device.type == "cuda" else None}
-    settings["gradient_as_bucket_view"] = True
-    return torch.nn.parallel.DistributedDataParallel(model, **settings)
+    own = [env.device] if env.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=own, gradient_as_bucket_view=True)
 
 
 def parts(network, images, labels, count, env, multiple=1):

@@ -11,7 +11,7 @@ from conftest import refuses
 from interruption import BATCH, CPU, SAVE_EACH_STEP, Training
 
 import pretrain
-from engine.log import Log, trim_log
+from engine.log import Log
 from engine.metrics import Diverged
 from engine.optimizer import SGD_AGC
 
@@ -66,18 +66,18 @@ def test_lines_of_a_run(folder, tmp_path):
 def test_a_continued_run_writes_later_lines_again(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 3, "loss": 1}\n{"step": 4, "loss": 1}\n{"step": 4, "test": {}}\n{"st')
-    trim_log(CPU, path, 4)
+    Log(CPU, 4, 9, 4, path=path)
     assert path.read_text() == '{"step": 3, "loss": 1}\n{"step": 4, "loss": 1}\n'
-    trim_log(CPU, path, 3)
+    Log(CPU, 3, 9, 4, path=path)
     assert path.read_text() == '{"step": 3, "loss": 1}\n'
 
 
 @pytest.mark.parametrize("line", ('{"st', "[]", '{"step": "x"}'))
 def test_a_damaged_line_is_named(line, tmp_path):
-    path = tmp_path / "log.jsonl"
+    path, said = tmp_path / "log.jsonl", "line 2: damaged; remove that line"
     text = f'{{"step": 1, "loss": 2}}\n{line}\n{{"step": 2, "loss": 2}}\n'
     path.write_text(text)
-    refuses(ValueError, lambda: trim_log(CPU, path, 5), f"{path}, line 2: damaged; remove that")
+    refuses(ValueError, partial(Log, CPU, 5, 9, 4, path=path), f"{path}, {said}")
     assert path.read_text() == text
 
 
