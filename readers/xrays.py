@@ -73,12 +73,6 @@ PADCHEST_BROKEN = [
 ] + ["269300710246070740096540277379121868595_e7zsan.png"]
 
 
-def views_in_union(name, views):
-    """Of the views that all datasets of a union were given, those that this one may have."""
-    others = {view for known in VIEWS.values() for view in known} - set(VIEWS.get(name, ()))
-    return [view for view in views if view not in others] or views
-
-
 def _of_views(name, table, found, views):
     """(which rows show one of these views: (N,) bool, why the others are left out)."""
     known = {*VIEWS[name], *map(os.fsdecode, np.unique(found))} - {""}
