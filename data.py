@@ -24,15 +24,7 @@ from readers import inspect, natural, packs, synthetic, xrays
 from readers.images import ImageDataset, refuse_missing
 from readers.labels import Stream, by_class, generator, hold_out, join, keep_single_label
 from readers.labels import few_shot_indices as few_shot_indices  # for the scripts
-from readers.names import (
-    base_name,
-    canonical,
-    is_path,
-    pack_folder,
-    pack_of,
-    parts_of,
-    without_place,
-)
+from readers.names import base_name, canonical, pack_folder, pack_of, parts_of, without_place
 from readers.transforms import Pipeline, keep
 
 SPLITS = ("train", "test")
@@ -145,8 +137,10 @@ def _builder(name):
         if pack_of(original)[1]:
             raise ValueError(f"{name}: {original} is a pack already; pack the original")
         return packs.open_pack
-    if is_path(name):
-        return natural.folder if name.startswith("folder:") else natural.table
+    if name.startswith("folder:"):
+        return natural.folder
+    if name.startswith("table:"):
+        return natural.table
     if name in DATASETS:
         return DATASETS[name].build
     if tilde and world in synthetic.WORLDS:

@@ -233,9 +233,6 @@ def _nih_labels(texts):
     return np.array([[cls in row for cls in NIH_CLASSES] for row in present], np.float32)
 
 
-NIH_MUST = f"be No Finding, or some of these joined by |: {', '.join(NIH_CLASSES)}"
-
-
 def nih(name, root, split, views=None):
     """NIH ChestX-ray14 (Wang et al. 2017, arXiv:1705.02315) in its official layout and split."""
     folder = root / "NIH-ChestXRay-14"
@@ -244,7 +241,8 @@ def nih(name, root, split, views=None):
     need(name, table, *lists.values(), folder / "images")
     listed = {part: encoded(text for _, text in tables.read_list(lists[part])) for part in lists}
     tables.refuse_repeats(np.concatenate([*listed.values()]), " + ".join(map(str, lists.values())))
-    columns = {"Image Index": TEXT, "Finding Labels": Column(_nih_labels, NIH_MUST)}
+    must = f"be No Finding, or some of these joined by |: {', '.join(NIH_CLASSES)}"
+    columns = {"Image Index": TEXT, "Finding Labels": Column(_nih_labels, must)}
     columns |= {"Patient ID": NUMBER} | ({} if views is None else {"View Position": VIEW})
     names, labels, patients, *found = tables.read_table(table, columns)
     rows, about = np.sort(tables.positions(listed[split], names, table, source=lists[split])), {}
