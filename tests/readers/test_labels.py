@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import refuses
-from trees import MIMIC_ROWS, Trees, marks, pixels_of, save
+from trees import MIMIC_ROWS, Trees, marks, names, pixels_of, save
 
 import data
 from readers.labels import hold_out
@@ -18,10 +18,6 @@ from readers.xrays import CHEXPERT_CLASSES, NIH_CLASSES, PADCHEST_CLASSES
 
 COMMON = "Atelectasis Cardiomegaly Consolidation Edema Effusion Pneumonia Pneumothorax".split()
 FOUR = "chexpert+mimic+nih+padchest"
-
-
-def names(dataset):
-    return [str(dataset.where(i)).rpartition("/")[2] for i in range(len(dataset))]
 
 
 @pytest.fixture

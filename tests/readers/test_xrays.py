@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import refuses
 from PIL import Image
-from trees import MIMIC_ROWS, Trees, lines, marks, noise, read, save, write
+from trees import MIMIC_ROWS, Trees, lines, marks, names, noise, places, read, save, write
 
 import data
 from data import load_dataset
@@ -26,11 +26,7 @@ from readers.xrays import PADCHEST_BROKEN as BROKEN
 
 def files(dataset, folder):
     """The images' paths below a folder."""
-    return [str(dataset.where(i)).removeprefix(f"{folder}/") for i in range(len(dataset))]
-
-
-def names(dataset):
-    return [Path(dataset.where(i)).name for i in range(len(dataset))]
+    return [place.removeprefix(f"{folder}/") for place in places(dataset)]
 
 
 def groups(dataset):
