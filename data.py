@@ -218,9 +218,9 @@ def open_splits(name, args, env=None, **options):
 
     The main rank of env alone downloads, before the others.
     """
-    takes = dataset_options(name)
+    takes = (*dataset_options(name), "validation")
     for option in (*CHOICES, "cache_dir", "download", "validation"):
-        if option in (*takes, "validation") and getattr(args, option, None):
+        if option in takes and getattr(args, option, None):
             options.setdefault(option, getattr(args, option))
     alone = name in TEST_ALONE or name.startswith("table:")
     if alone and getattr(args, "method", None) == "eval":  # which trains on nothing

@@ -117,9 +117,8 @@ def table(name, root, split, domain="natural", uncertain="ignore", blank="ignore
 
     Columns: path, relative to the file; split (train or test) and patient, both optional; then
     either label, the class, or a column a finding: 1, 0, -1 (uncertain) or blank. Without split
-    `labels.hold_out` chooses a fifth as the test set. domain: "natural", or "medical" for X-rays,
-    which are read as grey. uncertain, blank: of `tables.finding`. Raises ValueError naming the file
-    and, of a row, its line.
+    `labels.hold_out` chooses a fifth as the test set. domain: as of `folder`. uncertain, blank: of
+    `tables.finding`. Raises ValueError naming the file and, of a row, its line.
     """
     path = Path(name.removeprefix("table:"))
     if not path.is_file() or not path.name.endswith((".csv", ".csv.gz")):
