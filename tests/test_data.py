@@ -10,13 +10,13 @@ import torch
 from conftest import refuses
 from packing import pack, rows_of, run_data
 from scipy.stats import chisquare
-from trees import load_folder, noise, places, random_image, save
+from trees import load_folder, noise, places, save
 
 import data
 from data import Batches, batch_indices, few_shot_indices, load_dataset
 from readers import synthetic, transforms
 from readers.cache import preload
-from readers.images import ImageDataset
+from readers.images import Array, ImageDataset
 from readers.transforms import Pipeline, keep, random_crop_flip, resize_shorter
 from readers.workers import in_order
 
@@ -195,17 +195,13 @@ def test_draws_are_even_and_anew(sampling):
     assert len(np.unique(draws)) == 30_000  # so no augmentation comes twice
 
 
-def read_from(images, i, size=None):
-    return images[i]
-
-
 def array_dataset(rng, multilabel=False, count=23):
-    images = random_image(rng, count, 3, 20, 26)
+    reader = Array("array", noise(rng, count, 20, 26, 3))
     labels = rng.integers(4, size=count)
     if multilabel:
         labels = rng.choice(np.array([0, 1, np.nan], np.float32), (count, 5))
     task = "multilabel" if multilabel else "multiclass"
-    return ImageDataset("array", partial(read_from, images), labels, "abcde", task, "natural")
+    return ImageDataset("array", reader, labels, "abcde", task, "natural")
 
 
 CROP = Pipeline(partial(resize_shorter, size=18), partial(random_crop_flip, size=12))

@@ -64,6 +64,14 @@ def lines(header, rows):
     return "\n".join([header, *rows]) + "\n"
 
 
+def replaced(column, text, table):
+    """The table with that text in its fourth line."""
+    header, *rows = table.splitlines()
+    fields = rows[2].split(",")
+    fields[header.split(",").index(column)] = text
+    return lines(header, [*rows[:2], ",".join(fields), *rows[3:]])
+
+
 def marks(*rows):
     """Labels, a row a text: 1, 0, and . for NaN."""
     return np.array([[{"1": 1, "0": 0, ".": np.nan}[c] for c in row] for row in rows], np.float32)
