@@ -20,20 +20,11 @@ import torch.distributed as dist
 
 from engine import options
 from engine.console import Parser, exit_status, not_empty, number, print_table, refuse_unwritable
-from readers import inspect, natural, own, packs, synthetic, xrays
+from readers import inspect, natural, packs, synthetic, xrays
 from readers.images import ImageDataset, refuse_missing
-from readers.labels import join, keep_single_label
-from readers.names import (
-    base_name,
-    canonical,
-    is_path,
-    pack_folder,
-    pack_of,
-    parts_of,
-    without_place,
-)
-from readers.subsets import Stream, by_class, generator, hold_out
-from readers.subsets import few_shot_indices as few_shot_indices  # for the scripts
+from readers.labels import Stream, by_class, generator, hold_out, join, keep_single_label
+from readers.labels import few_shot_indices as few_shot_indices  # for the scripts
+from readers.names import base_name, canonical, pack_folder, pack_of, parts_of, without_place
 from readers.transforms import Pipeline, keep
 
 SPLITS = ("train", "test")
@@ -87,7 +78,7 @@ def load_dataset(
     verify: refuse one of which a listed file is missing. single_label: keep the images with exactly
     one positive label, as a multi-class dataset. fraction: of the training images, in (0,1]; a
     smaller one lies inside a larger one of the same fraction_seed. validation: the part of the
-    training images, in (0,1), that is held out (`subsets.hold_out`) and "test" then means; the test
+    training images, in (0,1), that is held out (`labels.hold_out`) and "test" then means; the test
     set is not opened. options: of the dataset (`dataset_options`), e.g. views, split_by, labels,
     cache_dir, download, and of the synthetic worlds seed, size (pixels) and gap. Raises ValueError
     for an unknown name, split, option, column or label, FileNotFoundError for what is missing.
@@ -109,7 +100,7 @@ def load_dataset(
     else:
         build = _builder(name)
         dataset = build(name, Path(root), opened, **options)
-        if verify and (build is own.table or name in DATASETS and DATASETS[name].listed):
+        if verify and (build is natural.table or name in DATASETS and DATASETS[name].listed):
             refuse_missing(dataset)
     if single_label:
         dataset = keep_single_label(dataset)
@@ -134,7 +125,7 @@ def load_dataset(
 
 
 def load_splits(name, root="datasets", **options):
-    """(training set, test set): `load_dataset` of both splits."""
+    """(training set, test set)."""
     return tuple(load_dataset(name, root, split, **options) for split in SPLITS)
 
 
@@ -146,8 +137,10 @@ def _builder(name):
         if pack_of(original)[1]:
             raise ValueError(f"{name}: {original} is a pack already; pack the original")
         return packs.open_pack
-    if is_path(name):
-        return natural.folder if name.startswith("folder:") else own.table
+    if name.startswith("folder:"):
+        return natural.folder
+    if name.startswith("table:"):
+        return natural.table
     if name in DATASETS:
         return DATASETS[name].build
     if tilde and world in synthetic.WORLDS:
@@ -170,10 +163,10 @@ def dataset_name(text):
 def dataset_options(name):
     """The options that load_dataset takes for this name, beside those that all take."""
     parts = parts_of(name)
-    takes = ["labels"] if len(parts) > 1 else []
+    takes = dict.fromkeys(["labels"] if len(parts) > 1 else [])  # each once, in this order
     for part in parts:
         build = _builder(pack_of(part)[0])  # a pack is asked for as its original is
-        takes += [o for o in list(signature(build).parameters)[3:] if o not in takes]
+        takes |= dict.fromkeys(list(signature(build).parameters)[3:])
     return tuple(takes)
 
 
@@ -202,7 +195,7 @@ def dataset_slug(name):
 
 
 def _union(name, root, split, verify, labels="intersection", **options):
-    """These datasets as one (readers/labels.py); patients are told apart: b"nih:61"."""
+    """These datasets as one; of the options, each dataset has those that it takes."""
     parts = parts_of(name)
     if labels not in ("intersection", "union"):
         raise ValueError(f"--labels {labels}: must be intersection or union")
@@ -212,12 +205,11 @@ def _union(name, root, split, verify, labels="intersection", **options):
     for part in parts:
         given = {"views": xrays.VIEWS["padchest"]} if five_views and not pack_of(part)[1] else {}
         own = {o: value for o, value in (given | options).items() if o in dataset_options(part)}
-        if "views" in own:
-            own["views"] = xrays.views_in_union(base_name(part), own["views"])
-        member = load_dataset(part, root, split, verify=verify, **own)
-        patients = np.arange(len(member)) if member.groups is None else member.groups
-        groups = np.char.add(f"{base_name(part)}:".encode(), patients.astype("S"))
-        members.append(member.replace(groups=groups))
+        if views := own.get("views"):
+            # Without the views that only other datasets know, unless none is left.
+            others = set().union(*xrays.VIEWS.values()) - {*xrays.VIEWS.get(base_name(part), ())}
+            own["views"] = [view for view in views if view not in others] or views
+        members.append(load_dataset(part, root, split, verify=verify, **own))
     return join(name, members, labels)
 
 
@@ -226,9 +218,9 @@ def open_splits(name, args, env=None, **options):
 
     The main rank of env alone downloads, before the others.
     """
-    takes = dataset_options(name)
+    takes = (*dataset_options(name), "validation")
     for option in (*CHOICES, "cache_dir", "download", "validation"):
-        if option in (*takes, "validation") and getattr(args, option, None):
+        if option in takes and getattr(args, option, None):
             options.setdefault(option, getattr(args, option))
     alone = name in TEST_ALONE or name.startswith("table:")
     if alone and getattr(args, "method", None) == "eval":  # which trains on nothing
@@ -251,21 +243,10 @@ def refuse_options(names, args, *also):
             raise ValueError(f"--{flag} means nothing for {', '.join(names)}; leave it out")
 
 
-# ---- Which images: the global batch of a step (few-shot subsets: readers/subsets.py) -------------
+# ---- Which images: the global batch of a step (few-shot subsets: readers/labels.py) --------------
 
 
 _ORDER = {}  # {(images, seed, epoch): order}, of one epoch: every worker of every rank holds it
-
-
-def _order(num_images, seed, epoch):
-    """The permutation of an epoch; half the memory of generator.permutation."""
-    key = num_images, seed, epoch
-    if key not in _ORDER:
-        _ORDER.clear()  # before the next is made
-        order = np.arange(num_images, dtype=np.int32 if num_images < 2**31 else np.int64)
-        generator(seed, Stream.ORDER, epoch).shuffle(order)
-        _ORDER[key] = order
-    return _ORDER[key]
 
 
 def batch_indices(step, num_images, batch_size, seed, sampling="shuffle", classes=None):
@@ -279,9 +260,15 @@ def batch_indices(step, num_images, batch_size, seed, sampling="shuffle", classe
     places = np.arange(step * batch_size, (step + 1) * batch_size)
     if sampling == "shuffle":
         epochs, indices = places // num_images, np.empty_like(places)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            indices[here] = _order(num_images, seed, int(epoch))[places[here] % num_images]
+        for epoch in np.unique(epochs).tolist():
+            key, here = (num_images, seed, epoch), epochs == epoch
+            if key not in _ORDER:
+                rng = generator(seed, Stream.ORDER, epoch)
+                dtype = np.int32 if num_images < 2**31 else np.int64
+                _ORDER.clear()  # before the next is made, in half the memory of rng.permutation
+                _ORDER[key] = np.arange(num_images, dtype=dtype)
+                rng.shuffle(_ORDER[key])
+            indices[here] = _ORDER[key][places[here] % num_images]
         return indices, epochs
     rng = generator(seed, Stream.DRAW, step)
     if sampling == "replacement":
@@ -326,14 +313,12 @@ class Batches(torch.utils.data.Dataset):
         count = int(np.count_nonzero(~np.isnan(labels[indices])))
         mine = np.arange(len(indices)) // (1 + self.pairs) % self.ranks == self.rank
         indices, draws = indices[mine], draws[mine]
-        images = [self._image(int(i), int(draw)) for i, draw in zip(indices, draws)]
+        images, augment = [], self.pipeline.augment
+        for i, draw in zip(indices.tolist(), draws.tolist()):
+            rng = None if augment is keep else generator(self.seed, Stream.AUGMENT, draw, i)
+            images.append(augment(self.pipeline.read(self.dataset, i), rng))
         images = torch.stack(images) if images else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
         return images, torch.from_numpy(labels[indices]), count
-
-    def _image(self, i, draw):
-        image, augment = self.pipeline.read(self.dataset, i), self.pipeline.augment
-        rng = None if augment is keep else generator(self.seed, Stream.AUGMENT, draw, i)
-        return augment(image, rng)
 
 
 # ---- Command line: python data.py list | info | check | pack | download --------------------------
@@ -403,8 +388,8 @@ def download(args):
     print(f"{args.name}: {len(train)} + {len(test)} images in {args.data_dir}")
 
 
-# {command: what it does, its options beside --data-dir and --cache-dir}
 CHOICE = " ".join(f"--{option}" for option in CHOICES).replace("_", "-")
+# {command: what it does, its options beside --data-dir and --cache-dir}
 COMMANDS = {
     "list": (list_datasets, ""),
     "info": (info, f"{CHOICE} --single-label --fraction --sheet"),

@@ -7,11 +7,6 @@ from pathlib import Path
 PATH = re.compile("(folder:|table:)(.*)", re.DOTALL)
 
 
-def is_path(name):
-    """Whether what follows the colon in the name of a dataset is a path."""
-    return PATH.match(name) is not None
-
-
 def parts_of(name):
     """The names that a union joins; a path may hold a "+" too, that of a table as far as .csv."""
     if name.startswith("folder:"):
@@ -33,11 +28,9 @@ def _with_paths(name, change):
 
 def canonical(name):
     """The one name of a dataset however its path is given: absolute, without ~ or / at its end."""
-
-    def absolute(path):
-        return os.path.abspath(os.path.expanduser(re.sub(r"/+@(\d+)$", r"@\1", path)))
-
-    return _with_paths(name, absolute)
+    return _with_paths(
+        name, lambda path: os.path.abspath(os.path.expanduser(re.sub(r"/+@(\d+)$", r"@\1", path)))
+    )
 
 
 def without_place(name):
@@ -47,10 +40,10 @@ def without_place(name):
 
 def base_name(name):
     """The name of the dataset itself, in a union of each part: nih of nih@256 or of nih~0.4."""
-    originals = [
-        pack_of(part)[0] if is_path(part) else re.split("[@~]", part)[0] for part in parts_of(name)
-    ]
-    return "+".join(originals)
+    return "+".join(
+        pack_of(part)[0] if PATH.match(part) else re.split("[@~]", part)[0]
+        for part in parts_of(name)
+    )
 
 
 def pack_of(name):
@@ -63,9 +56,8 @@ def pack_of(name):
 
 def pack_folder(original, size, root, out=None):
     """The directory of a pack: in `out`, or else beside the folder or table, or in the root."""
-    folder = Path(root, f"{original}@{size}")
-    if is_path(original):
-        folder = Path(original.partition(":")[2].rstrip("/") + f"@{size}")
+    path = PATH.match(original)
+    folder = Path(f"{path[2].rstrip('/')}@{size}") if path else Path(root, f"{original}@{size}")
     return Path(out, folder.name) if out else folder
 
 

@@ -14,8 +14,6 @@ from typing import NamedTuple
 import numpy as np
 
 ROWS_AT_ONCE = 2**8  # of more, most of the time goes into Python's search for cycles among them
-
-
 NOT_VALID = (ValueError, KeyError, OverflowError)
 
 

@@ -73,12 +73,6 @@ PADCHEST_BROKEN = [
 ] + ["269300710246070740096540277379121868595_e7zsan.png"]
 
 
-def views_in_union(name, views):
-    """Of the views that all datasets of a union were given, those that this one may have."""
-    others = {view for known in VIEWS.values() for view in known} - set(VIEWS.get(name, ()))
-    return [view for view in views if view not in others] or views
-
-
 def _of_views(name, table, found, views):
     """(which rows show one of these views: (N,) bool, why the others are left out)."""
     known = {*VIEWS[name], *map(os.fsdecode, np.unique(found))} - {""}
@@ -239,9 +233,6 @@ def _nih_labels(texts):
     return np.array([[cls in row for cls in NIH_CLASSES] for row in present], np.float32)
 
 
-NIH_MUST = f"be No Finding, or some of these joined by |: {', '.join(NIH_CLASSES)}"
-
-
 def nih(name, root, split, views=None):
     """NIH ChestX-ray14 (Wang et al. 2017, arXiv:1705.02315) in its official layout and split."""
     folder = root / "NIH-ChestXRay-14"
@@ -250,7 +241,8 @@ def nih(name, root, split, views=None):
     need(name, table, *lists.values(), folder / "images")
     listed = {part: encoded(text for _, text in tables.read_list(lists[part])) for part in lists}
     tables.refuse_repeats(np.concatenate([*listed.values()]), " + ".join(map(str, lists.values())))
-    columns = {"Image Index": TEXT, "Finding Labels": Column(_nih_labels, NIH_MUST)}
+    must = f"be No Finding, or some of these joined by |: {', '.join(NIH_CLASSES)}"
+    columns = {"Image Index": TEXT, "Finding Labels": Column(_nih_labels, must)}
     columns |= {"Patient ID": NUMBER} | ({} if views is None else {"View Position": VIEW})
     names, labels, patients, *found = tables.read_table(table, columns)
     rows, about = np.sort(tables.positions(listed[split], names, table, source=lists[split])), {}

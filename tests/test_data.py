@@ -10,13 +10,13 @@ import torch
 from conftest import refuses
 from packing import pack, rows_of, run_data
 from scipy.stats import chisquare
-from trees import load_folder, noise, random_image, save
+from trees import load_folder, noise, places, save
 
 import data
 from data import Batches, batch_indices, few_shot_indices, load_dataset
 from readers import synthetic, transforms
 from readers.cache import preload
-from readers.images import ImageDataset
+from readers.images import Array, ImageDataset
 from readers.transforms import Pipeline, keep, random_crop_flip, resize_shorter
 from readers.workers import in_order
 
@@ -31,19 +31,19 @@ def test_rows_say_what_their_datasets_are(nih_root):
 
 def test_a_smaller_fraction_lies_in_a_larger(nih_root):
     chosen = [load_dataset("nih", nih_root, fraction=f, fraction_seed=3) for f in (0.2, 0.5)]
-    small, large = ([d.where(i) for i in range(len(d))] for d in chosen)
+    small, large = map(places, chosen)
     assert (len(small), len(large)) == (8, 20) and set(small) < set(large)
     assert sorted(large) == large and chosen[1].name == "nih-0.5"
     other = load_dataset("nih", nih_root, fraction=0.5, fraction_seed=4)
-    assert [other.where(i) for i in range(20)] != large
+    assert places(other) != large
     assert len(load_dataset("nih", nih_root, "test", fraction=0.5)) == 12
 
 
 def test_validation_is_of_the_training_set(nih_root, tmp_path):
     whole = load_dataset("nih", nih_root)
     parts = data.load_splits("nih", nih_root, validation=0.25)
-    paths = [[d.where(i) for i in range(len(d))] for d in parts]
-    assert sorted(sum(paths, [])) == sorted(whole.where(i) for i in range(40))
+    paths = [*map(places, parts)]
+    assert sorted(sum(paths, [])) == sorted(places(whole)) and len(whole) == 40
     # 40 patients, a finding each or two: of the rarest, the first of all stays.
     assert len(paths[1]) <= 10 and parts[1].labels[:, 4].sum() >= 1
     assert {d.options["validation"] for d in parts} == {0.25}
@@ -195,17 +195,13 @@ def test_draws_are_even_and_anew(sampling):
     assert len(np.unique(draws)) == 30_000  # so no augmentation comes twice
 
 
-def read_from(images, i, size=None):
-    return images[i]
-
-
 def array_dataset(rng, multilabel=False, count=23):
-    images = random_image(rng, count, 3, 20, 26)
+    reader = Array("array", noise(rng, count, 20, 26, 3))
     labels = rng.integers(4, size=count)
     if multilabel:
         labels = rng.choice(np.array([0, 1, np.nan], np.float32), (count, 5))
     task = "multilabel" if multilabel else "multiclass"
-    return ImageDataset("array", partial(read_from, images), labels, "abcde", task, "natural")
+    return ImageDataset("array", reader, labels, "abcde", task, "natural")
 
 
 CROP = Pipeline(partial(resize_shorter, size=18), partial(random_crop_flip, size=12))

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import io
+import os
 
 import numpy as np
 import torch
@@ -40,6 +41,14 @@ def load_folder(path, split="train"):
     return load_dataset(f"folder:{path}", split=split)
 
 
+def places(dataset):
+    return [dataset.where(i) for i in range(len(dataset))]
+
+
+def names(dataset):
+    return [os.path.basename(place) for place in places(dataset)]
+
+
 def write(path, content):
     """Writes text or bytes, gzipped where the name says so."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,6 +62,14 @@ def read(path):
 
 def lines(header, rows):
     return "\n".join([header, *rows]) + "\n"
+
+
+def replaced(column, text, table):
+    """The table with that text in its fourth line."""
+    header, *rows = table.splitlines()
+    fields = rows[2].split(",")
+    fields[header.split(",").index(column)] = text
+    return lines(header, [*rows[:2], ",".join(fields), *rows[3:]])
 
 
 def marks(*rows):
@@ -202,13 +219,10 @@ class Chests(Trees):
         }
         for name, pixels in self.pixels.items():
             save(self.nih / "images" / name, pixels)
-        self.write_table(NIH_HEADER, *NIH_ROWS)
+        write(self.table, "\ufeff" + "\r\n".join([NIH_HEADER, *NIH_ROWS, "", ""]))
         # Not in the order of the table, Windows line ends, blank lines, a byte order mark.
         write(self.train, "\ufeff00000003_000.png\r\n00000001_000.png\r\n\r\n00000001_001.png")
         write(self.test, "00000002_000.png\n")
-
-    def write_table(self, *rows):
-        write(self.table, "\r\n".join(["\ufeff" + rows[0], *rows[1:], "", ""]))
 
     def load(self, split="train", **options):
         return super().load("nih", split, **options)

@@ -11,7 +11,7 @@ import pandas
 import pytest
 from conftest import refuses
 from pandas._libs.parsers import STR_NA_VALUES
-from trees import lines, read, write
+from trees import lines, read, replaced, write
 
 from readers import tables
 from readers.tables import NUMBER, TEXT, read_table
@@ -113,14 +113,6 @@ def test_what_is_missing_is_what_pandas_takes_as_missing(tmp_path):
 
 
 # What is not
-
-
-def replaced(column, text, table):
-    """The table with that text in its fourth line."""
-    rows = table.splitlines()
-    fields = rows[3].split(",")
-    fields[HEADER.split(",").index(column)] = text
-    return lines(rows[0], [*rows[1:3], ",".join(fields), *rows[4:]])
 
 
 BAD = [
@@ -231,11 +223,9 @@ def test_positions(rng):
     assert tables.positions(values, values, "x").tolist() == list(range(1000))
     keys = rng.integers(-200, 1200, size=5000)
     reference = {value: place for place, value in enumerate(values.tolist())}
-    assert tables.positions(keys, values, "x").tolist() == [
-        reference.get(k, -1) for k in keys.tolist()
-    ]
+    expected = [reference.get(key, -1) for key in keys.tolist()]
+    assert tables.positions(keys, values, "x").tolist() == expected
     texts = np.array([b"b", b"a", b"cc"])
     assert tables.positions(np.array([b"cc", b"c", b"b"]), texts, "x").tolist() == [2, -1, 0]
-    refuses(
-        ValueError, partial(tables.positions, keys, np.array([1, 2, 1]), "x.csv"), "x.csv: 1 occurs"
-    )
+    call = partial(tables.positions, keys, np.array([1, 2, 1]), "x.csv")
+    refuses(ValueError, call, "x.csv: 1 occurs")

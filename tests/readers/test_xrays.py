@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import refuses
 from PIL import Image
-from trees import MIMIC_ROWS, Trees, lines, marks, noise, read, save, write
+from trees import MIMIC_ROWS, Trees, lines, marks, names, noise, places, read, replaced, save, write
 
 import data
 from data import load_dataset
@@ -26,11 +26,7 @@ from readers.xrays import PADCHEST_BROKEN as BROKEN
 
 def files(dataset, folder):
     """The images' paths below a folder."""
-    return [str(dataset.where(i)).removeprefix(f"{folder}/") for i in range(len(dataset))]
-
-
-def names(dataset):
-    return [Path(dataset.where(i)).name for i in range(len(dataset))]
+    return [place.removeprefix(f"{folder}/") for place in places(dataset)]
 
 
 def groups(dataset):
@@ -343,10 +339,7 @@ def test_a_row_twice_or_lost(trees, part):
 def test_unknown_texts(trees, capfd, table, column, text, must):
     trees.write_nih(NIH_TRAIN, NIH_TEST)
     path, name = trees.tables[table], {"train": "chexpert", "nih": "nih"}.get(table, "mimic")
-    header, rows = table_rows(path)
-    fields = rows[2].split(",")
-    fields[header.split(",").index(column)] = text
-    write(path, lines(header, [*rows[:2], ",".join(fields), *rows[3:]]))
+    write(path, replaced(column, text, read(path)))
     assert data.main(["info", name, "--data-dir", str(trees.root)]) == 2
     out, err = capfd.readouterr()
     assert err.startswith(f"error: {path}, line 4: {column} {text!r} must be {must}")
