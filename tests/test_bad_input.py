@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import refuses, run
 from grids import call
+from interruption import CPU
 from trees import noise, save
 
 import data
@@ -26,7 +27,7 @@ import pretrain
 import transfer
 from engine import checkpoint, console
 from engine.optimizer import SGD_AGC
-from engine.processes import Env, run_script
+from engine.processes import run_script
 from readers.images import Array, ImageDataset
 
 SCRIPTS = {"pretrain": pretrain, "transfer": transfer, "fewshot": fewshot}
@@ -167,10 +168,8 @@ def tiny(tmp_path, rng):
 def test_truncated_image(refuse, tiny, split, workers):
     broken = tiny / split / "b" / "1.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    words = ("--source", f"folder:{tiny}", "--image-size", 32, "--workers", workers)
-    assert str(broken) in refuse("pretrain", *words)
-    words = ("--target", f"folder:{tiny}", "--shots", 3, "--workers", workers)
-    assert str(broken) in refuse(*SCRATCH.split(), *words)
+    for words in ("pretrain --image-size 32 --source", f"{SCRATCH} --shots 3 --target"):
+        assert str(broken) in refuse(*words.split(), f"folder:{tiny}", "--workers", workers)
 
 
 def test_two_targets_of_one_name(refuse, tiny):
@@ -328,18 +327,17 @@ def test_results_that_are_none(tmp_path, text):
     ids=str,
 )
 def test_checkpoints_that_cannot_be_continued(tmp_path, change):
-    env = Env(0, 1, torch.device("cpu"), "fp32")
     model = torch.nn.Linear(3, 2, bias=False)
     optimizer, path = SGD_AGC(model.parameters(), 0.1), tmp_path / "checkpoint.pt"
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     state |= {"step": 10, "seconds": 1.0, "config": {"lr": 0.1}}
     torch.save(state, path)
-    assert checkpoint.Run(path, model, optimizer, {"lr": 0.1}, env, last=10).step == 10
+    run = partial(checkpoint.Run, path, model, optimizer, {"lr": 0.1}, CPU, last=10)
+    assert run().step == 10
     if change.get("optimizer"):
         change = {"optimizer": state["optimizer"] | change["optimizer"]}
     torch.save(state | change, path)
-    about = path, model, optimizer, {"lr": 0.1}, env
-    refuses(ValueError, lambda: checkpoint.Run(*about, last=10), path)
+    refuses(ValueError, run, path)
 
 
 @pytest.mark.parametrize("labels", ([0, 2], [-1, 0], [[0, 2]], [[-1, 0]], [[math.nan, 1.5]]))
@@ -372,9 +370,9 @@ def test_places_that_cannot_be_written(refuse, tiny, tmp_path, out):
 
 @pytest.mark.parametrize("name", ("model.pt", "checkpoint.pt", "log.jsonl", "result.json"))
 def test_a_directory_where_a_file_belongs(refuse, tiny, tmp_path, name):
-    (tmp_path / "runs" / "folder-set-R14x0.5" / name).mkdir(parents=True)
-    words = ("--source", f"folder:{tiny}", "--image-size", 32)
-    assert f"folder-set-R14x0.5/{name}" in refuse("pretrain", *words)
+    (tmp_path / "runs/folder-set-R14x0.5" / name).mkdir(parents=True)
+    said = refuse("pretrain", "--source", f"folder:{tiny}", "--image-size", 32)
+    assert f"folder-set-R14x0.5/{name}" in said
 
 
 MEMORY = "; less is needed with --accumulate, --checkpoint-activations, fewer --workers, a smaller"

@@ -84,27 +84,21 @@ def test_networks_that_are_found(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def started(monkeypatch):
-    """(weights, settings of the optimiser) of every training as it starts."""
-    found, original = [], transfer.Run
-
-    def note(path, model, optimizer, *rest):
-        state = {key: value.clone() for key, value in model.state_dict().items()}
-        found.append((state, optimizer.param_groups[0].copy()))
-        return original(path, model, optimizer, *rest)
-
-    monkeypatch.setattr(transfer, "Run", note)
-    return found
-
-
-@pytest.fixture
 def words(folder, checkpoint):
     """Options of a transfer of the network to the images that it was trained on."""
     return "--checkpoint", checkpoint, "--target", f"folder:{folder}", "--batch-size", 8, *QUICK
 
 
-def test_head_is_fresh_and_body_is_not(words, checkpoint, tmp_path, started):
+def test_head_is_fresh_and_body_is_not(words, checkpoint, tmp_path, monkeypatch):
     """As many classes as the source had."""
+    started, original = [], transfer.Run
+
+    def note(path, model, optimizer, *rest):
+        state = {key: value.clone() for key, value in model.state_dict().items()}
+        started.append((state, optimizer.param_groups[0].copy()))
+        return original(path, model, optimizer, *rest)
+
+    monkeypatch.setattr(transfer, "Run", note)
     for name, more in {"a": ("--seeds", 2), "b": (), "c": ("--recipe", "bit")}.items():
         call(transfer, *words, "--steps", 1, "--out", tmp_path / name, *more)
     source = torch.load(checkpoint / "model.pt", weights_only=True)["model"]
