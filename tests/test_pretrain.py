@@ -97,15 +97,10 @@ def test_compiled_runs_have_the_same_losses(folder, tmp_path):
 
 def test_batch_size_auto_changes_no_result(folder, tmp_path):
     """A batch of 64, the recipe's, in one part and in 64; the same run by another name."""
-    found = []
+    found, words = [], ("--recipe", "synthetic", "--batch-size")
     for free, parts in ((2**50, 1), (0, 64)):
-        home = tmp_path / str(parts)
-        home.mkdir()
-
-        def patch(free=free):
-            memory.free_memory = lambda device: free
-
-        auto = Training(folder, home, "--recipe", "synthetic", "--batch-size", "auto")
+        auto = Training(folder, tmp_path, *words, "auto", out=tmp_path / str(parts))
+        patch = functools.partial(setattr, memory, "free_memory", lambda device, free=free: free)
         ((out, _),) = auto.go(patch=patch)
         assert f"{64 // parts} images at a time" in out
         record = auto.result()
@@ -113,7 +108,7 @@ def test_batch_size_auto_changes_no_result(folder, tmp_path):
         assert len(auto.losses()) == 3
         found.append(auto)
         before = {path: path.stat().st_mtime_ns for path in auto.paths("*")}
-        ((out, _),) = Training(folder, home, "--recipe", "synthetic", "--batch-size", 64).go()
+        ((out, _),) = Training(folder, tmp_path, *words, 64, out=auto.out).go()
         assert "finished already" in out
         assert {path: path.stat().st_mtime_ns for path in auto.paths("*")} == before
     assert found[1].losses() == pytest.approx(found[0].losses(), rel=1e-4)
