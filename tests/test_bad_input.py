@@ -17,7 +17,7 @@ import torch
 from conftest import refuses, run
 from grids import call
 from interruption import CPU
-from trees import noise, save
+from trees import write_photos
 
 import data
 import fewshot
@@ -158,24 +158,22 @@ def test_bounds(refuse, flag):
 
 @pytest.fixture
 def tiny(tmp_path, rng):
-    """folder: dataset, 2 classes of 3 + 3 images, to be spoilt."""
-    for split, name, i in ((s, c, i) for s in ("train", "test") for c in "ab" for i in range(3)):
-        save(tmp_path / "set" / split / name / f"{i}.png", noise(rng, 32, 32, 3))
-    return tmp_path / "set"
+    """folder: dataset of few images, to be spoilt."""
+    return write_photos(tmp_path / "set", rng)
 
 
 @pytest.mark.parametrize("split, workers", [("train", 0), ("test", 2)])
 def test_truncated_image(refuse, tiny, split, workers):
-    broken = tiny / split / "b" / "1.png"
+    broken = tiny / split / "dog" / "1.png"
     broken.write_bytes(broken.read_bytes()[:60])
     for words in ("pretrain --image-size 32 --source", f"{SCRATCH} --shots 3 --target"):
         assert str(broken) in refuse(*words.split(), f"folder:{tiny}", "--workers", workers)
 
 
 def test_two_targets_of_one_name(refuse, tiny):
-    other = shutil.copytree(tiny, tiny.parent / "other" / tiny.name)
-    words = (*SCRATCH.split(), "--target", f"folder:{tiny}", f"folder:{other}", "--shots", 1)
-    assert "would write results/folder-set" in refuse(*words)
+    targets = f"folder:{tiny}", f"folder:{shutil.copytree(tiny, tiny.parent / 'other/set')}"
+    said = refuse(*SCRATCH.split(), "--shots", 1, "--target", *targets)
+    assert "would write results/folder-set" in said
 
 
 def weights(**change):
