@@ -95,13 +95,13 @@ def test_compiled_runs_have_the_same_losses(folder, tmp_path):
     assert compiled.losses() == pytest.approx(undisturbed(folder, 1).losses(), rel=1e-3)
 
 
-def test_batch_size_auto_changes_no_result(folder, tmp_path):
+def test_batch_size_auto_changes_no_result(folder, tmp_path, monkeypatch):
     """A batch of 64, the recipe's, in one part and in 64; the same run by another name."""
     found, words = [], ("--recipe", "synthetic", "--batch-size")
     for free, parts in ((2**50, 1), (0, 64)):
         auto = Training(folder, tmp_path, *words, "auto", out=tmp_path / str(parts))
-        patch = functools.partial(setattr, memory, "free_memory", lambda device, free=free: free)
-        ((out, _),) = auto.go(patch=patch)
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
+        ((out, _),) = auto.go()
         assert f"{64 // parts} images at a time" in out
         record = auto.result()
         assert (record["config"]["batch_size"], record["layout"]["accumulate"]) == (64, parts)
@@ -198,20 +198,15 @@ def test_a_run_is_named_after_what_is_not_its_default(source, recipe, seed, name
     assert pretrain.run_name(config | {"seed": seed}, about) == name
 
 
-def test_the_weights_of_the_least_loss_are_kept_also_when_killed(folder, tmp_path):
+def test_the_weights_of_the_least_loss_are_kept_also_when_killed(folder, tmp_path, monkeypatch):
     """Of three epochs the last one climbs: the least loss is the second's."""
-
-    def climbs(then=lambda: None):
-        pretrain.rate = lambda step, config: 0.003 if step < EPOCHS[1] else -0.01
-        then()
-
+    monkeypatch.setattr(pretrain, "rate", lambda step, _: 0.003 if step < EPOCHS[1] else -0.01)
     words = ("--keep", "best", "--save-minutes", 1e-6)
     one, other = (Training(folder, tmp_path, *words, out=tmp_path / name) for name in "ab")
-    one.go(patch=climbs)
+    one.go()
     for step in (12, 20):
-        patch = functools.partial(climbs, at_step(step, die))
-        other.go(-signal.SIGKILL, patch)
-    other.go(patch=climbs)
+        other.go(-signal.SIGKILL, at_step(step, die))
+    other.go()
     best, again = one.load("model-best.pt"), other.load("model-best.pt")
     losses = {line["step"]: line["test"]["loss"] for line in one.lines("test")}
     least = min(losses, key=losses.get)
