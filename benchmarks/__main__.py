@@ -14,9 +14,8 @@ from inspect import getdoc
 
 import torch
 
-from benchmarks.gpu import gpu
+from benchmarks.gpu import gpu, grid
 from benchmarks.loading import load
-from benchmarks.processes import grid
 from benchmarks.train import train
 from engine.console import Parser, number, one_of, print_table, write_json
 from engine.processes import environment, run_script, setup

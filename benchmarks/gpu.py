@@ -1,4 +1,4 @@
-"""What a GPU is worth here: first that it computes what a CPU does, then how fast.
+"""What a GPU is worth here: that it computes what a CPU does, and how fast; cells of a grid.
 
 Every arm is written to OUT/gpu.jsonl as it ends, so that a run that is cut short leaves what it
 found. On a CPU everything runs in small: that tests this file, and measures nothing.
@@ -6,6 +6,7 @@ found. On a CPU everything runs in small: that tests this file, and measures not
 
 import itertools
 import json
+import os
 import signal
 import statistics
 import subprocess
@@ -21,13 +22,11 @@ import torch
 
 import data
 import models
-from benchmarks.loading import make_images
-from benchmarks.measure import bound, seconds
-from benchmarks.train import our_network, training, training_loop
+from benchmarks import train
 from engine import memory
 from engine.checkpoint import Run
 from engine.console import one_line, refuse_unwritable, say
-from engine.processes import environment, parallel
+from engine.processes import environment
 from pretrain import choose_pipeline
 from readers import packs
 from readers.workers import available_cores, loader
@@ -74,8 +73,12 @@ def gpu(args, env):
             parts.append((f"speed of {about}", speed(env, small, *about), share))
     parts += [("loading", loading(env, small), 8), ("cells", cells(env, small), 6)]
     unit = 60 * args.minutes / sum(share for _, _, share in parts)
-    rows, bounds, end = [], [], time.monotonic()
+
+    def late(*_):
+        raise TimeoutError("its share of --minutes is over")
+
     signal.signal(signal.SIGALRM, late)
+    rows, bounds, end = [], [], time.monotonic()
     path = Path(args.out, "gpu.jsonl")
     refuse_unwritable("--out", path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,27 +101,23 @@ def gpu(args, env):
                     say(env, f"{arm.part}: {arm.arm}: {arm.value:.4g} {arm.unit}")
                     if arm.most is not None:
                         ratio = arm.most / arm.value if arm.value else 1.0
-                        bounds.append(bound(f"the bound of {arm.part}", arm.arm, ratio, 1.0))
+                        bounds.append(train.bound(f"the bound of {arm.part}", arm.arm, ratio, 1.0))
             except Exception as error:
                 reason = f"{type(error).__name__}: {one_line(error)}"[:300]
                 print(f"{name}: {reason}", file=sys.stderr)
                 keep(Arm(name, reason, None, "failed"))
                 if name in {proof.__name__ for proof in proofs}:
-                    bounds.append(bound(f"the bound of {name}", "failed", 0.0, 1.0))
+                    bounds.append(train.bound(f"the bound of {name}", "failed", 0.0, 1.0))
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
     return rows, bounds
-
-
-def late(*_):
-    raise TimeoutError("its share of --minutes is over")
 
 
 def trained(env, count, accumulate=1, stop=0):
     """Network after `count` steps of the loop; stop: after so many it goes on from a checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         for end in filter(None, (stop, count)):
-            run = Run(Path(folder, "checkpoint.pt"), *our_network(env), {}, env)
+            run = Run(Path(folder, "checkpoint.pt"), *train.our_network(env), {}, env)
             loop = steps(run.model, run.optimizer, env, accumulate, run.step)
             for _ in range(end - run.step):
                 next(loop)
@@ -133,7 +132,7 @@ def steps(model, optimizer, env, accumulate=1, skip=0):
     images = torch.randint(256, (8, 16, 3, 32, 32), generator=generator).byte()
     labels = torch.randint(10, (8, 16), generator=generator)
     stream = itertools.islice(itertools.cycle(zip(images, labels, [16] * 8)), skip, None)
-    return training_loop(parallel(model, env), optimizer, stream, 16, env, accumulate)
+    return train.training_loop(model, optimizer, stream, 16, env, accumulate)
 
 
 def difference(a, b):
@@ -180,7 +179,7 @@ def launches(env, small):
     training step: the device's launches, or a CPU's profiled calls.
     """
     check = torch.cuda.set_sync_debug_mode if not small else lambda mode: None
-    loop = steps(*our_network(env), env)
+    loop = steps(*train.our_network(env), env)
     next(loop), next(loop)
     try:
         check("error")
@@ -191,10 +190,10 @@ def launches(env, small):
     yield Arm("synchronise", "CUDA's own check", 0, "calls", 0)
     kind = torch.profiler.ProfilerActivity.CPU if small else torch.profiler.ProfilerActivity.CUDA
     for name in ("R14x0.5",) if small else ("R14x0.5", "R50x1", "R152x4"):
-        loop = steps(*our_network(env, name), env)
+        loop = steps(*train.our_network(env, name), env)
         next(loop), next(loop)
         with torch.profiler.profile(activities=[kind]) as profile:
-            seconds(loop, 1, env.device)
+            train.seconds(loop, 1, env.device)
         count = sum(small or "LaunchKernel" in event.name for event in profile.events())
         yield Arm("launches", name, count, "a step")
 
@@ -204,7 +203,7 @@ def compiled(env, small):
     name, side = ("R14x0.5", 32) if small else ("R50x1", 64)
     images, gradients = torch.randn(8, 3, side, side, device=env.device), []
     for compile in (False, True):
-        model, began = our_network(env, name)[0], time.perf_counter()
+        model, began = train.our_network(env, name)[0], time.perf_counter()
         if compile:
             model.compile_blocks()
         logits = model(images)  # in fp32: bf16 rounds otherwise where kernels are fused
@@ -218,7 +217,7 @@ def compiled(env, small):
 
 def layouts(env, small):
     """Convolutions whose input and kernel lie otherwise than the other."""
-    model, mixed = our_network(env, "R14x0.5" if small else "R50x1")[0], []
+    model, mixed = train.our_network(env, "R14x0.5" if small else "R50x1")[0], []
 
     def look(module, inputs):
         x, weight = inputs[0], models.standardize(module.weight)
@@ -257,10 +256,10 @@ def speed(env, small, name, size, side, classes, arm):
         torch.cuda.empty_cache()
     memory.reset_peak_memory(env.device)
     args = SimpleNamespace(model=name, image_size=side, batch_size=size)
-    loop = training(arm, args, env, classes, clipping=0.01)
+    loop = train.training(arm, args, env, classes, clipping=0.01)
     for _ in range(warm):
         next(loop)
-    step = statistics.median(seconds(loop, 1, env.device) for _ in range(count))
+    step = statistics.median(train.seconds(loop, 1, env.device) for _ in range(count))
     title = f"{name} x {size}, {arm}"
     yield Arm("speed", title, size / step, "images/s")
     flops = 3 * size * models.forward_flops(name, classes, side) / step
@@ -275,52 +274,63 @@ def loading(env, small):
     """
     side, size, count = (32, 8, 16) if small else (224, 256, 2048)
     with tempfile.TemporaryDirectory() as made:
-        folder = make_images(Path(made), 256, classes=10, count=count // 10)
+        folder = train.make_images(Path(made), 256, classes=10, count=count // 10)
         dataset = data.load_dataset(f"folder:{folder}")
         pipeline = choose_pipeline(dataset, side, train=True)
         counts = (0, 2) if small else sorted({min(w, available_cores()) for w in (0, 4, 8, 14)})
         for workers in counts:
             last = 2 if small else 8 + 8 * workers
             stream = loader(data.Batches(dataset, pipeline, size), 0, last, workers, env.device)
-            speed = last * size / seconds(stream, last, env.device)
+            speed = last * size / train.seconds(stream, last, env.device)
             yield Arm("loading", f"JPEG, {workers} workers", speed, "images/s")
-        pixels, waits, count = side * 8 // 7, [], 2 if small else 20
+        pixels, count = side * 8 // 7, 2 if small else 20
         target = Path(f"{folder}@{pixels}")
         packs.pack(dataset.name, dict.fromkeys(data.SPLITS, dataset), pixels, target)
         packed = data.load_dataset(f"{dataset.name}@{pixels}")
         stream = loader(data.Batches(packed, pipeline, size), 0, sys.maxsize, None, env.device)
-        network, optimizer = our_network(env, "R50x1")
-        ours = training_loop(parallel(network, env), optimizer, waiting(stream, waits), size, env)
+        loop = train.training_loop(*train.our_network(env, "R50x1"), stream, size, env)
+        log = next(loop)
+        waited = log.waited
+        spent = train.seconds(loop, count, env.device)
+        yield Arm("loading", "end to end, ours, from a pack", count * size / spent, "images/s")
+        share, most = (log.waited - waited) / spent, None if small else 0.02
+        yield Arm("loading", "data_wait from a pack", share, "", most)
         args = SimpleNamespace(model="R50x1", image_size=side, batch_size=size)
-        timms = training("timm, bf16, fused", args, env, 10, dataset)
-        for name, loop in (("ours, from a pack", ours), ("timm, its prefetcher", timms)):
-            next(loop)
-            waits.clear()
-            spent = seconds(loop, count, env.device)
-            yield Arm("loading", f"end to end, {name}", count * size / spent, "images/s")
-            if loop is ours:
-                share = sum(waits) / spent
-                yield Arm("loading", "data_wait from a pack", share, "", None if small else 0.02)
-
-
-def waiting(stream, waits):
-    """The same stream; waits: a list that takes the seconds of each next()."""
-    while True:
-        began = time.perf_counter()
-        batch = next(stream)
-        waits.append(time.perf_counter() - began)
-        yield batch
+        loop = train.training("timm, bf16, fused", args, env, 10, dataset)
+        next(loop)
+        speed = count * size / train.seconds(loop, count, env.device)
+        yield Arm("loading", "end to end, timm, its prefetcher", speed, "images/s")
 
 
 def cells(env, small):
     """Few-shot cells a minute of fewshot.py, its start included."""
-    script, name = Path(__file__).parent.parent / "fewshot.py", "R14x0.5" if small else "R50x1"
+    name, steps = ("R14x0.5", 5) if small else ("R50x1", 100)
     for pixels in (32,) if small else (128, 480):
-        options = f"--checkpoint scratch --seeds 2 --shots 1 --model {name} --image-size {pixels}"
-        options += f" --steps {5 if small else 100} --target synthetic-natural-target --out"
+        options = f"--seeds 2 --shots 1 --model {name} --image-size {pixels} --steps {steps}"
+        spent = fewshot_seconds(f"{options} --target synthetic-natural-target")
+        yield Arm("few-shot", f"{pixels} pixels", 2 * 60 / spent, "cells a minute")
+
+
+def grid(args, env):
+    """Cells a second of fewshot.py under torchrun with one process and with two, a thread each:
+    the whole command, from its start to its closing table.
+    """
+    speeds, one_thread = {}, {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for _ in range(args.rounds):
+        for ranks, name in ((1, "1 process"), (2, "2 processes")):
+            launch = f"-m torch.distributed.run --standalone --nproc_per_node={ranks}"
+            spent = fewshot_seconds(f"--seeds {args.seeds}", launch, one_thread)
+            # A seed is six cells, of the defaults: two targets, three shots, one network.
+            speeds[name] = max(speeds.get(name, 0.0), 6 * args.seeds / spent)
+    return train.speed_report(speeds, "1 process", [("2 processes", "1 process", 1.8)], "cells/s")
+
+
+def fewshot_seconds(options, launch="", environment=None):
+    """Of fewshot.py from scratch, its start included."""
+    command = [sys.executable, *launch.split(), Path(__file__).parent.parent / "fewshot.py"]
+    command += ["--checkpoint", "scratch", *options.split(), "--out"]
+    settings = {"env": os.environ | (environment or {}), "stdout": subprocess.DEVNULL}
+    with tempfile.TemporaryDirectory() as out:
         began = time.perf_counter()
-        with tempfile.TemporaryDirectory() as out:
-            command = [sys.executable, script, *options.split(), out]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        speed = 2 * 60 / (time.perf_counter() - began)
-        yield Arm("few-shot", f"{pixels} pixels", speed, "cells a minute")
+        subprocess.run([*command, out], check=True, **settings)
+        return time.perf_counter() - began

@@ -14,9 +14,10 @@ from torchvision import transforms as T
 
 import data
 import pretrain
-from benchmarks.measure import best_speeds, speed_report
+from benchmarks.train import best_speeds, make_images, speed_report
 from engine.evaluate import to_input
-from readers import packs, synthetic, tables, xrays
+from readers import packs, xrays
+from readers.tables import finding
 from readers.transforms import NORMALIZATION, xray_pipeline
 
 BATCH, SIZE = 32, 224
@@ -45,10 +46,12 @@ def load(args, env):
     with tempfile.TemporaryDirectory() as made:
         folder, sets, arms = Path(made), {}, {}
         make_mimic(folder, args.rows)
-        works = {"ours, tables": ours_of_mimic, "pandas, tables": pandas_of_mimic}
-        for found in zip(*(work(folder) for work in works.values())):
-            np.testing.assert_array_equal(*found)
-        tables = {k: itertools.starmap(v, itertools.repeat([folder])) for k, v in works.items()}
+        mimic = folder, "train", ("PA", "AP"), finding()[0]
+        ours = (xrays.mimic_rows("mimic", *mimic) for _ in itertools.count())
+        theirs = (pandas_of_mimic(folder) for _ in itertools.count())
+        (files, _, _, labels, _), (expected_files, expected_labels) = next(ours), next(theirs)
+        np.testing.assert_array_equal(files, expected_files)
+        np.testing.assert_array_equal(labels, expected_labels)
         photos = make_images(folder, 1024, "synthetic-xray", "png")
         for split in data.SPLITS:
             dataset = data.load_dataset(f"folder:{photos}", split=split)
@@ -73,14 +76,9 @@ def load(args, env):
         for arm in arms.values():
             next(arm)
         speeds = best_speeds(arms, args.rounds, 4, BATCH, env, time.process_time)
+        tables = {"ours, tables": ours, "pandas, tables": theirs}
         speeds |= best_speeds(tables, args.rounds, 1, args.rows, env, time.process_time)
     return speed_report(speeds, "study", REQUIRED)
-
-
-def ours_of_mimic(folder):
-    finding = tables.finding()[0]
-    found = xrays.mimic_rows("mimic", folder, "train", ("PA", "AP"), finding)
-    return found[0], found[3]
 
 
 def pandas_of_mimic(folder):
@@ -140,15 +138,3 @@ def make_mimic(folder, rows):
     tables = {"chexpert": findings, "metadata": ids | metadata, "split": ids | {"split": splits}}
     for part, table in tables.items():
         pandas.DataFrame(table).to_csv(folder / MIMIC.format(part), index=False)
-
-
-def make_images(root, side, world="synthetic-natural", suffix="jpg", classes=4, count=16):
-    """A folder of images of a made world: train/CLASS/* and test/CLASS/*."""
-    folder = root / f"images-{side}"
-    for split, cls in itertools.product(data.SPLITS, range(classes)):
-        (folder / split / str(cls)).mkdir(parents=True)
-        for i in range(count if split == "train" else 1):
-            pixels = synthetic.render(world, split, cls * count + i, side).transpose(1, 2, 0)
-            image = Image.fromarray(np.ascontiguousarray(pixels.squeeze()))
-            image.save(folder / split / str(cls) / f"{i}.{suffix}", quality=90)
-    return folder

@@ -1,24 +1,27 @@
-"""A training step beside timm's: on one batch in memory, and (--peers) from files to the update."""
+"""A training step beside timm's, of a batch in memory or from files; how benchmarks measure."""
 
 import itertools
+import math
 import sys
 import tempfile
+import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import data
 import models
 import pretrain
-from benchmarks.loading import make_images
-from benchmarks.measure import best_speeds, speed_report
-from engine.console import say
+from engine.console import progress_bar, say
 from engine.evaluate import to_input
 from engine.log import Log
 from engine.metrics import loss_sum
 from engine.optimizer import SGD_AGC, set_learning_rate
 from engine.processes import parallel, parts
+from readers import synthetic
 from readers.cache import preload
 from readers.transforms import NORMALIZATION
 from readers.workers import available_cores, loader
@@ -89,7 +92,7 @@ def training(name, args, env, classes, dataset=None, clipping=None):
         network.compile_blocks()
     if "graphs" in options:
         network.compile(mode="reduce-overhead")
-    return training_loop(parallel(network, env), optimizer, stream, args.batch_size, env)
+    return training_loop(network, optimizer, stream, args.batch_size, env)
 
 
 def our_network(env, name="R14x0.5", classes=10, clipping=0.01):
@@ -101,27 +104,26 @@ def our_network(env, name="R14x0.5", classes=10, clipping=0.01):
 
 
 def training_loop(network, optimizer, stream, batch_size, env, accumulate=1):
-    """The loop of pretrain.py, without its tests, checkpoints and signals: yields after each step.
+    """The loop of pretrain.py without tests, checkpoints and signals: yields its Log each step.
 
     stream: (images uint8 (N,C,H,W), labels (N,), N).
     """
-    lr, step, normalization = RECIPE.lr / 256 * batch_size, 0, NORMALIZATION["natural"]
+    network, lr = parallel(network, env), RECIPE.lr / 256 * batch_size
     with Log(env, 0, None, batch_size) as log:
-        while True:
+        for step in itertools.count(1):
             batch, targets, count = log.next(stream)
             set_learning_rate(optimizer, lr)
             optimizer.zero_grad(set_to_none=True)
             loss = 0.0
             for images, labels in parts(network, batch, targets, accumulate, env):
                 with env.autocast():
-                    logits = network(to_input(images, normalization, env.device))
+                    logits = network(to_input(images, NORMALIZATION["natural"], env.device))
                 part_loss = loss_sum(logits, labels, "multiclass")
                 (part_loss * (env.ranks / max(count, 1))).backward()
                 loss = loss + part_loss.detach()
             optimizer.step()
-            step += 1
             log.add(step, lr, loss, count, optimizer)
-            yield
+            yield log
 
 
 def timm_training(args, options, env, classes, batch, dataset):
@@ -164,3 +166,59 @@ def timm_loop(network, optimizer, epoch, env, layout):
             loss.backward()
             optimizer.step()
             yield
+
+
+def best_speeds(arms, rounds, steps, images, env, clock=time.perf_counter):
+    """{name: images a second} of arms {name: iterator}, each next() a step of `images` images.
+
+    In each round every arm takes its turn of `steps` steps. The best round counts: other work on a
+    machine only ever slows one down.
+    """
+    best = dict.fromkeys(arms, math.inf)
+    with progress_bar(env, rounds * len(arms), title="turns", unit="turn") as bar:
+        for _ in range(rounds):
+            for name, arm in arms.items():
+                best[name] = min(best[name], seconds(arm, steps, env.device, clock))
+                bar.update()
+    return {name: steps * images / spent for name, spent in best.items()}
+
+
+def seconds(arm, steps, device, clock=time.perf_counter):
+    """Of so many steps of an arm, and the work they queued."""
+    synchronize = torch.get_device_module(device).synchronize
+    synchronize()
+    began = clock()
+    for _ in range(steps):
+        next(arm)
+    synchronize()
+    return clock() - began
+
+
+def bound(of, to, ratio, least):
+    """A line of a report: that `of` is at least `least` times `to`; ratio: what was found."""
+    return {"of": of, "to": to, "ratio": ratio, "least": least, "reached": ratio >= least}
+
+
+def speed_report(speeds, peer, required, unit="images/s"):
+    """(rows of the table {column: value}, [bound]) of {arm: so many `unit`}.
+
+    required: (numerator, denominator, least ratio) each; the fastest arm whose name begins so.
+    """
+    rows = [{"arm": k, unit: v, f"ratio to {peer}": v / speeds[peer]} for k, v in speeds.items()]
+    by_speed, bounds = sorted(speeds, key=speeds.get, reverse=True), []
+    for *prefixes, least in required:
+        over, under = (next(k for k in by_speed if k.startswith(prefix)) for prefix in prefixes)
+        bounds.append(bound(over, under, speeds[over] / speeds[under], least))
+    return rows, bounds
+
+
+def make_images(root, side, world="synthetic-natural", suffix="jpg", classes=4, count=16):
+    """A folder of images of a made world: train/CLASS/* and test/CLASS/*."""
+    folder = root / f"images-{side}"
+    for split, cls in itertools.product(data.SPLITS, range(classes)):
+        (folder / split / str(cls)).mkdir(parents=True)
+        for i in range(count if split == "train" else 1):
+            pixels = synthetic.render(world, split, cls * count + i, side).transpose(1, 2, 0)
+            image = Image.fromarray(np.ascontiguousarray(pixels.squeeze()))
+            image.save(folder / split / str(cls) / f"{i}.{suffix}", quality=90)
+    return folder

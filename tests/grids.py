@@ -28,10 +28,8 @@ def call(script, *words):
 
 def results(out, pattern="*/*/*.json"):
     """{path below out: content}"""
-    return {
-        str(path.relative_to(out)): json.loads(path.read_text())
-        for path in sorted(out.glob(pattern))
-    }
+    paths = sorted(out.glob(pattern))
+    return {str(path.relative_to(out)): json.loads(path.read_text()) for path in paths}
 
 
 def outputs(path, dataset, rows=None, kind="features", domain="natural"):

@@ -16,7 +16,8 @@ import pytest
 import torch
 from conftest import refuses, run
 from grids import call
-from trees import noise, save
+from interruption import CPU
+from trees import write_photos
 
 import data
 import fewshot
@@ -26,7 +27,7 @@ import pretrain
 import transfer
 from engine import checkpoint, console
 from engine.optimizer import SGD_AGC
-from engine.processes import Env, run_script
+from engine.processes import run_script
 from readers.images import Array, ImageDataset
 
 SCRIPTS = {"pretrain": pretrain, "transfer": transfer, "fewshot": fewshot}
@@ -157,26 +158,22 @@ def test_bounds(refuse, flag):
 
 @pytest.fixture
 def tiny(tmp_path, rng):
-    """folder: dataset, 2 classes of 3 + 3 images, to be spoilt."""
-    for split, name, i in ((s, c, i) for s in ("train", "test") for c in "ab" for i in range(3)):
-        save(tmp_path / "set" / split / name / f"{i}.png", noise(rng, 32, 32, 3))
-    return tmp_path / "set"
+    """folder: dataset of few images, to be spoilt."""
+    return write_photos(tmp_path / "set", rng)
 
 
 @pytest.mark.parametrize("split, workers", [("train", 0), ("test", 2)])
 def test_truncated_image(refuse, tiny, split, workers):
-    broken = tiny / split / "b" / "1.png"
+    broken = tiny / split / "dog" / "1.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    words = ("--source", f"folder:{tiny}", "--image-size", 32, "--workers", workers)
-    assert str(broken) in refuse("pretrain", *words)
-    words = ("--target", f"folder:{tiny}", "--shots", 3, "--workers", workers)
-    assert str(broken) in refuse(*SCRATCH.split(), *words)
+    for words in ("pretrain --image-size 32 --source", f"{SCRATCH} --shots 3 --target"):
+        assert str(broken) in refuse(*words.split(), f"folder:{tiny}", "--workers", workers)
 
 
 def test_two_targets_of_one_name(refuse, tiny):
-    other = shutil.copytree(tiny, tiny.parent / "other" / tiny.name)
-    words = (*SCRATCH.split(), "--target", f"folder:{tiny}", f"folder:{other}", "--shots", 1)
-    assert "would write results/folder-set" in refuse(*words)
+    targets = f"folder:{tiny}", f"folder:{shutil.copytree(tiny, tiny.parent / 'other/set')}"
+    said = refuse(*SCRATCH.split(), "--shots", 1, "--target", *targets)
+    assert "would write results/folder-set" in said
 
 
 def weights(**change):
@@ -224,13 +221,6 @@ def test_facts_of_a_network_that_cannot_be(tmp_path, key):
         refuses(ValueError, call, f"{path}: its {key} is {said}")
 
 
-@pytest.mark.parametrize("classes", (("a",), ("a", "b", "c")))
-def test_classes_that_are_not_those_of_the_head(tmp_path, classes):
-    """Else --eval-only would measure a head that was never trained."""
-    call = partial(opened, weights(classes=classes), tmp_path / "model.pt")
-    refuses(ValueError, call, f"names {len(classes)} classes, its head has 2; pre-train anew")
-
-
 FOREIGN = "not written by pretrain.py; say --model and --source of it"
 NO_STATE, DIVERGED = "holds no state dict under 'model'", "the training that wrote it diverged"
 
@@ -251,6 +241,12 @@ NO_STATE, DIVERGED = "holds no state dict under 'model'", "the training that wro
         (lambda: spoilt(torch.Tensor.to_sparse), "or sparse, so it is no weight"),
         (lambda: spoilt(lambda weight: weight * math.nan), f"is not finite: {DIVERGED}"),
         (lambda: spoilt(lambda weight: weight / 0), f"is not finite: {DIVERGED}"),
+        # Else --eval-only would measure a head that was never trained.
+        (partial(weights, classes=("a",)), "names 1 classes, its head has 2; pre-train anew"),
+        (
+            partial(weights, classes=("a", "b", "c")),
+            "names 3 classes, its head has 2; pre-train anew",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Validating sparse")
@@ -329,18 +325,17 @@ def test_results_that_are_none(tmp_path, text):
     ids=str,
 )
 def test_checkpoints_that_cannot_be_continued(tmp_path, change):
-    env = Env(0, 1, torch.device("cpu"), "fp32")
     model = torch.nn.Linear(3, 2, bias=False)
     optimizer, path = SGD_AGC(model.parameters(), 0.1), tmp_path / "checkpoint.pt"
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     state |= {"step": 10, "seconds": 1.0, "config": {"lr": 0.1}}
     torch.save(state, path)
-    assert checkpoint.Run(path, model, optimizer, {"lr": 0.1}, env, last=10).step == 10
+    run = partial(checkpoint.Run, path, model, optimizer, {"lr": 0.1}, CPU, last=10)
+    assert run().step == 10
     if change.get("optimizer"):
         change = {"optimizer": state["optimizer"] | change["optimizer"]}
     torch.save(state | change, path)
-    about = path, model, optimizer, {"lr": 0.1}, env
-    refuses(ValueError, lambda: checkpoint.Run(*about, last=10), path)
+    refuses(ValueError, run, path)
 
 
 @pytest.mark.parametrize("labels", ([0, 2], [-1, 0], [[0, 2]], [[-1, 0]], [[math.nan, 1.5]]))
@@ -373,9 +368,9 @@ def test_places_that_cannot_be_written(refuse, tiny, tmp_path, out):
 
 @pytest.mark.parametrize("name", ("model.pt", "checkpoint.pt", "log.jsonl", "result.json"))
 def test_a_directory_where_a_file_belongs(refuse, tiny, tmp_path, name):
-    (tmp_path / "runs" / "folder-set-R14x0.5" / name).mkdir(parents=True)
-    words = ("--source", f"folder:{tiny}", "--image-size", 32)
-    assert f"folder-set-R14x0.5/{name}" in refuse("pretrain", *words)
+    (tmp_path / "runs/folder-set-R14x0.5" / name).mkdir(parents=True)
+    said = refuse("pretrain", "--source", f"folder:{tiny}", "--image-size", 32)
+    assert f"folder-set-R14x0.5/{name}" in said
 
 
 MEMORY = "; less is needed with --accumulate, --checkpoint-activations, fewer --workers, a smaller"

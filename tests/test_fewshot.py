@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -113,11 +114,12 @@ def test_cells_of_other_data_are_refused_but_by_older_ones(grid, folder, tmp_pat
     assert "3 cells, 2 finished already" in capsys.readouterr().out
 
 
-def dies_in_its_second_cell():
-    """A patch: the second of two processes dies, once the first has done a cell too."""
+def test_a_killed_process_loses_the_cell_in_flight_alone(folder, checkpoint, tmp_path):
+    """Two processes of torchrun do the rest, and all is as one does it, to the last bit."""
     fine_tune, cells = fewshot.METHODS["finetune"], []
 
     def dies(cell, *args):
+        """The second process in its second cell, once the first has done a cell too."""
         cells.append(cell)
         if os.environ["RANK"] == "1" and len(cells) == 2:
             while len(found()) < 2:
@@ -125,13 +127,9 @@ def dies_in_its_second_cell():
             die()
         return fine_tune(cell, *args)
 
-    fewshot.METHODS["finetune"] = dies
-
-
-def test_a_killed_process_loses_the_cell_in_flight_alone(folder, checkpoint, tmp_path):
-    """Two processes of torchrun do the rest, and all is as one does it, to the last bit."""
+    patch = partial(fewshot.METHODS.update, finetune=dies)
     args = grid_args(folder, (checkpoint, "scratch"))
-    about = fewshot.main, ("fewshot.py", *args), tmp_path, dies_in_its_second_cell
+    about = fewshot.main, ("fewshot.py", *args), tmp_path, patch
     port = free_port()
     pids = [start(*about, rank, 2, port) for rank in (0, 1)]
     assert [wait(pid) for pid in pids] == [2, -signal.SIGKILL]
@@ -165,16 +163,13 @@ def test_a_time_limit_stops_both_processes_in_one_line(folder, checkpoint, tmp_p
 @pytest.mark.parametrize("method", ["finetune", "linear"])
 def test_each_cell_reads_its_own_images_and_says_so(grid, checkpoint, monkeypatch, method):
     """Prepared for training, except that frozen features are of images prepared for testing."""
-    cells = []
-
-    def note(cell, *_):
-        cells.append(cell)
-        return {"accuracy": 0.5}, {}
-
+    note = Mock(return_value=({"accuracy": 0.5}, {}))
     monkeypatch.setitem(fewshot.METHODS, method, note)
     more = ("--batch-size", 4) if method == "finetune" else ()
     assert grid(*more, method=method) == 0
-    target, digest = cells[0].target, hashlib.sha256((checkpoint / "model.pt").read_bytes())
+    cells = [made.args[0] for made in note.call_args_list]
+    target, weights = cells[0].target, checkpoint / "model.pt"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     rule = transfer.hyperrule(6, 32)._replace(resize=40, crop=32)
     training, testing = (transfer.choose_pipeline(target, rule, train) for train in (True, False))
     own = training if method == "finetune" else testing
@@ -187,7 +182,7 @@ def test_each_cell_reads_its_own_images_and_says_so(grid, checkpoint, monkeypatc
             expected = own.read(target.train_set, original)
             assert torch.equal(pipeline.read(dataset, row), expected)
         expected = {"images": 3 * cell.shots, "seed": cell.seed, "target_options": {}, "crop": 32}
-        expected["weights"] = digest.hexdigest()[:16]
+        expected["weights"] = digest[:16]
         if method == "finetune":
             expected |= {"batch_size": 4, "steps": 2, "lr": 0.001, "clipping": 0.01}
             expected["sampling"] = "replacement" if cell.shots == 1 else "shuffle"  # of 3 or 6
@@ -196,10 +191,8 @@ def test_each_cell_reads_its_own_images_and_says_so(grid, checkpoint, monkeypatc
         assert torch.equal(part[1].read(part[0], 7), testing.read(original, 7))
     for record in found().values():  # what changes no result stands elsewhere
         assert not record["config"].keys() & {"workers", "out", "log_every", "checkpoint"}
-        weights = checkpoint / "model.pt"
-        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-        layout = {"checkpoint": str(weights), "sha256": digest, "workers": None}
-        assert record["layout"] == layout
+        about = {"checkpoint": str(weights), "sha256": digest, "workers": None}
+        assert record["layout"] == about
 
 
 def test_each_image_is_read_once_for_the_whole_grid(grid, folder, checkpoint, spy):

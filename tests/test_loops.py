@@ -14,8 +14,6 @@ from engine.log import Log
 from readers.images import ImageDataset
 from readers.transforms import NORMALIZATION, Pipeline, keep
 
-KEEP = Pipeline(keep, keep)
-
 
 def dataset(count, task):
     """Images of 16 x 16 pixels, and labels of 4 classes with most of them NaN, unevenly."""
@@ -43,7 +41,7 @@ def step(monkeypatch, tmp_path):
 
         monkeypatch.setattr(Log, "add", add)
         monkeypatch.setattr(data, "load_dataset", lambda *args, **options: images)
-        monkeypatch.setattr(script, "choose_pipeline", lambda *args: KEEP)
+        monkeypatch.setattr(script, "choose_pipeline", lambda *args: Pipeline(keep, keep))
         words = ("--batch-size", len(images), "--precision", "fp32", "--out", tmp_path)
         call(script, *words, *more)
         return found
@@ -110,7 +108,6 @@ def test_mixup_of_neighbours(task, count, alpha, step, monkeypatch):
     plain = transfer.RECIPES["paper"]._replace(clipping=None)
     monkeypatch.setitem(transfer.RECIPES, "paper", plain)
     images = dataset(count, task)
-    more = ("--checkpoint", "scratch", "--target", "pets")
-    found = step(transfer, images, *more)
+    found = step(transfer, images, "--checkpoint", "scratch", "--target", "pets")
     rng = data.generator(0, data.Stream.MIXUP, 0)
     assert_close(found, by_hand(images, rng.beta(alpha, alpha) if alpha else 1.0))

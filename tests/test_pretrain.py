@@ -51,10 +51,6 @@ def chests(*args, **options):
     return ImageDataset("chests", lambda i, size: images[i], *about)
 
 
-def of_chests():
-    data.load_dataset = chests
-
-
 @pytest.fixture(scope="module")
 def trained(folder, tmp_path_factory):
     """Function of (source, layout) -> its Training, of 15 steps."""
@@ -63,7 +59,8 @@ def trained(folder, tmp_path_factory):
     def train(source, layout):
         ranks, more = LAYOUTS[layout]
         training = Training(folder, tmp_path_factory.mktemp(layout), *SOURCES[source], *more)
-        training.go(patch=of_chests if source == "chests" else None, ranks=ranks)
+        patch = functools.partial(setattr, data, "load_dataset", chests)
+        training.go(patch=patch if source == "chests" else None, ranks=ranks)
         return training
 
     return train
@@ -73,16 +70,14 @@ def trained(folder, tmp_path_factory):
 def test_any_layout_gives_the_same_training(source, layout, trained):
     one, other = trained(source, "one"), trained(source, layout)
 
-    def column(training, name):
-        return [line[name] for line in training.lines()]
-
-    losses = column(one, "loss")
+    losses = one.losses().values()
     assert len(losses) == 15 and max(losses) > 1.1 * min(losses)
-    assert column(other, "loss") == pytest.approx(losses, rel=1e-4)
-    assert column(other, "grad_norm") == pytest.approx(column(one, "grad_norm"), rel=3e-3)
-    # Rounding may carry one of the 590 units over its bound.
-    assert column(other, "clipped") == pytest.approx(column(one, "clipped"), abs=0.004)
-    assert column(other, "lr") == column(one, "lr")
+    for mine, its in zip(one.lines(), other.lines(), strict=True):
+        assert its["loss"] == pytest.approx(mine["loss"], rel=1e-4)
+        assert its["grad_norm"] == pytest.approx(mine["grad_norm"], rel=3e-3)
+        # Rounding may carry one of the 590 units over its bound.
+        assert its["clipped"] == pytest.approx(mine["clipped"], abs=0.004)
+        assert its["lr"] == mine["lr"]
     a, b = one.result()["metrics"], other.result()["metrics"]
     assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
     for name in ("accuracy", "mean_auc", "mean_ap"):
@@ -100,25 +95,20 @@ def test_compiled_runs_have_the_same_losses(folder, tmp_path):
     assert compiled.losses() == pytest.approx(undisturbed(folder, 1).losses(), rel=1e-3)
 
 
-def test_batch_size_auto_changes_no_result(folder, tmp_path):
+def test_batch_size_auto_changes_no_result(folder, tmp_path, monkeypatch):
     """A batch of 64, the recipe's, in one part and in 64; the same run by another name."""
-    found = []
+    found, words = [], ("--recipe", "synthetic", "--batch-size")
     for free, parts in ((2**50, 1), (0, 64)):
-        home = tmp_path / str(parts)
-        home.mkdir()
-
-        def patch(free=free):
-            memory.free_memory = lambda device: free
-
-        auto = Training(folder, home, "--recipe", "synthetic", "--batch-size", "auto")
-        ((out, _),) = auto.go(patch=patch)
+        auto = Training(folder, tmp_path, *words, "auto", out=tmp_path / str(parts))
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
+        ((out, _),) = auto.go()
         assert f"{64 // parts} images at a time" in out
         record = auto.result()
         assert (record["config"]["batch_size"], record["layout"]["accumulate"]) == (64, parts)
         assert len(auto.losses()) == 3
         found.append(auto)
         before = {path: path.stat().st_mtime_ns for path in auto.paths("*")}
-        ((out, _),) = Training(folder, home, "--recipe", "synthetic", "--batch-size", 64).go()
+        ((out, _),) = Training(folder, tmp_path, *words, 64, out=auto.out).go()
         assert "finished already" in out
         assert {path: path.stat().st_mtime_ns for path in auto.paths("*")} == before
     assert found[1].losses() == pytest.approx(found[0].losses(), rel=1e-4)
@@ -208,20 +198,15 @@ def test_a_run_is_named_after_what_is_not_its_default(source, recipe, seed, name
     assert pretrain.run_name(config | {"seed": seed}, about) == name
 
 
-def test_the_weights_of_the_least_loss_are_kept_also_when_killed(folder, tmp_path):
+def test_the_weights_of_the_least_loss_are_kept_also_when_killed(folder, tmp_path, monkeypatch):
     """Of three epochs the last one climbs: the least loss is the second's."""
-
-    def climbs(then=lambda: None):
-        pretrain.rate = lambda step, config: 0.003 if step < EPOCHS[1] else -0.01
-        then()
-
+    monkeypatch.setattr(pretrain, "rate", lambda step, _: 0.003 if step < EPOCHS[1] else -0.01)
     words = ("--keep", "best", "--save-minutes", 1e-6)
     one, other = (Training(folder, tmp_path, *words, out=tmp_path / name) for name in "ab")
-    one.go(patch=climbs)
+    one.go()
     for step in (12, 20):
-        patch = functools.partial(climbs, at_step(step, die))
-        other.go(-signal.SIGKILL, patch)
-    other.go(patch=climbs)
+        other.go(-signal.SIGKILL, at_step(step, die))
+    other.go()
     best, again = one.load("model-best.pt"), other.load("model-best.pt")
     losses = {line["step"]: line["test"]["loss"] for line in one.lines("test")}
     least = min(losses, key=losses.get)

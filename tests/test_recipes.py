@@ -128,14 +128,13 @@ def test_order_and_precision_of_finetuning(name, recipe, images, shots, balanced
     target = Namespace(name=name, recipe=recipe, **about)
     given = dict.fromkeys(("batch_size", "lr", "image_size", "steps", "compile", "save"))
     args = Namespace(**given, balanced=balanced, method="finetune", out="")
-    network = Namespace(model="R14x0.5", steps=None)
-    for args.precision, found in (("auto", expected), ("bf16", expected.split()[0] + " bf16")):
-        env = Env(0, 1, torch.device("cpu"), "bf16")
+    network, sampling = Namespace(model="R14x0.5", steps=None), expected.split()[0]
+    on_gpu = f"{sampling} {'tf32' if recipe == 'paper' else 'bf16'}"
+    cases = ("auto", "cpu", expected), ("bf16", "cpu", f"{sampling} bf16"), ("auto", "cuda", on_gpu)
+    for args.precision, device, found in cases:
+        env = Env(0, 1, torch.device(device), "bf16")
         cell = transfer.make_cell(network, target, shots, 0, np.arange(images), args, env)
         assert f"{cell.settings['sampling']} {cell.settings['precision']}" == found
-    args.precision, env = "auto", env._replace(device=torch.device("cuda"))
-    cell = transfer.make_cell(network, target, shots, 0, np.arange(images), args, env)
-    assert cell.settings["precision"] == ("tf32" if recipe == "paper" else "bf16")
 
 
 def test_rule_of_each_kind_of_target(folder, nih_root):

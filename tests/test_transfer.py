@@ -84,29 +84,23 @@ def test_networks_that_are_found(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def started(monkeypatch):
-    """(weights, settings of the optimiser) of every training as it starts."""
-    found, original = [], transfer.Run
+def words(folder, checkpoint):
+    """Options of a transfer of the network to the images that it was trained on."""
+    return "--checkpoint", checkpoint, "--target", f"folder:{folder}", "--batch-size", 8, *QUICK
+
+
+def test_head_is_fresh_and_body_is_not(words, checkpoint, tmp_path, monkeypatch):
+    """As many classes as the source had."""
+    started, original = [], transfer.Run
 
     def note(path, model, optimizer, *rest):
         state = {key: value.clone() for key, value in model.state_dict().items()}
-        found.append((state, optimizer.param_groups[0].copy()))
+        started.append((state, optimizer.param_groups[0].copy()))
         return original(path, model, optimizer, *rest)
 
     monkeypatch.setattr(transfer, "Run", note)
-    return found
-
-
-def full_shot(folder, checkpoint, out, *more):
-    words = ("--checkpoint", checkpoint, "--target", f"folder:{folder}", "--batch-size", 8)
-    return call(transfer, *words, *QUICK, "--out", out, *more)
-
-
-def test_head_is_fresh_and_body_is_not(folder, checkpoint, tmp_path, started):
-    """As many classes as the source had."""
-    full_shot(folder, checkpoint, tmp_path / "a", "--steps", 1, "--seeds", 2)
-    full_shot(folder, checkpoint, tmp_path / "b", "--steps", 1)
-    full_shot(folder, checkpoint, tmp_path / "c", "--steps", 1, "--recipe", "bit")
+    for name, more in {"a": ("--seeds", 2), "b": (), "c": ("--recipe", "bit")}.items():
+        call(transfer, *words, "--steps", 1, "--out", tmp_path / name, *more)
     source = torch.load(checkpoint / "model.pt", weights_only=True)["model"]
     for state, _ in started:
         assert torch.equal(state["root.conv.weight"], source["root.conv.weight"])
@@ -120,8 +114,7 @@ def test_head_is_fresh_and_body_is_not(folder, checkpoint, tmp_path, started):
     assert settings == [(0.01, True, 0.9), (None, False, 0.9)]
 
 
-def test_fewshot_on_all_images_is_the_same_run(folder, checkpoint, tmp_path, capsys):
-    words = ("--checkpoint", checkpoint, "--target", f"folder:{folder}", "--batch-size", 8, *QUICK)
+def test_fewshot_on_all_images_is_the_same_run(words, tmp_path, capsys):
     words += ("--steps", 3, "--seeds", 2, "--out")
     call(transfer, *words, tmp_path / "a")
     call(fewshot, *words, tmp_path / "b", "--shots", "full")
@@ -134,9 +127,8 @@ def test_fewshot_on_all_images_is_the_same_run(folder, checkpoint, tmp_path, cap
 
 
 @pytest.mark.parametrize("ranks", (1, 2))
-def test_full_shot_transfer_continues(ranks, checkpoint, folder, tmp_path):
-    argv = ("transfer.py", "--checkpoint", checkpoint, "--target", f"folder:{folder}", *QUICK)
-    argv += ("--image-size", 16, "--batch-size", 8, "--steps", 40, "--log-every", 5, "--out")
+def test_full_shot_transfer_continues(ranks, words, tmp_path):
+    argv = ("transfer.py", *words, "--image-size", 16, "--steps", 40, "--log-every", 5, "--out")
     run_forked(transfer.main, (*argv, tmp_path / "a"), tmp_path, ranks=ranks)
     argv, stop = (*argv, tmp_path / "b"), at_step(20, send(signal.SIGTERM), ranks - 1)
     run_forked(transfer.main, argv, tmp_path, 75, stop, ranks)
