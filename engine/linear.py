@@ -129,8 +129,8 @@ class Space(NamedTuple):
 
 
 def make_space(features):
-    """The Space of features (N,D): of fewer images than D / 2 their span, along its principal axes; the
-    best weights lie in it (representer theorem). Elsewhere axes would cost more than they save.
+    """The Space of features (N,D): of fewer images than D / 2 their span, along its principal axes;
+    the best weights lie in it (representer theorem). Elsewhere axes would cost more than they save.
     Raises ValueError for features that are not finite.
     """
     count, width = features.shape
