@@ -146,7 +146,7 @@ def compute_metrics(logits, labels, classes, env=None, groups=None):
     for start in range(0, len(logits), CHUNK):
         chunk = logits[start : start + CHUNK].double()
         chunk = chunk.softmax(1) if task == "multiclass" else chunk
-        scores[:, start : start + CHUNK] = chunk[:, mine.start :: ranks].T
+        scores[:, start : start + CHUNK] = chunk[:, rank::ranks].T
     units = np.arange(len(logits)) if groups is None else np.unique(groups, return_inverse=True)[1]
     found, influences = {}, np.zeros(len(logits))
     for c, row in zip(mine, scores):
@@ -155,8 +155,9 @@ def compute_metrics(logits, labels, classes, env=None, groups=None):
         else:
             valid = ~labels[:, c].isnan().numpy()
             truth, answer = labels[:, c].numpy()[valid] == 1, logits[:, c].numpy()[valid] > 0
-        auc, ap = roc_auc(row[valid], truth), average_precision(row[valid], truth)
-        influence = auc_influence(row[valid], truth, units[valid])
+        row = row[valid]
+        auc, ap = roc_auc(row, truth), average_precision(row, truth)
+        influence = auc_influence(row, truth, units[valid])
         influences[valid] += influence
         hits, claims, positives = (answer & truth).sum(), answer.sum(), truth.sum()
         found[c] = {
