@@ -244,11 +244,11 @@ def law(about, rows):
         moved = (changes @ x.T) ** 2  # of each fitted value
         share = float(np.median(moved[len(names) :].sum(0) / np.maximum(moved.sum(0), 1e-300)))
     ci95 = np.array([half_width(changes, one, terms, known) for one in np.eye(len(terms))])
-    predicted, reach = predict_tasks(x, y, tasks), prediction_reach(x, y, tasks)
-    seen, rmse = ~np.isnan(predicted), {}
-    for name, parts in {"B0": (False, False), "B1": (True, False), "law": (True, True)}.items():
-        error = predict_tasks(design(known, *parts)[1], y, tasks) - y
-        rmse[name] = math.sqrt(np.mean(error[seen] ** 2))
+    parts = {"B0": (False, False), "B1": (True, False), "law": (True, True)}
+    guesses = {k: predict_tasks(design(known, *part)[1], y, tasks) for k, part in parts.items()}
+    predicted, reach = guesses["law"], prediction_reach(x, y, tasks)
+    seen = ~np.isnan(predicted)
+    rmse = {k: math.sqrt(np.mean((guess - y)[seen] ** 2)) for k, guess in guesses.items()}
     coverage = np.mean(np.abs(predicted - y)[seen] <= reach[seen])
     fitted = coefficients, ci95, changes, share, predicted, reach, coverage, rmse
     left_out = tuple(dict.fromkeys(row.target.name for row in rows if math.isnan(row.s + row.d)))

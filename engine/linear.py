@@ -5,7 +5,6 @@ multi-label, where nan takes no part. Features are (N,D) float32, on the CPU or 
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,23 +38,43 @@ def linear(train_features, train_labels, test_features, num_classes, l2=None):
     held_out, the least held-out cross-entropy, or None; iterations and gradient of the last fit.
     Raises ValueError for features that are not finite.
     """
-    space = make_space(train_features)
-    labels, known = _targets(train_labels, num_classes, space.points.device)
-    start = _start(labels, known, space.points.shape[1])
+    count, width = train_features.shape
+    mean = train_features.mean(0, dtype=torch.float64)
+    points = mean.new_ones(count, width + 1)  # made once: it may be large; ones for the bias
+    centred = points[:, :-1]
+    torch.sub(train_features, mean, out=centred)
+    scale = torch.linalg.vector_norm(centred) / count**0.5
+    if not scale.isfinite():
+        raise ValueError("the network's features are not finite; another --checkpoint may mend it")
+    scale = torch.where(scale > 0, scale, 1)
+    centred /= scale
+    axes, spread = None, points.new_full((width + 1,), SPREAD)
+    # Of few images the best weights lie in the span (representer theorem), and the fit is short
+    # along its principal axes. Of more images these would cost more than they save.
+    if 2 * count <= width:
+        squares, vectors = torch.linalg.eigh(centred @ centred.T)
+        kept = squares > squares[-1] * count * torch.finfo(torch.float64).eps
+        squares, vectors = squares[kept], vectors[:, kept]
+        axes = centred.T @ (vectors / squares.sqrt())
+        points = F.pad(vectors * squares.sqrt(), (0, 1), value=1.0)
+        spread = F.pad(squares / count, (0, 1))
+        del centred, vectors  # they may be large
+    spread[-1] = 1
+    labels, known = _targets(train_labels, num_classes, points.device)
+    start = _start(labels, known, points.shape[1])
     folds, held_out = held_out_folds(train_labels) if l2 is None else None, None
     if folds is not None:
-        l2, held_out, nearby = _choose_strength(space, labels, known, folds)
+        l2, held_out, nearby = _choose_strength(points, spread, labels, known, folds)
         undecided = _shares(labels, known).sum(2, keepdim=True) == 0
         start = torch.where(undecided, start, nearby)
     elif l2 is None:
         l2 = ONE_SHOT_STRENGTH
-    fitted = minimise(space.points, labels, known, l2, start, space.spread, GRADIENT)
-    weights, iterations, gradient = fitted
+    weights, iterations, gradient = minimise(points, labels, known, l2, start, spread, GRADIENT)
     chosen = {"l2": l2, "folds": 0 if folds is None else len(folds), "held_out": held_out}
     chosen |= {"iterations": iterations, "gradient": gradient}
-    weights, bias = weights.flatten(0, 1).split((weights.shape[2] - 1, 1), 1)
-    weights = (weights if space.axes is None else weights @ space.axes.T) / space.scale
-    bias = bias[:, 0] - weights @ space.mean  # both now of the features as they came
+    weights, bias = weights.flatten(0, 1).split((points.shape[1] - 1, 1), 1)
+    weights = (weights if axes is None else weights @ axes.T) / scale
+    bias = bias[:, 0] - weights @ mean  # both now of the features as they came
     chunks = test_features.split(CHUNK)
     return torch.cat([(chunk.double() @ weights.T + bias).float() for chunk in chunks]), chosen
 
@@ -86,15 +105,15 @@ def held_out_folds(labels, seed=0):
     return folds if folds.any() else None
 
 
-def _choose_strength(space, labels, known, folds):
+def _choose_strength(points, spread, labels, known, folds):
     """(strength of the least held-out cross-entropy, that loss, mean weights of its folds).
 
     All folds are fitted at once, from the strongest penalty to the weakest, each fit starting where
     the two before it point, until the loss lies 1 % above the least: weaker ones are slow. 32 bits
     and a gradient of 0.001 sqrt(l2) keep held-out losses within 2e-4 of those of converged fits.
     """
-    folds = torch.from_numpy(folds).to(space.points.device)
-    points, spread = space.points.float(), space.spread.float()
+    folds = torch.from_numpy(folds).to(points.device)
+    points, spread = points.float(), spread.float()
     known_in = (known * ~folds[:, None, None]).flatten(0, 1).float()
     known_out = (known * folds[:, None, None]).flatten(0, 1).float()
     labels = labels.float().repeat(len(folds), 1, 1)
@@ -116,43 +135,6 @@ def _choose_strength(space, labels, known, folds):
             break
     l2, loss, weights = best
     return l2, loss, weights.unflatten(0, (len(folds), -1)).mean(0).double()
-
-
-class Space(NamedTuple):
-    """Training features in coordinates that make the fit short."""
-
-    points: torch.Tensor  # (N,Q) float64 of mean squared length 1, and ones for the bias at the end
-    spread: torch.Tensor  # (Q,): about the mean square of each coordinate
-    mean: torch.Tensor
-    scale: torch.Tensor
-    axes: torch.Tensor | None  # (D,Q-1); points are (features - mean) / scale @ axes
-
-
-def make_space(features):
-    """The Space of features (N,D): of fewer images than D / 2 their span, along its principal axes;
-    the best weights lie in it (representer theorem). Elsewhere axes would cost more than they save.
-    Raises ValueError for features that are not finite.
-    """
-    count, width = features.shape
-    mean = features.mean(0, dtype=torch.float64)
-    points = mean.new_ones(count, width + 1)  # made once: it may be large
-    centred = points[:, :-1]
-    torch.sub(features, mean, out=centred)
-    scale = torch.linalg.vector_norm(centred) / count**0.5
-    if not scale.isfinite():
-        raise ValueError("the network's features are not finite; another --checkpoint may mend it")
-    scale = torch.where(scale > 0, scale, 1)
-    centred /= scale
-    if 2 * count > width:
-        spread = points.new_full((width + 1,), SPREAD)
-        spread[-1] = 1
-        return Space(points, spread, mean, scale, None)
-    squares, vectors = torch.linalg.eigh(centred @ centred.T)
-    kept = squares > squares[-1] * count * torch.finfo(torch.float64).eps
-    squares, vectors = squares[kept], vectors[:, kept]
-    points = F.pad(vectors * squares.sqrt(), (0, 1), value=1.0)
-    spread = F.pad(squares / count, (0, 1), value=1.0)
-    return Space(points, spread, mean, scale, centred.T @ (vectors / squares.sqrt()))
 
 
 def _targets(labels, num_classes, device):
@@ -188,9 +170,10 @@ def minimise(points, labels, known, l2, weights, spread, tolerance):
     """Minimises P separate regularised cross-entropies by L-BFGS (Nocedal & Wright, alg. 7.4).
 
     points (N,Q), the last column ones; labels (P,K,N); known (P,1,N) in {0,1}; weights (P,K,Q),
-    where to start; spread (Q,). Each problem has its own step and history; one whose gradient is
-    shorter than `tolerance`, or that knows no two labels that differ, stays where it is. The
-    metric is the Hessian's diagonal as it were if all images had the mean curvature p (1 - p).
+    where to start; spread (Q,), about the mean square of each coordinate. Each problem has its own
+    step and history; one whose gradient is shorter than `tolerance`, or that knows no two labels
+    that differ, stays where it is. The metric is the Hessian's diagonal as it were if all images
+    had the mean curvature p (1 - p).
     torch.optim.LBFGS would take one step length and one history for all problems, and compute
     scores anew at each trial of the line search, along which they are linear.
 

@@ -12,16 +12,8 @@ from conftest import refuses
 from scipy import special, stats
 from sklearn import metrics as peer
 
-from engine.metrics import (
-    Diverged,
-    auc_influence,
-    auc_interval,
-    average_precision,
-    compute_metrics,
-    loss_sum,
-    roc_auc,
-    wilson,
-)
+from engine import metrics
+from engine.metrics import compute_metrics, loss_sum, roc_auc
 
 nan = math.nan
 
@@ -36,9 +28,9 @@ def test_auc_and_ap_equal_scikit_learn():
         expected = peer.roc_auc_score(targets, scores)
         assert roc_auc(scores, targets) == pytest.approx(expected, abs=1e-12)
         expected = peer.average_precision_score(targets, scores)
-        assert average_precision(scores, targets) == pytest.approx(expected, abs=1e-12)
+        assert metrics.average_precision(scores, targets) == pytest.approx(expected, abs=1e-12)
     for one_class in ([0, 0, 0], [1, 1, 1], []):
-        for metric in (roc_auc, average_precision):
+        for metric in (roc_auc, metrics.average_precision):
             assert math.isnan(metric(range(len(one_class)), one_class))
 
 
@@ -106,8 +98,8 @@ def test_undefined_metrics_are_none_in_strict_json():
 
 @pytest.mark.parametrize("value", (nan, math.inf, -math.inf))
 def test_outputs_that_are_not_finite_are_refused(value):
-    metrics = partial(compute_metrics, [[value, 0.0], [0.0, 1.0]], [0, 1], ("a", "b"))
-    refuses(Diverged, metrics, "not finite")
+    call = partial(compute_metrics, [[value, 0.0], [0.0, 1.0]], [0, 1], ("a", "b"))
+    refuses(metrics.Diverged, call, "not finite")
 
 
 def test_multiclass_loss_is_a_sum_in_fp32():
@@ -153,36 +145,38 @@ def test_influences_sum_to_the_variance_of_the_pairs(clusters):
         common = rng.normal(size=90)[patients]
         truth = common + rng.normal(size=90) > 0.3
         scores = np.round(2 * (common + rng.normal(size=90)))
-        influence = auc_influence(scores, truth, patients)
+        influence = metrics.auc_influence(scores, truth, patients)
         found = np.sum(np.bincount(patients, influence) ** 2)
         assert found == pytest.approx(naive_variance(scores, truth, patients), rel=1e-10)
 
 
 def test_variance_of_delong_by_hand():
     # 1 and 3 against 0 and 2: three of four pairs won; placements 1/2, 1 and 1/2, 1.
-    influence = auc_influence(np.array([1, 3, 0, 2]), np.array([1, 1, 0, 0]) == 1, np.arange(4))
+    truth = np.array([1, 1, 0, 0]) == 1
+    influence = metrics.auc_influence(np.array([1, 3, 0, 2]), truth, np.arange(4))
     assert influence == pytest.approx(np.array([-0.25, 0.25, 0.25, -0.25]) / 2**0.5)
     half = special.ndtri(0.975) * 0.125**0.5 / (0.75 * 0.25)
     expected = special.expit([math.log(3) - half, math.log(3) + half])
-    assert auc_interval(0.75, influence, np.arange(4)) == pytest.approx(expected, abs=1e-6)
+    assert metrics.auc_interval(0.75, influence, np.arange(4)) == pytest.approx(expected, abs=1e-6)
 
 
 def test_one_positive_or_one_class_has_no_interval():
     for truth in ([1, 0, 0], [1, 1, 1], [0, 0, 0]):
-        influence = auc_influence(np.array([1, 2, 0]), np.array(truth) == 1, np.arange(3))
-        assert auc_interval(0.5, influence, np.arange(3)) is None
-    assert auc_interval(1.0, np.ones(3), np.arange(3)) is None
+        influence = metrics.auc_influence(np.array([1, 2, 0]), np.array(truth) == 1, np.arange(3))
+        assert metrics.auc_interval(0.5, influence, np.arange(3)) is None
+    assert metrics.auc_interval(1.0, np.ones(3), np.arange(3)) is None
 
 
 @pytest.mark.parametrize(("right", "count"), [(0, 10), (81, 121), (10, 10)])
 def test_wilson_is_that_of_scipy(right, count):
-    answers = np.arange(count) < right
+    every = np.arange(count)
+    answers = every < right
     expected = list(stats.binomtest(right, count).proportion_ci(method="wilson"))
-    assert wilson(answers, np.ones(count), np.arange(count)) == pytest.approx(expected, abs=1e-6)
+    assert metrics.wilson(answers, np.ones(count), every) == pytest.approx(expected, abs=1e-6)
     # Every image twice: as many patients, the same interval.
-    twice, patients = np.repeat(answers, 2), np.repeat(np.arange(count), 2)
-    assert wilson(twice, np.ones(2 * count), patients) == pytest.approx(expected, abs=1e-6)
-    assert wilson(np.zeros(3), np.zeros(3), np.arange(3)) is None
+    twice, patients = np.repeat(answers, 2), np.repeat(every, 2)
+    assert metrics.wilson(twice, np.ones(2 * count), patients) == pytest.approx(expected, abs=1e-6)
+    assert metrics.wilson(np.zeros(3), np.zeros(3), np.arange(3)) is None
 
 
 @pytest.mark.parametrize("task", ("multiclass", "multilabel", "patients"))
