@@ -88,11 +88,10 @@ def widest(kind, runs, metric):
             partners.setdefault(partner_of(run), {})[run.seed] = run.metrics[metric]
     arms = sorted(sizes.keys() & scores.keys(), key=lambda name: (sizes[name], name))
     ranks = {}
-    for small, large in itertools.combinations(arms, 2):
+    for (i, small), (j, large) in itertools.combinations(enumerate(arms), 2):
         shared = len(scores[small].keys() & scores[large].keys())
         if shared and sizes[small] < sizes[large]:
-            place = arms.index(large)
-            ranks[small, large] = shared, place - arms.index(small), place
+            ranks[small, large] = shared, j - i, j
     return {arm: scores[arm] for arm in max(ranks, key=ranks.get, default=())}
 
 
@@ -117,9 +116,9 @@ def paired_gain(line, runs, metric):
     differences, notices = {}, []
     for partner in partners:
         for name in (large, small):
-            lacking = ", ".join(map(str, sorted(seeds - arms[name][partner].keys())))
-            with_it = " ".join(filter(None, partner))
-            notices += [f"{where}: {name} with {with_it} lacks seed {lacking}"] if lacking else []
+            if lacking := ", ".join(map(str, sorted(seeds - arms[name][partner].keys()))):
+                with_it = " ".join(filter(None, partner))
+                notices.append(f"{where}: {name} with {with_it} lacks seed {lacking}")
         both = low[partner].keys() & high[partner].keys()
         if both:
             differences[partner] = {seed: high[partner][seed] - low[partner][seed] for seed in both}
@@ -134,8 +133,6 @@ def paired_gain(line, runs, metric):
     )
     kept = [partner for partner, values in differences.items() if seeds <= values.keys()]
     table = np.array([[differences[partner][seed] for seed in sorted(seeds)] for partner in kept])
-    about = {"small": small, "large": large, "pairs": table.size, "lacking": bool(notices)}
-    about["partners"] = tuple(dict.fromkeys(partner for partner, _ in kept))
     rows = {}
     for (_, pretraining), row in zip(kept, table):
         rows.setdefault(pretraining or "seed0", []).append(row)
@@ -146,6 +143,8 @@ def paired_gain(line, runs, metric):
         parts = [part**2 / (level["n"] - 1) for part, level in zip(variances, levels)]
         found["ci95"] = results.t_quantile(max(1, int(total**2 / sum(parts)))) * math.sqrt(total)
         share = variances[1] / total
+    about = {"small": small, "large": large, "pairs": table.size, "lacking": bool(notices)}
+    about["partners"] = tuple(dict.fromkeys(partner for partner, _ in kept))
     about |= {"pretraining_seeds": tuple(sorted(rows)), "seed_share": share}
     return Gain(target, line, shots, metric, **found, **about), notices
 

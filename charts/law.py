@@ -87,44 +87,38 @@ class Law(NamedTuple):
     left_out: tuple = ()  # names of targets of which the distance or the images a class are unknown
 
 
-def exponents(kind, runs, metric):
-    """Results of one target, family and number of shots -> {pre-training seed: exponent}.
-
-    The arms are as in gains.widest; a partner's errors are of the transfer seeds that both have."""
-    known, by_seed = [run for run in runs if run.line.model in PARAMETERS], {}
-    arms = widest(kind, known, metric)
-    if not arms:
-        return {}
-    scales = {run.line.source: run.source_images for run in runs}
-    small, large = ((PARAMETERS if kind == "network" else scales)[arm] for arm in arms)
-    floor = 0.5 / (runs[0].test_images or 1e9)
-    first, second = arms.values()
-    for partner in filter(second.get, first):
-        both = first[partner], second[partner]
-        if seeds := both[0].keys() & both[1].keys():
-            low, high = (max(np.mean([1 - arm[seed] for seed in seeds]), floor) for arm in both)
-            exponent = math.log10(low / high) / math.log10(large / small)
-            by_seed.setdefault(partner[1] or "", []).append(exponent)
-    return {seed: float(np.mean(values)) for seed, values in by_seed.items()}
-
-
 def laws(runs, metric):
-    """Results -> list of Law, of each kind, method, recipe and origin."""
+    """Results -> list of Law, of each kind, method, recipe and origin. The arms are as in
+    gains.widest; a partner's errors are of the transfer seeds that both have."""
     distances, found = {}, {}  # (target, domain of the source) -> network -> log10
     for run in runs:
-        value = run.distance
-        if value and value > 0:
+        if run.distance and run.distance > 0:
             networks = distances.setdefault((run.target, run.line.source_domain), {})
-            networks[run.line] = math.log10(value)  # of each of its runs the same
+            networks[run.line] = math.log10(run.distance)  # of each of its runs the same
     alike = "target", "shots", "line.source_domain", "line.method", "line.recipe"
     for (target, shots, domain, *about), members in group(runs, *alike).items():
         task = re.sub(r"~[\d.]+", "", results.plain_name(target.name))
         first, networks = members[0], distances.get((target, domain), {})
         a_class = shots or (first.train_images or math.nan) / (first.classes or math.nan)
         decades = math.log10(a_class / 10), float(np.mean([*networks.values()] or [math.nan]))
+        floor = 0.5 / (first.test_images or 1e9)
         name = MAIN_METRIC[target.domain] if metric == "auto" else metric
+        known = [run for run in members if run.line.model in PARAMETERS]
+        images = {run.line.source: run.source_images for run in members}
         for kind in KINDS if domain else ():
-            if by_seed := exponents(kind, members, name):
+            arms, by_seed = widest(kind, known, name), {}
+            if not arms:
+                continue
+            small, large = ((PARAMETERS if kind == "network" else images)[arm] for arm in arms)
+            first_arm, second_arm = arms.values()
+            for partner in filter(second_arm.get, first_arm):
+                both = first_arm[partner], second_arm[partner]
+                if seeds := both[0].keys() & both[1].keys():
+                    low, high = (max(np.mean([1 - arm[s] for s in seeds]), floor) for arm in both)
+                    exponent = math.log10(low / high) / math.log10(large / small)
+                    by_seed.setdefault(partner[1] or "", []).append(exponent)
+            by_seed = {seed: float(np.mean(values)) for seed, values in by_seed.items()}
+            if by_seed:
                 row = Row(target, task, (domain, target.domain), shots, by_seed, *decades)
                 found.setdefault((kind, *about, target.origin), []).append(row)
     return [law(about, found[about]) for about in sorted(found, key=str)]
@@ -160,12 +154,6 @@ def solve(x, y):
     """Least squares of y (N[, draws]) on x (N, terms): (terms[, draws]). The ridge, far below what
     counts, makes terms of absent families 0."""
     return np.linalg.solve(x.T @ x + 1e-9 * np.eye(x.shape[1]), x.T @ y)
-
-
-def changes_without(x, y, tasks):
-    """What leaving out each of tasks (N,) changes in the coefficients: (K, terms[, draws])."""
-    parts = [tasks != task for task in np.unique(tasks)]
-    return np.stack([solve(x[part], y[part]) for part in parts]) - solve(x, y)
 
 
 def half_width(changes, contrast, terms, rows):
@@ -245,22 +233,23 @@ def law(about, rows):
     if len(names) < FEWEST:
         return Law(about, rows, len({row.task for row in rows}))
     y, (terms, x) = np.array([row.exponent for row in known]), design(known)
-    changes, seeds = [*changes_without(x, y, tasks)], {s for row in known for s in row.by_seed}
+    coefficients, seeds = solve(x, y), {seed for row in known for seed in row.by_seed}
+    without = [solve(x[tasks != task], y[tasks != task]) for task in range(len(names))]
     for seed in sorted(seeds) if len(seeds) > 1 else ():
         others = [[value for key, value in row.by_seed.items() if key != seed] for row in known]
         others = [np.mean(rest or [*row.by_seed.values()]) for rest, row in zip(others, known)]
-        changes.append(solve(x, np.array(others)) - solve(x, y))
-    changes, share = np.array(changes), math.nan
+        without.append(solve(x, np.array(others)))
+    changes, share = np.array(without) - coefficients, math.nan
     if len(changes) > len(names):
         moved = (changes @ x.T) ** 2  # of each fitted value
         share = float(np.median(moved[len(names) :].sum(0) / np.maximum(moved.sum(0), 1e-300)))
     ci95 = np.array([half_width(changes, one, terms, known) for one in np.eye(len(terms))])
-    predicted, reach = predict_tasks(x, y, tasks), prediction_reach(x, y, tasks)
-    seen, rmse = ~np.isnan(predicted), {}
-    for name, parts in {"B0": (False, False), "B1": (True, False), "law": (True, True)}.items():
-        error = predict_tasks(design(known, *parts)[1], y, tasks) - y
-        rmse[name] = math.sqrt(np.mean(error[seen] ** 2))
+    parts = {"B0": (False, False), "B1": (True, False), "law": (True, True)}
+    guesses = {k: predict_tasks(design(known, *part)[1], y, tasks) for k, part in parts.items()}
+    predicted, reach = guesses["law"], prediction_reach(x, y, tasks)
+    seen = ~np.isnan(predicted)
+    rmse = {k: math.sqrt(np.mean((guess - y)[seen] ** 2)) for k, guess in guesses.items()}
     coverage = np.mean(np.abs(predicted - y)[seen] <= reach[seen])
-    fitted = solve(x, y), ci95, changes, share, predicted, reach, coverage, rmse
+    fitted = coefficients, ci95, changes, share, predicted, reach, coverage, rmse
     left_out = tuple(dict.fromkeys(row.target.name for row in rows if math.isnan(row.s + row.d)))
     return Law(about, known, len(names), terms, *fitted, permutation_p(known, y), left_out)

@@ -1,8 +1,7 @@
 """How far a target's images lie from a pre-training source, as the pre-trained network sees them.
 
-`sample` chooses images, `project` compresses their features (what the classifier reads), `compare`
-measures. A projected sample of the source takes 262 kB whatever the source and the network, and so
-travels with the weights.
+A projected sample of the source takes 262 kB whatever the source and the network, and so travels
+with the weights.
 
 The Fréchet distance (Dowson & Landau 1982; as FID: Heusel et al. 2017, arXiv:1706.08500) sees mean
 and covariance, and has no upper end. The energy coefficient (Székely & Rizzo 2013, "Energy
@@ -42,7 +41,7 @@ def projection(width):
 
 
 def project(features):
-    """features (N, D) -> (N, DIMENSIONS) float32 on the CPU, by a map that depends on D alone."""
+    """The classifier's features (N, D) -> (N, DIMENSIONS) float32 on the CPU, by projection(D)."""
     return features.float().cpu() @ projection(features.shape[1])
 
 
@@ -56,9 +55,9 @@ def compare(source, target):
     Returns {"frechet": squared distance, in the source's standard deviations and with the bias of
     finite samples, "frechet_relative": that in units of the source's distance from itself (1: no
     further), "energy": energy coefficient, without bias, and so sometimes a little below 0,
-    "images": m}. Fewer target images than n / 2 meet as many of the source, in the same unit, that
-    of whole halves. None where the features of half of the source do not vary. Raises ValueError
-    for less than 4 images of the source or 2 of the target, and for features that are not finite.
+    "images": m}. Fewer target images than n / 2 meet as many of the source, in the unit of whole
+    halves. None where the features of half of the source do not vary. Raises ValueError for less
+    than 4 images of the source or 2 of the target, and for features that are not finite.
     """
     source, target = source.double(), target.double()
     half = len(source) // 2
@@ -71,27 +70,22 @@ def compare(source, target):
     rounds = []
     for seed in range(ROUNDS):
         rng = np.random.default_rng(seed)
-        first, second = torch.from_numpy(rng.permutation(len(source))[: 2 * half]).view(2, half)
-        if not (source[first] != source[first[0]]).any():
+        halves = torch.from_numpy(rng.permutation(len(source))[: 2 * half]).view(2, half)
+        drawn = torch.from_numpy(rng.permutation(len(target))[:count])
+        first, own, other = source[halves[0]], source[halves[1]], target[drawn]
+        if not (first != first[0]).any():
             unknown = dict.fromkeys(("frechet", "frechet_relative", "energy"))
             return unknown | {"images": len(target)}
-        drawn = torch.from_numpy(rng.permutation(len(target))[:count])
-        mean, scale = whitening(source[first])
-        own, other = ((x - mean) @ scale for x in (source[second], target[drawn]))
+        covariance = first.T.cov()
+        covariance.diagonal().add_(RIDGE * covariance.diagonal().mean())
+        values, axes = torch.linalg.eigh(covariance)
+        own, other = ((x - first.mean(0)) @ (axes / values.sqrt()) for x in (own, other))
         unit = frechet(own)
         near = unit if count == half else frechet(own[:count])
         rounds.append((unit, near, frechet(other), energy(own, other)))
     unit, near, far, coefficient = np.mean(rounds, axis=0).tolist()
-    about = {"energy": coefficient, "images": len(target)}
-    return {"frechet": far, "frechet_relative": 1 + (far - near) / unit, **about}
-
-
-def whitening(x):
-    """(mean (D,), scale (D, D)) of x (N, D): (x - mean) @ scale has about unit covariance."""
-    covariance = x.T.cov()
-    covariance.diagonal().add_(RIDGE * covariance.diagonal().mean())
-    values, vectors = torch.linalg.eigh(covariance)
-    return x.mean(0), vectors / values.sqrt()
+    found = {"frechet": far, "frechet_relative": 1 + (far - near) / unit, "energy": coefficient}
+    return found | {"images": len(target)}
 
 
 def frechet(x):

@@ -4,7 +4,7 @@ Labels are those of the datasets: (N,) int64 for multi-class, (N,C) float32 in {
 multi-label, where nan takes no part. Features are (N,D) float32, on the CPU or a GPU.
 """
 
-from typing import NamedTuple
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,11 +12,9 @@ import torch.nn.functional as F
 
 # Of the L2 penalty, from strong to weak, for features of mean squared distance 1 to their mean.
 STRENGTHS = tuple(10.0 ** (-step / 2) for step in range(13))
-# With one image a class nothing can be held out.
-ONE_SHOT_STRENGTH = 0.01
+ONE_SHOT_STRENGTH = 0.01  # with one image a class nothing can be held out
 FOLDS = 5
-# Of more images one fifth is held out once: it tells strengths apart well enough.
-ONE_FOLD_FROM = 10_000
+ONE_FOLD_FROM = 10_000  # of more images one fifth is held out once: it tells strengths apart
 # Norm of the gradient at which a fit is done, again for features of that scale and the mean loss.
 GRADIENT = 1e-7
 MAX_ITERATIONS = 2000
@@ -28,35 +26,57 @@ TEMPERATURE = 2.0  # of the nearest mean
 CHUNK = 8192  # test images whose features are held in 64 bits at a time
 
 
-def linear(train_features, train_labels, test_features, num_classes, seed=0):
-    """Logistic regression whose L2 strength is chosen on held-out training images.
+def linear(train_features, train_labels, test_features, num_classes, l2=None):
+    """Logistic regression whose L2 strength, if not given, is chosen on held-out training images.
 
     Multinomial for multi-class, one binary regression a label for multi-label. Minimises, over the
     weights W and the bias, mean cross-entropy + l2 * scale^2 / 2 * |W|^2, where scale^2 is the mean
     squared distance of the training features to their mean. A label of which only one value is
     known gets that value's smoothed log-odds, log((n1 + 1/2) / (n0 + 1/2)), for every image.
 
-    Returns (logits (M,C) float32, what was chosen): l2; folds (0: it is the default of one shot);
+    Returns (logits (M,C) float32, what was chosen): l2; folds (0: given, or default of one shot);
     held_out, the least held-out cross-entropy, or None; iterations and gradient of the last fit.
+    Raises ValueError for features that are not finite.
     """
-    space = make_space(train_features)
-    labels, known = _targets(train_labels, num_classes, space.points.device)
-    l2, folds, held_out, start = ONE_SHOT_STRENGTH, held_out_folds(train_labels, seed), None, None
+    count, width = train_features.shape
+    mean = train_features.mean(0, dtype=torch.float64)
+    points = mean.new_ones(count, width + 1)  # made once: it may be large; ones for the bias
+    centred = points[:, :-1]
+    torch.sub(train_features, mean, out=centred)
+    scale = torch.linalg.vector_norm(centred) / count**0.5
+    if not scale.isfinite():
+        raise ValueError("the network's features are not finite; another --checkpoint may mend it")
+    scale = torch.where(scale > 0, scale, 1)
+    centred /= scale
+    axes, spread = None, points.new_full((width + 1,), SPREAD)
+    # Of few images the best weights lie in the span (representer theorem), and the fit is short
+    # along its principal axes. Of more images these would cost more than they save.
+    if 2 * count <= width:
+        squares, vectors = torch.linalg.eigh(centred @ centred.T)
+        kept = squares > squares[-1] * count * torch.finfo(torch.float64).eps
+        squares, vectors = squares[kept], vectors[:, kept]
+        axes = centred.T @ (vectors / squares.sqrt())
+        points = F.pad(vectors * squares.sqrt(), (0, 1), value=1.0)
+        spread = F.pad(squares / count, (0, 1))
+        del centred, vectors  # they may be large
+    spread[-1] = 1
+    labels, known = _targets(train_labels, num_classes, points.device)
+    start = _start(labels, known, points.shape[1])
+    folds, held_out = held_out_folds(train_labels) if l2 is None else None, None
     if folds is not None:
-        l2, held_out, start = _choose_strength(space, labels, known, folds)
-    weights, iterations, gradient = _fit(space, labels, known, l2, start)
+        l2, held_out, nearby = _choose_strength(points, spread, labels, known, folds)
+        undecided = _shares(labels, known).sum(2, keepdim=True) == 0
+        start = torch.where(undecided, start, nearby)
+    elif l2 is None:
+        l2 = ONE_SHOT_STRENGTH
+    weights, iterations, gradient = minimise(points, labels, known, l2, start, spread, GRADIENT)
     chosen = {"l2": l2, "folds": 0 if folds is None else len(folds), "held_out": held_out}
     chosen |= {"iterations": iterations, "gradient": gradient}
-    weights, bias = in_features(space, weights)
+    weights, bias = weights.flatten(0, 1).split((points.shape[1] - 1, 1), 1)
+    weights = (weights if axes is None else weights @ axes.T) / scale
+    bias = bias[:, 0] - weights @ mean  # both now of the features as they came
     chunks = test_features.split(CHUNK)
     return torch.cat([(chunk.double() @ weights.T + bias).float() for chunk in chunks]), chosen
-
-
-def fit(features, labels, num_classes, l2):
-    """The regression of `linear` at one strength: (weights (C,D), bias (C,)), both float64."""
-    space = make_space(features)
-    weights, _, _ = _fit(space, *_targets(labels, num_classes, space.points.device), l2)
-    return in_features(space, weights)
 
 
 def held_out_folds(labels, seed=0):
@@ -85,15 +105,15 @@ def held_out_folds(labels, seed=0):
     return folds if folds.any() else None
 
 
-def _choose_strength(space, labels, known, folds):
+def _choose_strength(points, spread, labels, known, folds):
     """(strength of the least held-out cross-entropy, that loss, mean weights of its folds).
 
     All folds are fitted at once, from the strongest penalty to the weakest, each fit starting where
     the two before it point, until the loss lies 1 % above the least: weaker ones are slow. 32 bits
     and a gradient of 0.001 sqrt(l2) keep held-out losses within 2e-4 of those of converged fits.
     """
-    folds = torch.from_numpy(folds).to(space.points.device)
-    points, spread = space.points.float(), space.spread.float()
+    folds = torch.from_numpy(folds).to(points.device)
+    points, spread = points.float(), spread.float()
     known_in = (known * ~folds[:, None, None]).flatten(0, 1).float()
     known_out = (known * folds[:, None, None]).flatten(0, 1).float()
     labels = labels.float().repeat(len(folds), 1, 1)
@@ -115,60 +135,6 @@ def _choose_strength(space, labels, known, folds):
             break
     l2, loss, weights = best
     return l2, loss, weights.unflatten(0, (len(folds), -1)).mean(0).double()
-
-
-def _fit(space, labels, known, l2, start=None):
-    """(weights (P,K,Q), iterations, norm of the gradient) of all images, in 64 bits."""
-    fresh = _start(labels, known, space.points.shape[1])
-    undecided = _shares(labels, known).sum(2, keepdim=True) == 0
-    start = fresh if start is None else torch.where(undecided, fresh, start)
-    return minimise(space.points, labels, known, l2, start, space.spread, GRADIENT)
-
-
-class Space(NamedTuple):
-    """Training features in coordinates that make the fit short; nothing of them is lost: points are
-    (features - mean) / scale, and where there are axes, that times these.
-    """
-
-    points: torch.Tensor  # (N,Q) float64 of mean squared length 1, and ones for the bias at the end
-    spread: torch.Tensor  # (Q,): about the mean square of each coordinate
-    mean: torch.Tensor
-    scale: torch.Tensor
-    axes: torch.Tensor | None  # (D,Q-1)
-
-
-def make_space(features):
-    """The Space of features (N,D). Fewer images than half the features: in the span of the images,
-    along its principal axes; the best weights lie in it (representer theorem). Elsewhere the axes
-    would cost more than they save. Raises ValueError for features that are not finite.
-    """
-    count, width = features.shape
-    mean = features.mean(0, dtype=torch.float64)
-    points = mean.new_ones(count, width + 1)  # made once: it may be large
-    centred = points[:, :-1]
-    torch.sub(features, mean, out=centred)
-    scale = torch.linalg.vector_norm(centred) / count**0.5
-    if not scale.isfinite():
-        raise ValueError("the network's features are not finite; another --checkpoint may mend it")
-    scale = torch.where(scale > 0, scale, 1)
-    centred /= scale
-    if 2 * count > width:
-        spread = points.new_full((width + 1,), SPREAD)
-        spread[-1] = 1
-        return Space(points, spread, mean, scale, None)
-    squares, vectors = torch.linalg.eigh(centred @ centred.T)
-    kept = squares > squares[-1] * count * torch.finfo(torch.float64).eps
-    squares, vectors = squares[kept], vectors[:, kept]
-    points = F.pad(vectors * squares.sqrt(), (0, 1), value=1.0)
-    spread = F.pad(squares / count, (0, 1), value=1.0)
-    return Space(points, spread, mean, scale, centred.T @ (vectors / squares.sqrt()))
-
-
-def in_features(space, weights):
-    """(P,K,Q) to (weights (PK,D), bias (PK,)) of the features as they came, float64."""
-    weights, bias = weights.flatten(0, 1).split((weights.shape[2] - 1, 1), 1)
-    weights = (weights if space.axes is None else weights @ space.axes.T) / space.scale
-    return weights, bias[:, 0] - weights @ space.mean
 
 
 def _targets(labels, num_classes, device):
@@ -200,49 +166,73 @@ def _scores(weights, points):
     return (weights.flatten(0, 1) @ points.T).unflatten(0, weights.shape[:2])
 
 
-def _probabilities(scores):
-    return scores.softmax(1) if scores.shape[1] > 1 else scores.sigmoid()
-
-
 def minimise(points, labels, known, l2, weights, spread, tolerance):
     """Minimises P separate regularised cross-entropies by L-BFGS (Nocedal & Wright, alg. 7.4).
 
     points (N,Q), the last column ones; labels (P,K,N); known (P,1,N) in {0,1}; weights (P,K,Q),
-    where to start; spread (Q,). Each problem has its own step and history; one whose gradient is
-    shorter than `tolerance`, or that knows no two labels that differ, stays where it is. The
-    metric is the Hessian's diagonal as it were if all images had the mean curvature p (1 - p).
+    where to start; spread (Q,), about the mean square of each coordinate. Each problem has its own
+    step and history; one whose gradient is shorter than `tolerance`, or that knows no two labels
+    that differ, stays where it is. The metric is the Hessian's diagonal as it were if all images
+    had the mean curvature p (1 - p).
     torch.optim.LBFGS would take one step length and one history for all problems, and compute
     scores anew at each trial of the line search, along which they are linear.
 
     Returns (weights, iterations, the longest gradient).
     """
+    probabilities_of = partial(torch.softmax, dim=1) if labels.shape[1] > 1 else torch.sigmoid
     share = _shares(labels, known)
     penalty = torch.full_like(spread, l2)
     penalty[-1] = 0
     scores = _scores(weights, points)
-    probabilities = _probabilities(scores)
+    probabilities = probabilities_of(scores)
     curvature = (share * probabilities * (1 - probabilities)).sum(2, keepdim=True)
     metric = 1 / (curvature.clamp(min=1e-3) * spread + penalty)
     residuals, history = share * (probabilities - labels), []
-    gradient = _gradient(residuals, points, penalty, weights)
+    moved = last = None  # the step before, and the gradient ahead of it
     for iteration in range(MAX_ITERATIONS + 1):
+        gradient = (residuals.flatten(0, 1) @ points).unflatten(0, weights.shape[:2])
+        gradient += penalty * weights
+        if moved is not None:
+            change = gradient - last
+            product = _dot(moved, change)
+            inverse = torch.where(product > 0, 1 / product, 0)  # 0 where the problem rests
+            history = [*history[1 - HISTORY :], (moved, change, inverse)]
         lengths = gradient.flatten(1).norm(dim=1)
         active = (lengths > tolerance)[:, None, None]
         if iteration == MAX_ITERATIONS or not active.any():
             return weights, iteration, float(lengths.max())
-        direction = -_precondition(gradient, metric, history) * active
-        along = _scores(direction, points)
-        slope = _dot(gradient, direction)
-        slopes = _dot(penalty * weights, direction), _dot(penalty * direction, direction)
-        step, residuals = _line_search(scores, along, labels, share, slope, slopes)
+        # The two-loop recursion: the inverse Hessian times the gradient.
+        newton, factors = gradient.clone(), []
+        for moved, change, inverse in reversed(history):
+            factors.append(inverse * _dot(moved, newton))
+            newton.addcmul_(-factors[-1], change)
+        newton *= metric
+        if history:
+            moved, change, inverse = history[-1]
+            newton *= torch.where(inverse > 0, 1 / (inverse * _dot(change * metric, change)), 1)
+        for (moved, change, inverse), factor in zip(history, reversed(factors)):
+            newton.addcmul_(factor - inverse * _dot(change, newton), moved)
+        direction = -newton * active
+        # The step at which the slope has become 0.9 times the first to -0.8 times: the approximate
+        # Wolfe conditions of Hager & Zhang (2005), eq. 4.1. The slope grows along the line, so that
+        # the secant finds the step, between bounds.
+        along, slope = _scores(direction, points), _dot(gradient, direction)
+        pull, stiffness = _dot(penalty * weights, direction), _dot(penalty * direction, direction)
+        step, low, high = torch.ones_like(slope), torch.zeros_like(slope), torch.inf
+        for _ in range(20):
+            residuals = share * (probabilities_of(scores + step * along) - labels)
+            reached = _dot(residuals, along) + pull + step * stiffness
+            good = (reached >= 0.9 * slope) & (reached <= -0.8 * slope)
+            if good.all():
+                break
+            low, high = torch.where(reached < 0, step, low), torch.where(reached > 0, step, high)
+            secant = step * slope / (slope - reached)
+            inside = (secant > low) & (secant < high) & (secant < 10 * step)
+            other = torch.where(high.isinf(), 10 * step, (low + high) / 2)
+            step = torch.where(good, step, torch.where(inside, secant, other))
         scores = scores + step * along
         moved, last = step * direction, gradient
         weights = weights + moved
-        gradient = _gradient(residuals, points, penalty, weights)
-        change = gradient - last
-        product = _dot(moved, change)
-        inverse = torch.where(product > 0, 1 / product, 0)  # 0 where the problem rests
-        history = [*history[1 - HISTORY :], (moved, change, inverse)]
 
 
 def _shares(labels, known):
@@ -255,48 +245,8 @@ def _shares(labels, known):
     return share * ((positives > 0) & (positives < total))
 
 
-def _gradient(residuals, points, penalty, weights):
-    return (residuals.flatten(0, 1) @ points).unflatten(0, weights.shape[:2]) + penalty * weights
-
-
 def _dot(a, b):
     return (a * b).sum((1, 2), keepdim=True)
-
-
-def _precondition(gradient, metric, history):
-    """The inverse Hessian of L-BFGS times the gradient: the two-loop recursion."""
-    result, factors = gradient.clone(), []
-    for moved, change, inverse in reversed(history):
-        factors.append(inverse * _dot(moved, result))
-        result.addcmul_(-factors[-1], change)
-    result *= metric
-    if history:
-        moved, change, inverse = history[-1]
-        result *= torch.where(inverse > 0, 1 / (inverse * _dot(change * metric, change)), 1)
-    for (moved, change, inverse), factor in zip(history, reversed(factors)):
-        result.addcmul_(factor - inverse * _dot(change, result), moved)
-    return result
-
-
-def _line_search(scores, along, labels, share, slope, penalty_slopes):
-    """Steps (P,1,1) at which the slope has become 0.9 times the first to -0.8 times: the
-    approximate Wolfe conditions of Hager & Zhang (2005), eq. 4.1; and the residuals there.
-
-    The slope grows along the line, so that the step is found by the secant, between bounds.
-    """
-    step, low, high = torch.ones_like(slope), torch.zeros_like(slope), torch.inf
-    for _ in range(20):
-        residuals = share * (_probabilities(scores + step * along) - labels)
-        reached = _dot(residuals, along) + penalty_slopes[0] + step * penalty_slopes[1]
-        good = (reached >= 0.9 * slope) & (reached <= -0.8 * slope)
-        if good.all():
-            break
-        low, high = torch.where(reached < 0, step, low), torch.where(reached > 0, step, high)
-        secant = step * slope / (slope - reached)
-        inside = (secant > low) & (secant < high) & (secant < 10 * step)
-        other = torch.where(high.isinf(), 10 * step, (low + high) / 2)
-        step = torch.where(good, step, torch.where(inside, secant, other))
-    return step, residuals
 
 
 def nearest_mean(train_features, train_labels, test_features, num_classes):

@@ -1,4 +1,11 @@
-"""Loss and metrics of the study: over valid labels only, ties handled, undefined is None."""
+"""Loss and metrics of the study: over valid labels only, ties handled, undefined is None; their
+95 % intervals over test images in closed form, Wilson's of accuracy, DeLong's of AUC.
+
+DeLong et al. 1988 write the variance of an AUC as a sum over images; Obuchowski 1997 sums over
+patients, whose images go together. Here an image has its influence on an AUC, such that the sum of
+squares over units (patients; images where these are unknown) is the variance. Influences average
+over classes as AUCs do, which gives the variance of their mean with all covariances.
+"""
 
 import math
 
@@ -6,10 +13,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from engine.intervals import auc_influence, auc_interval, unit_numbers, wilson
 from engine.processes import gathered
 
 CHUNK = 4096  # images whose scores are computed in 64 bits at a time
+Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
 class Diverged(ValueError):
@@ -59,6 +66,59 @@ def average_precision(scores, targets):
     return float((precision * gained).sum())
 
 
+def wilson(right, counted, units):
+    """Interval of sum(right) / sum(counted): [low, high], or None where nothing counted.
+
+    right, counted: (N,) right answers of an image and how many counted. Wilson 1927, for as many
+    independent answers as have the variance over units (N,) int64 (one an image: all of them).
+    """
+    total = counted.sum()
+    if not total:
+        return None
+    p = right.sum() / total
+    variance = np.sum(np.bincount(units, right - p * counted) ** 2) / total**2
+    # Where all answers are alike there is no variance: then a unit is an answer.
+    n = len(np.unique(units[counted > 0])) if p in (0, 1) else total
+    n = min(n, p * (1 - p) / variance) if variance else n
+    middle, half = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+    ends = ((middle + sign * half) / (1 + Z**2 / n) for sign in (-1, 1))
+    return [round(max(float(end), 0.0), 6) for end in ends]
+
+
+def auc_influence(scores, truth, units):
+    """Influences (N,) on the AUC of scores (N,) for truth (N,) bool, ties half: 0 where it is
+    undefined, nan where one class has a single unit. units: (N,) int64.
+
+    Without patients their sum of squares is DeLong's variance; with them Obuchowski's, but for the
+    factor of its last term, I / (I - 1) of all units, which is here the root of both classes'.
+    """
+    positives, negatives = truth.sum(), (~truth).sum()
+    if not positives or not negatives:
+        return np.zeros(len(scores))
+    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    tied = np.bincount(place[truth], minlength=len(counts))  # positives of each score
+    others = counts - tied
+    outscored = (np.cumsum(others) - others / 2)[place] / negatives  # share of negatives
+    outscoring = (positives - np.cumsum(tied) + tied / 2)[place] / positives
+    influence = np.where(truth, outscored, outscoring)
+    influence -= outscored[truth].mean()
+    for part, images in ((truth, positives), (~truth, negatives)):
+        count = np.count_nonzero(np.bincount(units[part]))
+        influence[part] *= math.sqrt(count / (count - 1)) / images if count > 1 else math.nan
+    return influence
+
+
+def auc_interval(auc, influence, units):
+    """[low, high] on the logit scale, which keeps it within 0 and 1; None where auc is None, or
+    without variance, as for a perfect ranking. influence, units: (N,)."""
+    variance = np.sum(np.bincount(units, influence) ** 2)
+    if auc is None or not 0 < auc < 1 or not variance > 0:
+        return None
+    half = Z * math.sqrt(variance) / (auc * (1 - auc))
+    odds = [auc / (1 - auc) * math.exp(sign * half) for sign in (-1, 1)]
+    return [round(float(value / (1 + value)), 6) for value in odds]
+
+
 def compute_metrics(logits, labels, classes, env=None, groups=None):
     """Metrics of a whole test set as fractions; what is undefined is None.
 
@@ -73,48 +133,61 @@ def compute_metrics(logits, labels, classes, env=None, groups=None):
     labels = torch.as_tensor(np.array(labels))  # a copy: those of a pack cannot be written
     refuse_nonfinite(logits.isfinite().all())
     task = "multilabel" if labels.ndim == 2 else "multiclass"
-    count = int((~labels.isnan()).sum()) if task == "multilabel" else len(labels)
-    right, in_top5 = answers(logits, labels)
+    if task == "multiclass":
+        predicted = logits.argmax(1)
+        right, counted = (predicted == labels).numpy(), np.ones(len(labels))
+    else:
+        right = (((logits > 0) == (labels == 1)) & ~labels.isnan()).sum(1).numpy()
+        counted = (~labels.isnan()).sum(1).numpy()
+    _, in_top5 = answers(logits, labels)
     rank, ranks = (env.rank, env.ranks) if env else (0, 1)
     mine = range(rank, len(classes), ranks)
     scores = np.empty((len(mine), len(logits)))  # a row a class, in 64 bits
     for start in range(0, len(logits), CHUNK):
         chunk = logits[start : start + CHUNK].double()
         chunk = chunk.softmax(1) if task == "multiclass" else chunk
-        scores[:, start : start + CHUNK] = chunk[:, mine.start :: ranks].T
-    predicted = logits.argmax(1) if task == "multiclass" else None
-    found, units, influences = {}, unit_numbers(groups, len(logits)), np.zeros(len(logits))
+        scores[:, start : start + CHUNK] = chunk[:, rank::ranks].T
+    units = np.arange(len(logits)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    found, influences = {}, np.zeros(len(logits))
     for c, row in zip(mine, scores):
         if task == "multiclass":
             valid, truth, answer = slice(None), (labels == c).numpy(), (predicted == c).numpy()
         else:
             valid = ~labels[:, c].isnan().numpy()
             truth, answer = labels[:, c].numpy()[valid] == 1, logits[:, c].numpy()[valid] > 0
-        found[c] = _class_metrics(row[valid], answer, truth)
-        influence = auc_influence(row[valid], truth, units[valid])
+        row = row[valid]
+        auc, ap = roc_auc(row, truth), average_precision(row, truth)
+        influence = auc_influence(row, truth, units[valid])
         influences[valid] += influence
-        found[c]["auc_interval"] = auc_interval(found[c]["auc"], influence, units[valid])
+        hits, claims, positives = (answer & truth).sum(), answer.sum(), truth.sum()
+        found[c] = {
+            "auc": None if math.isnan(auc) else auc,
+            "ap": None if math.isnan(ap) else ap,
+            "f1": float(2 * hits / (claims + positives)) if claims + positives else None,
+            "precision": float(hits / claims) if claims else None,
+            "recall": float(hits / positives) if positives else None,
+            "positives": int(positives),
+            "negatives": int(len(truth) - positives),
+            "auc_interval": auc_interval(auc, influence, units[valid]),
+        }
     if ranks > 1:
         parts = gathered((found, influences), env)
         found = {c: values for part, _ in parts for c, values in part.items()}
         influences = sum(part for _, part in parts)
-    if task == "multiclass":
-        correct, counted = (predicted == labels).numpy(), np.ones(len(labels))
-    else:
-        counted = (~labels.isnan()).sum(1).numpy()
-        correct = (((logits > 0) == (labels == 1)) & ~labels.isnan()).sum(1).numpy()
     per_class = {name: found[c] for c, name in enumerate(classes)}
-    aucs = [m["auc"] for m in per_class.values() if m["auc"] is not None]
-    influences /= max(len(aucs), 1)
+    known = [[m[key] for m in per_class.values() if m[key] is not None] for key in ("auc", "ap")]
+    mean_auc, mean_ap = (float(np.mean(values)) if values else None for values in known)
+    influences /= max(len(known[0]), 1)
+    count = int(counted.sum())
     return {
-        "accuracy": int(right) / count if count else math.nan,
+        "accuracy": int(right.sum()) / count,
         "top5": int(in_top5) / count if in_top5 is not None else None,
-        "mean_auc": _mean(aucs),
-        "mean_ap": _mean([m["ap"] for m in per_class.values()]),
+        "mean_auc": mean_auc,
+        "mean_ap": mean_ap,
         "loss": float(loss_sum(logits, labels, task)) / count,
         "intervals": {
-            "accuracy": wilson(correct, counted, units),
-            "mean_auc": auc_interval(_mean(aucs), influences, units),
+            "accuracy": wilson(right, counted, units),
+            "mean_auc": auc_interval(mean_auc, influences, units),
         },
         "per_class": per_class,
     }
@@ -137,22 +210,3 @@ def answers(logits, labels):
     if logits.shape[1] <= 5:
         return right, None
     return right, (logits.topk(5).indices == labels[:, None]).any(1).sum()
-
-
-def _class_metrics(scores, predicted, truth):
-    hits, claims, positives = (predicted & truth).sum(), predicted.sum(), truth.sum()
-    auc, ap = roc_auc(scores, truth), average_precision(scores, truth)
-    return {
-        "auc": None if math.isnan(auc) else auc,
-        "ap": None if math.isnan(ap) else ap,
-        "f1": float(2 * hits / (claims + positives)) if claims + positives else None,
-        "precision": float(hits / claims) if claims else None,
-        "recall": float(hits / positives) if positives else None,
-        "positives": int(positives),
-        "negatives": int(len(truth) - positives),
-    }
-
-
-def _mean(values):
-    values = [value for value in values if value is not None]
-    return float(np.mean(values)) if values else None

@@ -47,7 +47,9 @@ def test_intervals_cover_and_the_permutation_keeps_its_level(tasks):
     terms, x = law.design(rows)
     true = np.array([{"a": 0.15, "b": 0.05, "c": -0.12, "e": -0.03}[letter] for letter, _ in terms])
     y = drawn(rows, x, true)
-    changes, errors = law.changes_without(x, y, names), law.solve(x, y) - true[:, None]
+    found = law.solve(x, y)
+    without = [law.solve(x[names != task], y[names != task]) for task in np.unique(names)]
+    changes, errors = np.stack(without) - found, found - true[:, None]
     covered = []
     for contrast in (*np.eye(len(terms)), *(x[:2] - x[-2:])):
         half = law.half_width(changes, contrast, terms, rows)
@@ -84,6 +86,8 @@ def test_fit_and_left_out_tasks_are_those_of_scikit_learn():
     moved = (x @ found.changes.T) ** 2  # of each fitted value, by unit
     expected = np.median(moved[:, -2:].sum(1) / moved.sum(1))
     assert found.seed_share == pytest.approx(expected) and 0 < expected < 1
+    without = [line.fit(x[names != task], y[names != task]).coef_ for task in np.unique(names)]
+    assert found.changes[:-2] == pytest.approx(np.stack(without) - found.coefficients, abs=1e-7)
     # Each seed alone moves both constants by 0.01, and nothing else.
     expected = np.outer([1, -1], [0.01, 0, 0.01, 0, 0, 0])
     assert found.changes[-2:] == pytest.approx(expected, abs=1e-9)

@@ -1,4 +1,4 @@
-"""Metrics beside scikit-learn, and the loss by hand."""
+"""Metrics beside scikit-learn, loss by hand; intervals beside double sums, SciPy, bootstraps."""
 
 import json
 import math
@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import refuses
+from scipy import special, stats
 from sklearn import metrics as peer
 
-from engine.metrics import Diverged, average_precision, compute_metrics, loss_sum, roc_auc
+from engine import metrics
+from engine.metrics import compute_metrics, loss_sum, roc_auc
 
 nan = math.nan
 
@@ -26,9 +28,9 @@ def test_auc_and_ap_equal_scikit_learn():
         expected = peer.roc_auc_score(targets, scores)
         assert roc_auc(scores, targets) == pytest.approx(expected, abs=1e-12)
         expected = peer.average_precision_score(targets, scores)
-        assert average_precision(scores, targets) == pytest.approx(expected, abs=1e-12)
+        assert metrics.average_precision(scores, targets) == pytest.approx(expected, abs=1e-12)
     for one_class in ([0, 0, 0], [1, 1, 1], []):
-        for metric in (roc_auc, average_precision):
+        for metric in (roc_auc, metrics.average_precision):
             assert math.isnan(metric(range(len(one_class)), one_class))
 
 
@@ -96,8 +98,8 @@ def test_undefined_metrics_are_none_in_strict_json():
 
 @pytest.mark.parametrize("value", (nan, math.inf, -math.inf))
 def test_outputs_that_are_not_finite_are_refused(value):
-    metrics = partial(compute_metrics, [[value, 0.0], [0.0, 1.0]], [0, 1], ("a", "b"))
-    refuses(Diverged, metrics, "not finite")
+    call = partial(compute_metrics, [[value, 0.0], [0.0, 1.0]], [0, 1], ("a", "b"))
+    refuses(metrics.Diverged, call, "not finite")
 
 
 def test_multiclass_loss_is_a_sum_in_fp32():
@@ -118,3 +120,97 @@ def test_multilabel_loss_and_its_gradient_pass_over_nan():
     sigmoid = torch.sigmoid(logits.detach())
     by_hand = [[sigmoid[0, 0] - 1, 0, sigmoid[0, 2]], [sigmoid[1, 0], 0, 0]]
     torch.testing.assert_close(logits.grad, torch.tensor(by_hand))
+
+
+def naive_variance(scores, truth, patients):
+    """Of an AUC, by the pairs of images: DeLong 1988, Obuchowski 1997 (its S11 as here)."""
+    pairs = scores[truth][:, None] - scores[~truth][None]
+    wins = (pairs > 0) + 0.5 * (pairs == 0)
+    sums = []
+    for part, values in ((truth, wins.mean(1)), (~truth, wins.mean(0))):
+        units = np.unique(patients[part])
+        sums.append(np.zeros(patients.max() + 1))
+        for patient in units:
+            mine = values[patients[part] == patient] - wins.mean()
+            sums[-1][patient] = mine.sum() * math.sqrt(len(units) / (len(units) - 1)) / part.sum()
+    return np.sum(sums[0] ** 2) + np.sum(sums[1] ** 2) + 2 * np.sum(sums[0] * sums[1])
+
+
+@pytest.mark.parametrize("clusters", (None, 30))
+def test_influences_sum_to_the_variance_of_the_pairs(clusters):
+    """Of tied scores; images of a patient are alike."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        patients = rng.integers(0, clusters, 90) if clusters else np.arange(90)
+        common = rng.normal(size=90)[patients]
+        truth = common + rng.normal(size=90) > 0.3
+        scores = np.round(2 * (common + rng.normal(size=90)))
+        influence = metrics.auc_influence(scores, truth, patients)
+        found = np.sum(np.bincount(patients, influence) ** 2)
+        assert found == pytest.approx(naive_variance(scores, truth, patients), rel=1e-10)
+
+
+def test_variance_of_delong_by_hand():
+    # 1 and 3 against 0 and 2: three of four pairs won; placements 1/2, 1 and 1/2, 1.
+    truth = np.array([1, 1, 0, 0]) == 1
+    influence = metrics.auc_influence(np.array([1, 3, 0, 2]), truth, np.arange(4))
+    assert influence == pytest.approx(np.array([-0.25, 0.25, 0.25, -0.25]) / 2**0.5)
+    half = special.ndtri(0.975) * 0.125**0.5 / (0.75 * 0.25)
+    expected = special.expit([math.log(3) - half, math.log(3) + half])
+    assert metrics.auc_interval(0.75, influence, np.arange(4)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_one_positive_or_one_class_has_no_interval():
+    for truth in ([1, 0, 0], [1, 1, 1], [0, 0, 0]):
+        influence = metrics.auc_influence(np.array([1, 2, 0]), np.array(truth) == 1, np.arange(3))
+        assert metrics.auc_interval(0.5, influence, np.arange(3)) is None
+    assert metrics.auc_interval(1.0, np.ones(3), np.arange(3)) is None
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 10), (81, 121), (10, 10)])
+def test_wilson_is_that_of_scipy(right, count):
+    every = np.arange(count)
+    answers = every < right
+    expected = list(stats.binomtest(right, count).proportion_ci(method="wilson"))
+    assert metrics.wilson(answers, np.ones(count), every) == pytest.approx(expected, abs=1e-6)
+    # Every image twice: as many patients, the same interval.
+    twice, patients = np.repeat(answers, 2), np.repeat(every, 2)
+    assert metrics.wilson(twice, np.ones(2 * count), patients) == pytest.approx(expected, abs=1e-6)
+    assert metrics.wilson(np.zeros(3), np.zeros(3), np.arange(3)) is None
+
+
+@pytest.mark.parametrize("task", ("multiclass", "multilabel", "patients"))
+def test_intervals_of_metrics_are_as_wide_as_those_of_a_bootstrap(task):
+    rng, count = np.random.default_rng(0), 300
+    groups = rng.integers(0, 100, count).astype("S") if task == "patients" else None
+    units = np.unique(range(count) if groups is None else groups, return_inverse=True)[1]
+    common = rng.normal(size=(count, 3))[units]
+    if task == "multiclass":
+        labels = (common + rng.normal(size=common.shape)).argmax(1)
+    else:
+        labels = (common + rng.normal(size=common.shape) > 0).astype(np.float32)
+        labels[rng.random(labels.shape) < 0.2] = nan
+    logits = np.round(3 * (0.6 * common + rng.normal(size=common.shape)))
+    found = compute_metrics(logits, labels, "abc", groups=groups)
+    members, draws = [np.flatnonzero(units == unit) for unit in range(units.max() + 1)], []
+    for _ in range(2000):
+        numbers = rng.integers(0, len(members), len(members))
+        rows = np.concatenate([members[unit] for unit in numbers])
+        draws.append(quick(logits[rows], labels[rows]))
+    for name, values in zip(("accuracy", "mean_auc", "a"), np.transpose(draws)):
+        interval = found["intervals"].get(name) or found["per_class"]["a"]["auc_interval"]
+        assert interval[0] < (found.get(name) or found["per_class"]["a"]["auc"]) < interval[1]
+        width = np.diff(np.quantile(values, [0.025, 0.975]))
+        assert np.diff(interval) == pytest.approx(width, rel=0.1)
+
+
+def quick(logits, labels):
+    """Accuracy, mean AUC and AUC of the first class."""
+    if labels.ndim == 1:
+        right = logits.argmax(1) == labels
+        scores, truths = np.exp(logits) / np.exp(logits).sum(1, keepdims=True), np.eye(3)[labels]
+    else:
+        right, scores, truths = ((logits > 0) == labels)[~np.isnan(labels)], logits, labels
+    valid = ~np.isnan(truths)
+    aucs = [roc_auc(scores[v, c], truths[v, c]) for c, v in enumerate(valid.T)]
+    return right.mean(), np.mean(aucs), aucs[0]
