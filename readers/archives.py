@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from readers.images import IMAGE_ENDINGS
+from readers.images import IMAGE_ENDINGS, encoded
 
 CACHE_FROM = 50_000  # images: the index of such a set, and of any archives, is kept on disk
 
@@ -76,20 +76,14 @@ def class_index(folder, cache_dir=None, held_out=None, like=None):
     columns = ["classes", "names", "labels"]
     columns += ["starts", "sizes"] * archived + ["held_from"] * bool(held_out)
     index = _kept_arrays(cache, columns)
-    if index is None:
-        index = _build_index(entries, archived, held_out)
-        if archived or len(index["names"]) >= CACHE_FROM:
-            index = _keep_arrays(cache, stem, index, required=cache_dir is not None)
-    return index
+    if index is not None:
+        return index
 
-
-def _build_index(entries, archived, held_out):
     names, labels, places = [], [], []
     for label, entry in enumerate(tqdm(entries.values(), "index", disable=None, leave=False)):
         if entry.is_dir():
-            above = f"{os.path.dirname(entry.path)}/"
             files = sorted(f.name for f in os.scandir(entry.path) if not f.name.startswith("."))
-            found = [(f"{entry.name}/{file}", -1, -1) for file in files]
+            above, found = f"{folder}/", [(f"{entry.name}/{file}", -1, -1) for file in files]
         else:
             above, found = f"{entry.path}: ", _tar_members(entry.path)
         if not found:
@@ -97,7 +91,7 @@ def _build_index(entries, archived, held_out):
         for name, *_ in found:
             if not name.lower().endswith(IMAGE_ENDINGS):
                 raise ValueError(f"{above}{name}: not an image by its ending; move it away")
-        names.append(np.array([os.fsencode(name) for name, *_ in found]))
+        names.append(encoded(name for name, *_ in found))
         labels.append(np.full(len(found), label, np.int64))
         if archived:
             places.append(np.array([place for _, *place in found]))
@@ -109,7 +103,9 @@ def _build_index(entries, archived, held_out):
         order = np.argsort(held, kind="stable")
         index = {key: values[order] for key, values in index.items()}
         index["held_from"] = np.array(len(held) - held.sum())
-    index["classes"] = np.array(list(map(os.fsencode, entries)))
+    index["classes"] = encoded(entries)
+    if archived or len(index["names"]) >= CACHE_FROM:
+        index = _keep_arrays(cache, stem, index, required=cache_dir is not None)
     return index
 
 
@@ -152,17 +148,16 @@ def _tar_members(path):
 def _kept_arrays(cache, columns):
     """The arrays, None where one is lost or damaged."""
     try:
-        arrays = map_arrays(f"{cache}/", columns)
-        sums = map_arrays(f"{cache}/", ["crc32"])["crc32"]
+        arrays = map_arrays(f"{cache}/", [*columns, "crc32"])
+        sums = arrays.pop("crc32")
+        return arrays if np.array_equal(sums, _checksums(arrays)) else None
     except Exception:  # of a damaged header numpy raises many kinds
         return None
-    return arrays if np.array_equal(sums, _checksums(arrays)) else None
 
 
 def _checksums(arrays):
     """CRC-32 of each array, by the order of their keys."""
-    flat = (np.ascontiguousarray(arrays[key]).reshape(-1) for key in sorted(arrays))
-    return [zlib.crc32(values.view(np.uint8)) for values in flat]
+    return [zlib.crc32(np.ascontiguousarray(arrays[key])) for key in sorted(arrays)]
 
 
 def _keep_arrays(cache, stem, arrays, required):
