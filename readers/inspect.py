@@ -1,17 +1,23 @@
-"""What a dataset holds, in tables and on a contact sheet, and what of it is broken."""
+"""What a dataset holds, in tables, on a contact sheet and in digests; what of it is broken."""
 
 import collections
 import contextlib
+import functools
 import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from engine.console import print_table, refuse_unwritable, write_json
+from readers.images import Joined, Members
 from readers.labels import images_by_class
 from readers.transforms import resize_square
 from readers.workers import each_image
+
+SAMPLE = 256  # images of a set whose content goes into its digest
 
 
 def info(name, sets, sheet=None):
@@ -129,3 +135,48 @@ def _fingerprint(dataset, i):
     content = hashlib.blake2b(str(pixels.shape).encode(), digest_size=8)
     content.update(pixels)
     return int.from_bytes(content.digest(), "little"), pixels.max()
+
+
+def data_digest(**sets):
+    """What tells datasets from others of their names and sizes: {"train names": digest, ...}.
+
+    A digest is 16 hexadecimal digits of SHA-256. names: of the images, wherever they lie; labels;
+    classes; content: the bytes of SAMPLE images, evenly spaced, as they are stored, for decoders
+    round otherwise elsewhere. What is made when it is read has neither names nor content. Raises
+    OSError where an image cannot be read.
+    """
+    digests = {}
+    for split, dataset in sets.items():
+        sample = np.unique(np.linspace(0, len(dataset) - 1, SAMPLE).astype(np.int64))
+        with ThreadPoolExecutor(16) as pool:  # a file of a network's disk is waited for
+            content = pool.map(functools.partial(_content, dataset.reader), sample)
+        parts = {
+            "names": _names(dataset.reader),
+            "labels": [dataset.labels],
+            "classes": [json.dumps(dataset.classes).encode()],
+            "content": content,
+        }
+        for part, pieces in parts.items():
+            digest = hashlib.sha256()
+            for piece in pieces:
+                piece = np.ascontiguousarray(piece)
+                digest.update(f"{piece.dtype} {piece.shape} {piece.nbytes} ".encode())
+                digest.update(piece)
+            digests[f"{split} {part}"] = digest.hexdigest()[:16]
+    return digests
+
+
+def _names(reader):
+    """Arrays that name the images of a reader; some of others as places among these."""
+    if isinstance(reader, Joined):
+        names = [names for member in reader.readers for names in _names(member)]
+        return names if reader.chosen is None else [*names, reader.chosen]
+    reader = reader.files if isinstance(reader, Members) else reader
+    return [reader.names] if hasattr(reader, "names") else []
+
+
+def _content(reader, i):
+    """Image i as it is stored: the bytes of its file, or else its pixels."""
+    while isinstance(reader, Joined):
+        reader, i = reader.find(i)
+    return reader.content(i) if hasattr(reader, "content") else reader(i, None).numpy()

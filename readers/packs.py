@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from engine.console import locked, write_json
 from readers.archives import map_arrays, write_arrays
-from readers.digest import data_digest
 from readers.images import MODES, ImageDataset, read_image
+from readers.inspect import data_digest
 from readers.names import pack_folder, pack_of, without_place
 from readers.transforms import resize_shorter, xray_square
 from readers.workers import each_image
