@@ -167,6 +167,8 @@ def pack(name, sets, size, target, codec="raw", quality=90, workers=None):
     with locked(part):
         try:
             _fill(part, sets, facts, workers)
+            for name in ("train.journal", "test.journal", "begun.json"):
+                (part / name).unlink(missing_ok=True)
         except OSError as error:
             if str(part) in str(error):
                 raise
@@ -202,28 +204,42 @@ def _fill(part, sets, facts, workers):
         _refuse_other_facts(part, theirs, facts)
     else:
         write_json(begun, facts)
-    if not whole.exists():
-        encode = functools.partial(_encode, facts)
-        there = sum(file.stat().st_size for file in part.glob("*.images"))
-        needed = -there
-        for dataset in sets.values():  # judged by a sample of its images
-            sample = np.unique(np.linspace(0, len(dataset) - 1, 32).astype(int))
-            index = JOURNAL.itemsize * 2 + dataset.labels[:1].nbytes + _names(dataset).itemsize
-            size = np.mean([len(encode(dataset, i)[0]) for i in sample])
-            needed += len(dataset) * (size + index)
-        free = shutil.disk_usage(part).free
-        if needed > free:
-            room = f"packing needs about {needed / 1e9:.3g} GB more, {free / 1e9:.3g} GB are free"
-            raise OSError(f"{part}: {room}; give another --out, a smaller --size, or --codec jpeg")
-        for split, dataset in sets.items():
-            _write_images(part, split, dataset, encode, workers)
-        files = {}
-        for split, dataset in sets.items():
-            files |= _write_index(part, split, dataset)
-        facts = facts | {"files": files}
-        write_json(whole, facts | {"crc32": _crc32_of(facts)})
-    for name in ("train.journal", "test.journal", "begun.json"):
-        (part / name).unlink(missing_ok=True)
+    if path == whole:
+        return
+
+    encode = functools.partial(_encode, facts)
+    needed = -sum(file.stat().st_size for file in part.glob("*.images"))
+    for dataset in sets.values():  # judged by a sample of its images
+        sample = np.unique(np.linspace(0, len(dataset) - 1, 32).astype(int))
+        index = JOURNAL.itemsize * 2 + dataset.labels[:1].nbytes + _names(dataset).itemsize
+        size = np.mean([len(encode(dataset, i)[0]) for i in sample])
+        needed += len(dataset) * (size + index)
+    free = shutil.disk_usage(part).free
+    if needed > free:
+        room = f"packing needs about {needed / 1e9:.3g} GB more, {free / 1e9:.3g} GB are free"
+        raise OSError(f"{part}: {room}; give another --out, a smaller --size, or --codec jpeg")
+    for split, dataset in sets.items():
+        _write_images(part, split, dataset, encode, workers)
+
+    files = {}  # {file name: [bytes, checksum]}
+    for split, dataset in sets.items():
+        records = np.fromfile(part / f"{split}.journal", JOURNAL)
+        offsets = np.concatenate([[0], np.cumsum(records["bytes"])])
+        images = np.memmap(part / f"{split}.images", mode="r")
+        for i in tqdm(range(len(records)), f"{split} verified", unit="image", disable=None):
+            if zlib.crc32(images[offsets[i] : offsets[i + 1]]) != records["crc32"][i]:
+                raise ValueError(f"{part}: image {i} of {split} was not written well; remove it")
+        arrays = {"offsets": offsets, "shapes": records["shape"], "crc32": records["crc32"]}
+        arrays |= {"labels": dataset.labels, "names": _names(dataset)}
+        if dataset.groups is not None:
+            arrays["groups"] = dataset.groups
+        write_arrays(f"{part}/{split}.", arrays)
+        for key in arrays:
+            path = part / f"{split}.{key}.npy"
+            files[path.name] = [path.stat().st_size, zlib.crc32(np.memmap(path, mode="r"))]
+        files[f"{split}.images"] = [images.size, None]  # each image has its own checksum
+    facts = facts | {"files": files}
+    write_json(whole, facts | {"crc32": _crc32_of(facts)})
 
 
 def _encode(facts, dataset, i):
@@ -267,21 +283,3 @@ def _write_images(part, split, dataset, encode, workers):
                         file.flush()
                         os.fsync(file.fileno())
                     records, pending = [], 0
-
-
-def _write_index(part, split, dataset):
-    """Reads the images back and writes their index. Returns {file name: [bytes, checksum]}."""
-    records = np.fromfile(part / f"{split}.journal", JOURNAL)
-    offsets = np.concatenate([[0], np.cumsum(records["bytes"])])
-    images = np.memmap(part / f"{split}.images", mode="r")
-    for i in tqdm(range(len(records)), f"{split} verified", unit="image", disable=None):
-        if zlib.crc32(images[offsets[i] : offsets[i + 1]]) != records["crc32"][i]:
-            raise ValueError(f"{part}: image {i} of {split} was not written well; remove it")
-    arrays = {"offsets": offsets, "shapes": records["shape"], "crc32": records["crc32"]}
-    arrays |= {"labels": dataset.labels, "names": _names(dataset)}
-    arrays |= {} if dataset.groups is None else {"groups": dataset.groups}
-    write_arrays(f"{part}/{split}.", arrays)
-    files = {f"{split}.{key}.npy": part / f"{split}.{key}.npy" for key in arrays}
-    for name, path in files.items():
-        files[name] = [path.stat().st_size, zlib.crc32(np.memmap(path, mode="r"))]
-    return files | {f"{split}.images": [images.size, None]}  # each image has its own checksum
