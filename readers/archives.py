@@ -25,9 +25,11 @@ def write_arrays(stem, arrays):
             os.fsync(file.fileno())
 
 
-def map_arrays(stem, keys):
-    """{key: array} of such files, mapped into memory."""
-    return {key: np.asarray(np.load(f"{stem}{key}.npy", mmap_mode="r")) for key in keys}
+def map_arrays(stem):
+    """{key: array} of all such files, mapped into memory."""
+    folder, start = os.path.split(stem)
+    paths = Path(folder).glob(f"{start}*.npy")
+    return {p.stem.removeprefix(start): np.asarray(np.load(p, mmap_mode="r")) for p in paths}
 
 
 def class_entries(folder):
@@ -72,13 +74,11 @@ def class_index(folder, cache_dir=None, held_out=None, like=None):
     place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:12]
     stem = Path(cache_dir or folder.parent) / f".index-{place if cache_dir else folder.name}-"
     cache = Path(f"{stem}{key.hexdigest()[:24]}")
-    archived = not all(entry.is_dir() for entry in entries.values())
-    columns = ["classes", "names", "labels"]
-    columns += ["starts", "sizes"] * archived + ["held_from"] * bool(held_out)
-    index = _kept_arrays(cache, columns)
+    index = _kept_arrays(cache)
     if index is not None:
         return index
 
+    archived = not all(entry.is_dir() for entry in entries.values())
     names, labels, places = [], [], []
     for label, entry in enumerate(tqdm(entries.values(), "index", disable=None, leave=False)):
         if entry.is_dir():
@@ -110,10 +110,7 @@ def class_index(folder, cache_dir=None, held_out=None, like=None):
 
 
 def _tar_members(path):
-    """[(name, start, size)] of a tar's images, by name; of it only the headers are read.
-
-    Raises ValueError naming a damaged or cut tar, or a member that is no file.
-    """
+    """[(name, start, size)] of a tar's images, by name; of it only the headers are read."""
     with open(path, "rb") as file:
         try:
             archive = tarfile.open(fileobj=file, mode="r:")
@@ -145,10 +142,10 @@ def _tar_members(path):
     return sorted(members.values())
 
 
-def _kept_arrays(cache, columns):
+def _kept_arrays(cache):
     """The arrays, None where one is lost or damaged."""
     try:
-        arrays = map_arrays(f"{cache}/", [*columns, "crc32"])
+        arrays = map_arrays(f"{cache}/")
         sums = arrays.pop("crc32")
         return arrays if np.array_equal(sums, _checksums(arrays)) else None
     except Exception:  # of a damaged header numpy raises many kinds
@@ -161,23 +158,22 @@ def _checksums(arrays):
 
 
 def _keep_arrays(cache, stem, arrays, required):
-    """Writes the arrays beside and renames, whichever process is first; returns them mapped.
-
-    Where that cannot be written, it stays in memory; required: raises OSError instead.
+    """Writes the arrays, whichever process is first; returns them mapped, or if that fails and is
+    not required as they are.
     """
     beside, fault = Path(f"{stem}{os.getpid()}-{os.urandom(4).hex()}"), None
     try:
         beside.mkdir(parents=True)
         write_arrays(f"{beside}/", arrays | {"crc32": np.array(_checksums(arrays))})
         for old in stem.parent.glob(glob.escape(stem.name) + "[0-9a-f]" * 24):
-            if old != cache or _kept_arrays(cache, arrays) is None:
+            if old != cache or _kept_arrays(cache) is None:
                 shutil.rmtree(old, ignore_errors=True)
         os.rename(beside, cache)
     except OSError as error:
         fault = error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    kept = _kept_arrays(cache, arrays)
+    kept = _kept_arrays(cache)
     if required and kept is None:
         raise OSError(f"--cache-dir {stem.parent}: cannot be written ({fault})") from fault
     return kept or arrays

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import functools
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -149,7 +148,7 @@ def data_digest(**sets):
     for split, dataset in sets.items():
         sample = np.unique(np.linspace(0, len(dataset) - 1, SAMPLE).astype(np.int64))
         with ThreadPoolExecutor(16) as pool:  # a file of a network's disk is waited for
-            content = pool.map(functools.partial(_content, dataset.reader), sample)
+            content = pool.map(_content, [dataset.reader] * len(sample), sample)
         parts = {
             "names": _names(dataset.reader),
             "labels": [dataset.labels],

@@ -15,7 +15,6 @@ import shlex
 import shutil
 import textwrap
 import zlib
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -73,9 +72,8 @@ class Packed(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def _mapped_pack(folder, split, made):
     """The arrays of a pack's split, mapped once a process: {name: array}."""
-    keys = [path.name.split(".")[1] for path in Path(folder).glob(f"{split}.*.npy")]
-    images = np.asarray(np.memmap(Path(folder, f"{split}.images"), mode="r"))
-    return map_arrays(f"{folder}/{split}.", keys) | {"images": images}
+    images = np.asarray(np.memmap(f"{folder}/{split}.images", mode="r"))
+    return map_arrays(f"{folder}/{split}.") | {"images": images}
 
 
 def open_pack(name, root, split, **options):
