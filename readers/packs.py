@@ -233,8 +233,8 @@ def _fill(part, sets, facts, workers):
             arrays["groups"] = dataset.groups
         write_arrays(f"{part}/{split}.", arrays)
         for key in arrays:
-            path = part / f"{split}.{key}.npy"
-            files[path.name] = [path.stat().st_size, zlib.crc32(np.memmap(path, mode="r"))]
+            file = part / f"{split}.{key}.npy"
+            files[file.name] = [file.stat().st_size, zlib.crc32(np.memmap(file, mode="r"))]
         files[f"{split}.images"] = [images.size, None]  # each image has its own checksum
     facts = facts | {"files": files}
     write_json(whole, facts | {"crc32": _crc32_of(facts)})
