@@ -22,7 +22,8 @@ SAMPLE = 256  # images of a set whose content goes into its digest
 def info(name, sets, sheet=None):
     """Prints counts, patients, marks by class and image sizes. sets: {split: ImageDataset}.
 
-    sheet: a PNG file, for a contact sheet of the training images.
+    sheet: a PNG file, for a contact sheet: the first training images of each of the first 20
+    classes, a row a class.
     """
     if sheet and Path(sheet).suffix.lower() != ".png":
         raise ValueError(f"--sheet {sheet}: must end in .png")
@@ -54,25 +55,19 @@ def info(name, sets, sheet=None):
         shown = ", ".join(f"{w} x {h} x {c} ({n})" for (c, h, w), n in sizes.most_common(8))
         print(f"{split} images, of {len(sample)}: width x height x channels {shown}")
     if sheet:
+        rows, columns, side = train.classes[:20], 8, 96
+        canvas = Image.new("RGB", (180 + columns * side, len(rows) * side), "white")
+        for row, label in enumerate(rows):
+            ImageDraw.Draw(canvas).text((6, row * side + side // 2 - 6), label, fill="black")
+            labels = train.labels
+            shows = labels[:, row] == 1 if labels.ndim == 2 else labels == row
+            for column, i in enumerate(np.flatnonzero(shows)[:columns]):
+                image = resize_square(train.read(i, side), side - 2).expand(3, -1, -1)
+                tile = Image.fromarray(image.permute(1, 2, 0).numpy())
+                canvas.paste(tile, (180 + column * side, row * side))
         Path(sheet).parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(train).save(sheet)
+        canvas.save(sheet)
         print(f"wrote {sheet}")
-
-
-def contact_sheet(dataset):
-    """A PIL image: the first images of each of the first 20 classes, a row a class."""
-    columns, rows, side = 8, min(20, len(dataset.classes)), 96
-    sheet = Image.new("RGB", (180 + columns * side, rows * side), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, label in enumerate(dataset.classes[:rows]):
-        draw.text((6, row * side + side // 2 - 6), label, fill="black")
-        labels = dataset.labels
-        shows = labels[:, row] == 1 if labels.ndim == 2 else labels == row
-        for column, i in enumerate(np.flatnonzero(shows)[:columns]):
-            image = resize_square(dataset.read(i, side), side - 2).expand(3, -1, -1)
-            tile = Image.fromarray(image.permute(1, 2, 0).numpy())
-            sheet.paste(tile, (180 + column * side, row * side))
-    return sheet
 
 
 def check(name, sets, report=None, workers=None):

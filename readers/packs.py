@@ -46,34 +46,30 @@ class Packed(NamedTuple):
     made: int  # when, in ns: a pack made anew in its place is another
 
     def __call__(self, i, size=None):
-        content, pack = self.content(i), self.arrays
-        if zlib.crc32(content) != pack["crc32"][i]:
+        content, arrays = self.content(i), _arrays(self)
+        if zlib.crc32(content) != arrays["crc32"][i]:
             raise ValueError(f"{self.where(i)}: damaged; remove {self.folder} and pack it again")
         if self.codec == "jpeg":
             return read_image(content.tobytes(), self.mode, size, self.where(i))
-        return torch.from_numpy(content.copy()).view(*pack["shapes"][i].tolist())
-
-    @property
-    def arrays(self):
-        return _mapped_pack(self.folder, self.split, self.made)
+        return torch.from_numpy(content.copy()).view(*arrays["shapes"][i].tolist())
 
     @property
     def names(self):
-        return self.arrays["names"]
+        return _arrays(self)["names"]
 
     def content(self, i):
-        start, end = self.arrays["offsets"][i : i + 2]
-        return self.arrays["images"][start:end]
+        start, end = _arrays(self)["offsets"][i : i + 2]
+        return _arrays(self)["images"][start:end]
 
     def where(self, i):
         return f"{self.name} {self.split} image {i} ({os.fsdecode(self.names[i])})"
 
 
 @functools.lru_cache(maxsize=64)
-def _mapped_pack(folder, split, made):
-    """The arrays of a pack's split, mapped once a process: {name: array}."""
-    images = np.asarray(np.memmap(f"{folder}/{split}.images", mode="r"))
-    return map_arrays(f"{folder}/{split}.") | {"images": images}
+def _arrays(packed):
+    """The arrays of a Packed, mapped once a process: {name: array}."""
+    images = np.asarray(np.memmap(f"{packed.folder}/{packed.split}.images", mode="r"))
+    return map_arrays(f"{packed.folder}/{packed.split}.") | {"images": images}
 
 
 def open_pack(name, root, split, **options):
@@ -92,7 +88,7 @@ def open_pack(name, root, split, **options):
             raise ValueError(f"{folder} was packed with {option} = {was}, not {value}; {mend}")
     made = (folder / "pack.json").stat().st_mtime_ns
     reader = Packed(name, str(folder), split, facts["codec"], facts["mode"], made)
-    labels, groups = reader.arrays["labels"], reader.arrays.get("groups")
+    labels, groups = _arrays(reader)["labels"], _arrays(reader).get("groups")
     about = facts["classes"], facts["task"], facts["domain"], groups
     more = {"options": facts["options"], "dropped": facts["dropped"][split]}
     return ImageDataset(name, reader, labels, *about, **more)

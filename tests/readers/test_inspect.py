@@ -88,10 +88,11 @@ def test_contact_sheet(photos, tmp_path):
         assert (band[:, 180 + 3 * 96 :] == 255).all()
 
 
-def test_contact_sheet_of_findings(xrays):
-    sheet = inspect.contact_sheet(xrays.load("nih"))
-    assert sheet.size == (948, 14 * 96)
-    rows = (np.asarray(sheet.convert("L")) != 255).reshape(14, 96, 948)[:, :, 180:]
+def test_contact_sheet_of_findings(xrays, tmp_path):
+    run_data("info", "nih", "--data-dir", xrays.root, "--sheet", tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (948, 14 * 96)
+        rows = (np.asarray(sheet.convert("L")) != 255).reshape(14, 96, 948)[:, :, 180:]
     shown = {cls for cls, row in zip(NIH_CLASSES, rows) if row.any()}
     assert shown == {"Hernia", "Cardiomegaly", "Effusion", "Pneumothorax", "Atelectasis"}
 
