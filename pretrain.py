@@ -26,7 +26,7 @@ from engine.outputs import save_network
 from engine.processes import StopSignal, environment, parallel, parts, run_script, setup
 from readers import transforms
 from readers.cache import preload
-from readers.digest import data_digest
+from readers.inspect import data_digest
 from readers.workers import in_order, loader
 
 # ---- Recipes (the study's, arXiv:2106.00116, section 3 and appendix) -----------------------------

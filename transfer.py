@@ -33,7 +33,7 @@ from engine.processes import StopSignal, parallel, parts, run_script, setup
 from engine.weights import outputs_of, weights_of
 from readers import transforms
 from readers.cache import decode_once
-from readers.digest import data_digest
+from readers.inspect import data_digest
 from readers.labels import shared_classes
 from readers.workers import in_order, loader
 

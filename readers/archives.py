@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from readers.images import IMAGE_ENDINGS
+from readers.images import IMAGE_ENDINGS, encoded
 
 CACHE_FROM = 50_000  # images: the index of such a set, and of any archives, is kept on disk
 
@@ -25,9 +25,11 @@ def write_arrays(stem, arrays):
             os.fsync(file.fileno())
 
 
-def map_arrays(stem, keys):
-    """{key: array} of such files, mapped into memory."""
-    return {key: np.asarray(np.load(f"{stem}{key}.npy", mmap_mode="r")) for key in keys}
+def map_arrays(stem):
+    """{key: array} of all such files, mapped into memory."""
+    folder, start = os.path.split(stem)
+    paths = Path(folder).glob(f"{start}*.npy")
+    return {p.stem.removeprefix(start): np.asarray(np.load(p, mmap_mode="r")) for p in paths}
 
 
 def class_entries(folder):
@@ -72,24 +74,16 @@ def class_index(folder, cache_dir=None, held_out=None, like=None):
     place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:12]
     stem = Path(cache_dir or folder.parent) / f".index-{place if cache_dir else folder.name}-"
     cache = Path(f"{stem}{key.hexdigest()[:24]}")
+    index = _kept_arrays(cache)
+    if index is not None:
+        return index
+
     archived = not all(entry.is_dir() for entry in entries.values())
-    columns = ["classes", "names", "labels"]
-    columns += ["starts", "sizes"] * archived + ["held_from"] * bool(held_out)
-    index = _kept_arrays(cache, columns)
-    if index is None:
-        index = _build_index(entries, archived, held_out)
-        if archived or len(index["names"]) >= CACHE_FROM:
-            index = _keep_arrays(cache, stem, index, required=cache_dir is not None)
-    return index
-
-
-def _build_index(entries, archived, held_out):
     names, labels, places = [], [], []
     for label, entry in enumerate(tqdm(entries.values(), "index", disable=None, leave=False)):
         if entry.is_dir():
-            above = f"{os.path.dirname(entry.path)}/"
             files = sorted(f.name for f in os.scandir(entry.path) if not f.name.startswith("."))
-            found = [(f"{entry.name}/{file}", -1, -1) for file in files]
+            above, found = f"{folder}/", [(f"{entry.name}/{file}", -1, -1) for file in files]
         else:
             above, found = f"{entry.path}: ", _tar_members(entry.path)
         if not found:
@@ -97,7 +91,7 @@ def _build_index(entries, archived, held_out):
         for name, *_ in found:
             if not name.lower().endswith(IMAGE_ENDINGS):
                 raise ValueError(f"{above}{name}: not an image by its ending; move it away")
-        names.append(np.array([os.fsencode(name) for name, *_ in found]))
+        names.append(encoded(name for name, *_ in found))
         labels.append(np.full(len(found), label, np.int64))
         if archived:
             places.append(np.array([place for _, *place in found]))
@@ -109,15 +103,14 @@ def _build_index(entries, archived, held_out):
         order = np.argsort(held, kind="stable")
         index = {key: values[order] for key, values in index.items()}
         index["held_from"] = np.array(len(held) - held.sum())
-    index["classes"] = np.array(list(map(os.fsencode, entries)))
+    index["classes"] = encoded(entries)
+    if archived or len(index["names"]) >= CACHE_FROM:
+        index = _keep_arrays(cache, stem, index, required=cache_dir is not None)
     return index
 
 
 def _tar_members(path):
-    """[(name, start, size)] of a tar's images, by name; of it only the headers are read.
-
-    Raises ValueError naming a damaged or cut tar, or a member that is no file.
-    """
+    """[(name, start, size)] of a tar's images, by name; of it only the headers are read."""
     with open(path, "rb") as file:
         try:
             archive = tarfile.open(fileobj=file, mode="r:")
@@ -149,40 +142,38 @@ def _tar_members(path):
     return sorted(members.values())
 
 
-def _kept_arrays(cache, columns):
+def _kept_arrays(cache):
     """The arrays, None where one is lost or damaged."""
     try:
-        arrays = map_arrays(f"{cache}/", columns)
-        sums = map_arrays(f"{cache}/", ["crc32"])["crc32"]
+        arrays = map_arrays(f"{cache}/")
+        sums = arrays.pop("crc32")
+        return arrays if np.array_equal(sums, _checksums(arrays)) else None
     except Exception:  # of a damaged header numpy raises many kinds
         return None
-    return arrays if np.array_equal(sums, _checksums(arrays)) else None
 
 
 def _checksums(arrays):
     """CRC-32 of each array, by the order of their keys."""
-    flat = (np.ascontiguousarray(arrays[key]).reshape(-1) for key in sorted(arrays))
-    return [zlib.crc32(values.view(np.uint8)) for values in flat]
+    return [zlib.crc32(np.ascontiguousarray(arrays[key])) for key in sorted(arrays)]
 
 
 def _keep_arrays(cache, stem, arrays, required):
-    """Writes the arrays beside and renames, whichever process is first; returns them mapped.
-
-    Where that cannot be written, it stays in memory; required: raises OSError instead.
+    """Writes the arrays, whichever process is first; returns them mapped, or if that fails and is
+    not required as they are.
     """
     beside, fault = Path(f"{stem}{os.getpid()}-{os.urandom(4).hex()}"), None
     try:
         beside.mkdir(parents=True)
         write_arrays(f"{beside}/", arrays | {"crc32": np.array(_checksums(arrays))})
         for old in stem.parent.glob(glob.escape(stem.name) + "[0-9a-f]" * 24):
-            if old != cache or _kept_arrays(cache, arrays) is None:
+            if old != cache or _kept_arrays(cache) is None:
                 shutil.rmtree(old, ignore_errors=True)
         os.rename(beside, cache)
     except OSError as error:
         fault = error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    kept = _kept_arrays(cache, arrays)
+    kept = _kept_arrays(cache)
     if required and kept is None:
         raise OSError(f"--cache-dir {stem.parent}: cannot be written ({fault})") from fault
     return kept or arrays

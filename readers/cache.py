@@ -26,14 +26,16 @@ def preload(dataset, pipeline, limit=IN_MEMORY, first=None):
     # The first image tells the size of all, mostly: a large dataset is not read in vain.
     if first.numel() * len(dataset) > limit:
         return dataset, pipeline
-    images, total = [], 0
+    images, starts, total = [], [], 0
     for image in _prepared(dataset, pipeline, available_cores(), first):
         images.append(image)
+        starts.append(total)
         total += image.numel()
         if total > limit:
             return dataset, pipeline
     pixels = torch.cat([image.flatten() for image in images])  # workers share it without copies
-    reader = _decoded(pixels, np.array([image.shape for image in images]), dataset.reader)
+    shapes = np.array([image.shape for image in images])
+    reader = Decoded(pixels, np.array(starts), shapes, dataset.reader)
     return dataset.replace(reader=reader), pipeline._replace(prepare=keep)
 
 
@@ -90,9 +92,11 @@ def decode_once(dataset, pipeline, env, folder=None):
             return dataset, pipeline
         readers = []
         for (path, shapes), a, b in zip(parts, starts, starts[1:]):
-            size = int(shapes.prod(1).sum())  # what is written to the mapped bytes stays here
-            pixels = torch.from_file(path, size=size, dtype=torch.uint8) if size else None
-            readers.append(_decoded(pixels, shapes, dataset.subset(slice(a, b)).reader))
+            ends = shapes.prod(1).cumsum()
+            # What is written to the mapped bytes stays here.
+            pixels = torch.from_file(path, size=int(ends[-1]), dtype=torch.uint8) if a < b else None
+            original = dataset.subset(slice(a, b)).reader
+            readers.append(Decoded(pixels, ends - shapes.prod(1), shapes, original))
     finally:
         if env.ranks > 1:
             dist.barrier()  # all have mapped them
@@ -119,8 +123,3 @@ def _prepared(dataset, pipeline, threads, first=None, ahead=256):
                 yield from pool.map(read, range(start, min(start + ahead, len(dataset))))
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _decoded(pixels, shapes, original):
-    sizes = shapes.prod(1)
-    return Decoded(pixels, np.cumsum(sizes) - sizes, shapes, original)

@@ -1,23 +1,29 @@
-"""What a dataset holds, in tables and on a contact sheet, and what of it is broken."""
+"""What a dataset holds, in tables, on a contact sheet and in digests; what of it is broken."""
 
 import collections
 import contextlib
 import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from engine.console import print_table, refuse_unwritable, write_json
+from readers.images import Joined
 from readers.labels import images_by_class
 from readers.transforms import resize_square
 from readers.workers import each_image
+
+SAMPLE = 256  # images of a set whose content goes into its digest
 
 
 def info(name, sets, sheet=None):
     """Prints counts, patients, marks by class and image sizes. sets: {split: ImageDataset}.
 
-    sheet: a PNG file, for a contact sheet of the training images.
+    sheet: a PNG file, for a contact sheet: the first training images of each of the first 20
+    classes, a row a class.
     """
     if sheet and Path(sheet).suffix.lower() != ".png":
         raise ValueError(f"--sheet {sheet}: must end in .png")
@@ -49,25 +55,19 @@ def info(name, sets, sheet=None):
         shown = ", ".join(f"{w} x {h} x {c} ({n})" for (c, h, w), n in sizes.most_common(8))
         print(f"{split} images, of {len(sample)}: width x height x channels {shown}")
     if sheet:
+        rows, columns, side = train.classes[:20], 8, 96
+        canvas = Image.new("RGB", (180 + columns * side, len(rows) * side), "white")
+        for row, label in enumerate(rows):
+            ImageDraw.Draw(canvas).text((6, row * side + side // 2 - 6), label, fill="black")
+            labels = train.labels
+            shows = labels[:, row] == 1 if labels.ndim == 2 else labels == row
+            for column, i in enumerate(np.flatnonzero(shows)[:columns]):
+                image = resize_square(train.read(i, side), side - 2).expand(3, -1, -1)
+                tile = Image.fromarray(image.permute(1, 2, 0).numpy())
+                canvas.paste(tile, (180 + column * side, row * side))
         Path(sheet).parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(train).save(sheet)
+        canvas.save(sheet)
         print(f"wrote {sheet}")
-
-
-def contact_sheet(dataset):
-    """A PIL image: the first images of each of the first 20 classes, a row a class."""
-    columns, rows, side = 8, min(20, len(dataset.classes)), 96
-    sheet = Image.new("RGB", (180 + columns * side, rows * side), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, label in enumerate(dataset.classes[:rows]):
-        draw.text((6, row * side + side // 2 - 6), label, fill="black")
-        labels = dataset.labels
-        shows = labels[:, row] == 1 if labels.ndim == 2 else labels == row
-        for column, i in enumerate(np.flatnonzero(shows)[:columns]):
-            image = resize_square(dataset.read(i, side), side - 2).expand(3, -1, -1)
-            tile = Image.fromarray(image.permute(1, 2, 0).numpy())
-            sheet.paste(tile, (180 + column * side, row * side))
-    return sheet
 
 
 def check(name, sets, report=None, workers=None):
@@ -129,3 +129,47 @@ def _fingerprint(dataset, i):
     content = hashlib.blake2b(str(pixels.shape).encode(), digest_size=8)
     content.update(pixels)
     return int.from_bytes(content.digest(), "little"), pixels.max()
+
+
+def data_digest(**sets):
+    """What tells datasets from others of their names and sizes: {"train names": digest, ...}.
+
+    A digest is 16 hexadecimal digits of SHA-256. names: of the images, wherever they lie; labels;
+    classes; content: the bytes of SAMPLE images, evenly spaced, as they are stored, for decoders
+    round otherwise elsewhere. What is made when it is read has neither names nor content. Raises
+    OSError where an image cannot be read.
+    """
+    digests = {}
+    for split, dataset in sets.items():
+        sample = np.unique(np.linspace(0, len(dataset) - 1, SAMPLE).astype(np.int64))
+        with ThreadPoolExecutor(16) as pool:  # a file of a network's disk is waited for
+            content = pool.map(_content, [dataset.reader] * len(sample), sample)
+        parts = {
+            "names": _names(dataset.reader),
+            "labels": [dataset.labels],
+            "classes": [json.dumps(dataset.classes).encode()],
+            "content": content,
+        }
+        for part, pieces in parts.items():
+            digest = hashlib.sha256()
+            for piece in pieces:
+                piece = np.ascontiguousarray(piece)
+                digest.update(f"{piece.dtype} {piece.shape} {piece.nbytes} ".encode())
+                digest.update(piece)
+            digests[f"{split} {part}"] = digest.hexdigest()[:16]
+    return digests
+
+
+def _names(reader):
+    """Arrays that name the images of a reader; some of others as places among these."""
+    if isinstance(reader, Joined):
+        names = [names for member in reader.readers for names in _names(member)]
+        return names if reader.chosen is None else [*names, reader.chosen]
+    return [reader.names] if hasattr(reader, "names") else []
+
+
+def _content(reader, i):
+    """Image i as it is stored: the bytes of its file, or else its pixels."""
+    while isinstance(reader, Joined):
+        reader, i = reader.find(i)
+    return reader.content(i) if hasattr(reader, "content") else reader(i, None).numpy()

@@ -15,7 +15,6 @@ import shlex
 import shutil
 import textwrap
 import zlib
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,8 +24,8 @@ from tqdm import tqdm
 
 from engine.console import locked, write_json
 from readers.archives import map_arrays, write_arrays
-from readers.digest import data_digest
 from readers.images import MODES, ImageDataset, read_image
+from readers.inspect import data_digest
 from readers.names import pack_folder, pack_of, without_place
 from readers.transforms import resize_shorter, xray_square
 from readers.workers import each_image
@@ -47,35 +46,30 @@ class Packed(NamedTuple):
     made: int  # when, in ns: a pack made anew in its place is another
 
     def __call__(self, i, size=None):
-        content, pack = self.content(i), self.arrays
-        if zlib.crc32(content) != pack["crc32"][i]:
+        content, arrays = self.content(i), _arrays(self)
+        if zlib.crc32(content) != arrays["crc32"][i]:
             raise ValueError(f"{self.where(i)}: damaged; remove {self.folder} and pack it again")
         if self.codec == "jpeg":
             return read_image(content.tobytes(), self.mode, size, self.where(i))
-        return torch.from_numpy(content.copy()).view(*pack["shapes"][i].tolist())
-
-    @property
-    def arrays(self):
-        return _mapped_pack(self.folder, self.split, self.made)
+        return torch.from_numpy(content.copy()).view(*arrays["shapes"][i].tolist())
 
     @property
     def names(self):
-        return self.arrays["names"]
+        return _arrays(self)["names"]
 
     def content(self, i):
-        start, end = self.arrays["offsets"][i : i + 2]
-        return self.arrays["images"][start:end]
+        start, end = _arrays(self)["offsets"][i : i + 2]
+        return _arrays(self)["images"][start:end]
 
     def where(self, i):
         return f"{self.name} {self.split} image {i} ({os.fsdecode(self.names[i])})"
 
 
 @functools.lru_cache(maxsize=64)
-def _mapped_pack(folder, split, made):
-    """The arrays of a pack's split, mapped once a process: {name: array}."""
-    keys = [path.name.split(".")[1] for path in Path(folder).glob(f"{split}.*.npy")]
-    images = np.asarray(np.memmap(Path(folder, f"{split}.images"), mode="r"))
-    return map_arrays(f"{folder}/{split}.", keys) | {"images": images}
+def _arrays(packed):
+    """The arrays of a Packed, mapped once a process: {name: array}."""
+    images = np.asarray(np.memmap(f"{packed.folder}/{packed.split}.images", mode="r"))
+    return map_arrays(f"{packed.folder}/{packed.split}.") | {"images": images}
 
 
 def open_pack(name, root, split, **options):
@@ -94,7 +88,7 @@ def open_pack(name, root, split, **options):
             raise ValueError(f"{folder} was packed with {option} = {was}, not {value}; {mend}")
     made = (folder / "pack.json").stat().st_mtime_ns
     reader = Packed(name, str(folder), split, facts["codec"], facts["mode"], made)
-    labels, groups = reader.arrays["labels"], reader.arrays.get("groups")
+    labels, groups = _arrays(reader)["labels"], _arrays(reader).get("groups")
     about = facts["classes"], facts["task"], facts["domain"], groups
     more = {"options": facts["options"], "dropped": facts["dropped"][split]}
     return ImageDataset(name, reader, labels, *about, **more)
@@ -167,6 +161,8 @@ def pack(name, sets, size, target, codec="raw", quality=90, workers=None):
     with locked(part):
         try:
             _fill(part, sets, facts, workers)
+            for name in ("train.journal", "test.journal", "begun.json"):
+                (part / name).unlink(missing_ok=True)
         except OSError as error:
             if str(part) in str(error):
                 raise
@@ -202,28 +198,42 @@ def _fill(part, sets, facts, workers):
         _refuse_other_facts(part, theirs, facts)
     else:
         write_json(begun, facts)
-    if not whole.exists():
-        encode = functools.partial(_encode, facts)
-        there = sum(file.stat().st_size for file in part.glob("*.images"))
-        needed = -there
-        for dataset in sets.values():  # judged by a sample of its images
-            sample = np.unique(np.linspace(0, len(dataset) - 1, 32).astype(int))
-            index = JOURNAL.itemsize * 2 + dataset.labels[:1].nbytes + _names(dataset).itemsize
-            size = np.mean([len(encode(dataset, i)[0]) for i in sample])
-            needed += len(dataset) * (size + index)
-        free = shutil.disk_usage(part).free
-        if needed > free:
-            room = f"packing needs about {needed / 1e9:.3g} GB more, {free / 1e9:.3g} GB are free"
-            raise OSError(f"{part}: {room}; give another --out, a smaller --size, or --codec jpeg")
-        for split, dataset in sets.items():
-            _write_images(part, split, dataset, encode, workers)
-        files = {}
-        for split, dataset in sets.items():
-            files |= _write_index(part, split, dataset)
-        facts = facts | {"files": files}
-        write_json(whole, facts | {"crc32": _crc32_of(facts)})
-    for name in ("train.journal", "test.journal", "begun.json"):
-        (part / name).unlink(missing_ok=True)
+    if path == whole:
+        return
+
+    encode = functools.partial(_encode, facts)
+    needed = -sum(file.stat().st_size for file in part.glob("*.images"))
+    for dataset in sets.values():  # judged by a sample of its images
+        sample = np.unique(np.linspace(0, len(dataset) - 1, 32).astype(int))
+        index = JOURNAL.itemsize * 2 + dataset.labels[:1].nbytes + _names(dataset).itemsize
+        size = np.mean([len(encode(dataset, i)[0]) for i in sample])
+        needed += len(dataset) * (size + index)
+    free = shutil.disk_usage(part).free
+    if needed > free:
+        room = f"packing needs about {needed / 1e9:.3g} GB more, {free / 1e9:.3g} GB are free"
+        raise OSError(f"{part}: {room}; give another --out, a smaller --size, or --codec jpeg")
+    for split, dataset in sets.items():
+        _write_images(part, split, dataset, encode, workers)
+
+    files = {}  # {file name: [bytes, checksum]}
+    for split, dataset in sets.items():
+        records = np.fromfile(part / f"{split}.journal", JOURNAL)
+        offsets = np.concatenate([[0], np.cumsum(records["bytes"])])
+        images = np.memmap(part / f"{split}.images", mode="r")
+        for i in tqdm(range(len(records)), f"{split} verified", unit="image", disable=None):
+            if zlib.crc32(images[offsets[i] : offsets[i + 1]]) != records["crc32"][i]:
+                raise ValueError(f"{part}: image {i} of {split} was not written well; remove it")
+        arrays = {"offsets": offsets, "shapes": records["shape"], "crc32": records["crc32"]}
+        arrays |= {"labels": dataset.labels, "names": _names(dataset)}
+        if dataset.groups is not None:
+            arrays["groups"] = dataset.groups
+        write_arrays(f"{part}/{split}.", arrays)
+        for key in arrays:
+            file = part / f"{split}.{key}.npy"
+            files[file.name] = [file.stat().st_size, zlib.crc32(np.memmap(file, mode="r"))]
+        files[f"{split}.images"] = [images.size, None]  # each image has its own checksum
+    facts = facts | {"files": files}
+    write_json(whole, facts | {"crc32": _crc32_of(facts)})
 
 
 def _encode(facts, dataset, i):
@@ -267,21 +277,3 @@ def _write_images(part, split, dataset, encode, workers):
                         file.flush()
                         os.fsync(file.fileno())
                     records, pending = [], 0
-
-
-def _write_index(part, split, dataset):
-    """Reads the images back and writes their index. Returns {file name: [bytes, checksum]}."""
-    records = np.fromfile(part / f"{split}.journal", JOURNAL)
-    offsets = np.concatenate([[0], np.cumsum(records["bytes"])])
-    images = np.memmap(part / f"{split}.images", mode="r")
-    for i in tqdm(range(len(records)), f"{split} verified", unit="image", disable=None):
-        if zlib.crc32(images[offsets[i] : offsets[i + 1]]) != records["crc32"][i]:
-            raise ValueError(f"{part}: image {i} of {split} was not written well; remove it")
-    arrays = {"offsets": offsets, "shapes": records["shape"], "crc32": records["crc32"]}
-    arrays |= {"labels": dataset.labels, "names": _names(dataset)}
-    arrays |= {} if dataset.groups is None else {"groups": dataset.groups}
-    write_arrays(f"{part}/{split}.", arrays)
-    files = {f"{split}.{key}.npy": part / f"{split}.{key}.npy" for key in arrays}
-    for name, path in files.items():
-        files[name] = [path.stat().st_size, zlib.crc32(np.memmap(path, mode="r"))]
-    return files | {f"{split}.images": [images.size, None]}  # each image has its own checksum

@@ -17,15 +17,12 @@ CHUNK = 16  # images of a dataset that a process is given at a time
 
 def available_cores():
     """Those that this process may use (fewer than the machine's under SLURM, say)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def loader(batches, start, stop, workers=0, device=CPU):
     """Iterator over batches[start:stop], read ahead by so many processes, or as `_loader` says."""
-    work = batches.__getitem__
-    return iter(_loader(work, range(start, stop), batches.dataset, workers, device))
+    return iter(_loader(batches.__getitem__, range(start, stop), batches.dataset, workers, device))
 
 
 def in_order(dataset, pipeline, batch_size, rank=0, ranks=1, workers=0, device=CPU):
@@ -66,8 +63,8 @@ def _loader(work, keys, dataset, workers, device, keep=False):
 
 def _ignore_signals(worker):
     """A worker ends when its parent does; signals to the whole group are for the parent alone."""
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register

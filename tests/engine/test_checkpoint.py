@@ -19,7 +19,7 @@ import data
 import pretrain
 from engine import checkpoint
 from engine.console import write_json
-from readers import digest
+from readers import inspect
 
 
 def killed_at_file(name, count=1):
@@ -254,7 +254,7 @@ def test_a_broken_image_reached_late(folder, tmp_path):
 
     def patch():
         pretrain.preload = lambda dataset, pipeline: (dataset, pipeline)
-        digest.SAMPLE = 2  # which a large set's broken image is not among
+        inspect.SAMPLE = 2  # which a large set's broken image is not among
 
     training = Training(tmp_path / "images", tmp_path, "--workers", 2, *SAVE_EACH_STEP)
     ((_, err),) = training.go(2, patch)

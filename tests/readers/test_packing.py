@@ -19,7 +19,7 @@ from packing import NIH, Xrays, contents, error_line, pack, run_data, says, star
 
 import data
 from data import load_dataset
-from readers import digest, packs
+from readers import inspect, packs
 
 FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.truncate", "os.rmdir", "os.fsync")
 
@@ -113,7 +113,7 @@ def test_images_that_are_there_are_not_read_again(whole, tmp_path, monkeypatch):
     """The first of them change after a stop, outside the sample that the digest looks at: the pack
     has them as they were.
     """
-    monkeypatch.setattr(digest, "SAMPLE", 2)
+    monkeypatch.setattr(inspect, "SAMPLE", 2)
     root, out = shutil.copytree(whole.root, tmp_path / "root"), tmp_path / "out"
     images = root / "NIH-ChestXRay-14" / "images"
     late = images / "00000034_000.png"  # not among those that tell the size needed
