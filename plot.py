@@ -48,11 +48,11 @@ class Figure(NamedTuple):
 
 
 FIGURES = {
-    "fewshot": Figure(panels.draw_few_shot, markdown.few_shot, markdown.cell_csv),
-    "gain": Figure(gain_figures.draw_gains, markdown.gains, markdown.gain_csv),
+    "fewshot": Figure(panels.draw_few_shot, markdown.scores, markdown.cell_csv),
+    "gain": Figure(gain_figures.draw_gains, markdown.scores, markdown.cell_csv),
     "law": Figure(gain_figures.draw_law, markdown.laws, markdown.law_csv, law.laws),
 }
-STUDY = Figure(panels.draw_study, markdown.few_shot, markdown.cell_csv)
+STUDY = Figure(panels.draw_study, markdown.scores, markdown.cell_csv)
 
 
 def parse(argv):
