@@ -39,12 +39,10 @@ NOTE = """\
 Source of pre-training: orange, natural images; blue with hollow markers, medical images; yellow \
 to violet, no result.json yet."""
 MARKS = 8  # about so many markers a line
-DENSE = 200  # more points than that are noise to the eye: their medians are drawn over them
+DENSE = 200  # more points are noise to the eye: medians of a hundred parts are drawn over them
 
 
-class Log(NamedTuple):
-    """One training."""
-
+class Log(NamedTuple):  # one training
     name: str  # of its folder, with as many of its parents as tell it apart
     domain: str | None  # of its source; None without result.json
     images: int  # of its source; 0 without
@@ -102,9 +100,8 @@ def load_logs(folders):
 
 
 def draw_logs(logs, title=""):
-    """Logs -> Figure with a panel for each key of CURVES that a run has, over a common step axis,
-    and a line a run; of many noisy points it is that of their medians in a hundred parts, over a
-    faint line through them all. Raises ValueError when there is nothing to draw."""
+    """Logs -> Figure with a panel for each key of CURVES that a run has, and a line a run. Raises
+    ValueError when there is nothing to draw."""
     keys = [key for key in CURVES if any(log.points[key] for log in logs)]
     if not keys:
         raise ValueError("the logs hold no number: let the runs train on, and draw again")

@@ -11,7 +11,6 @@ from matplotlib.lines import Line2D
 from charts import gains as numbers
 from charts import law as fits
 from charts import results, style
-from charts.style import LOOKS
 
 SHADES = LinearSegmentedColormap.from_list("", ("#8fd0a0", "#1f9069", "#06301f"))  # few shots first
 MARKERS = {  # of families; hollow across domains
@@ -50,7 +49,7 @@ def draw_gain_panel(ax, rows, gains):
     metric = results.METRICS[gains[0].metric]
     for gain in gains:
         look = {"fmt": numbers.VERDICTS[gain.verdict][1], "markersize": 3.6, "elinewidth": 0.9}
-        look["color"] = LOOKS[gain.line.source_domain].hues[-2]
+        look["color"] = style.LOOKS[gain.line.source_domain].hues[-2]
         look |= {"markerfacecolor": "white"} if gain.verdict == "unclear" else {}
         y = rows.index((gain.shots, gain.target.name))
         ax.errorbar(metric.factor * gain.mean, y, xerr=metric.factor * gain.ci95, **look)
@@ -93,7 +92,7 @@ def draw_gains(gains, styles, title="", notes=()):
     widths = [2.15 * len(part) + 1 for part in kinds.values()]  # inches
     fig = Figure(figsize=(sum(widths), sum(heights)), layout="constrained")
     shape = {"squeeze": False, "height_ratios": heights, "width_ratios": widths}
-    differ = results.differing([gain.line for gain in gains])
+    _, differing = results.differing([gain.line for gain in gains])
     for block, row in zip(blocks, fig.subfigures(len(blocks), len(kinds), **shape)):
         for origin, part in zip(kinds, row):
             if origin not in block:
@@ -101,9 +100,8 @@ def draw_gains(gains, styles, title="", notes=()):
             members, first = results.group(block[origin], "line.kind"), block[origin][0]
             rows = {(gain.shots, gain.target.name) for gain in block[origin]}
             rows = sorted(rows, key=lambda row: (row[0] or math.inf, row[1]))  # few shots first
-            heading = ", ".join([first.group, *results.words(first.line, differ)])
-            heading += results.mark(origin)
-            part.suptitle(heading, fontsize=8.5, fontweight="bold")
+            heading = ", ".join([first.group, *differing[first.line]])
+            part.suptitle(heading + results.mark(origin), fontsize=8.5, fontweight="bold")
             axes = part.subplots(1, len(kinds[origin]), squeeze=False, sharey=True)[0]
             for ax, panel in itertools.zip_longest(axes, members.values()):
                 if panel:
@@ -112,9 +110,8 @@ def draw_gains(gains, styles, title="", notes=()):
                     ax.set_axis_off()
     key = "▲ better (95 % interval above zero)   ○ not off zero   ▼ worse"
     fig.suptitle(f"{title}\n{key}".strip(), fontsize=8)
-    lacking = sum(gain.lacking for gain in gains)
-    about = [f"{GAIN_NOTE} ({lacking} cells).", *numbers.seeds_note(gains)]
-    style.draw_foot(fig, [*about, *notes])
+    note = f"{GAIN_NOTE} ({sum(gain.lacking for gain in gains)} cells)."
+    style.draw_foot(fig, [note, *numbers.seeds_note(gains), *notes])
     return fig
 
 
@@ -125,9 +122,8 @@ def look_of(family, colour):
 
 
 def draw_fit(ax, beside, law, looks):
-    """A fit, its rows in these looks: on ax exponents against distance, with a line a family over
-    its distances, at its middle number of shots, with its band; beside it left-out tasks, observed
-    against predicted, and in three lines how well that went."""
+    """A fit, its rows in these looks: exponents against distance, with a line and its band a family
+    at its middle number of shots; beside them left-out tasks, observed against predicted."""
     for row, look in zip(law.rows, looks):
         ax.plot(10**row.d, row.exponent, **look)
     for family in sorted({row.family for row in law.rows}):

@@ -6,7 +6,7 @@ import math
 
 from charts.gains import REGIMES, VERDICTS, Gain, counts, regime, seeds_note
 from charts.law import FIT_NOTE, NOTE, RELATION_NOTE, relations
-from charts.results import METRICS, differing, group, mark, shots_words, words
+from charts.results import METRICS, differing, group, mark, shots_words
 from engine.console import table
 
 RULE = """\
@@ -41,17 +41,14 @@ def scores(cells):
     for panel in group(cells, "target").values():
         target, metric, lines = panel[0].target, METRICS[panel[0].metric], group(panel, "line")
         if paired:
-            unit, heads = (
-                f"gain in {metric.axis.replace('%', 'points')}",
-                ["gain", "pre-trained on"],
-            )
+            unit = f"gain in {metric.axis.replace('%', 'points')}"
+            heads = ["gain", "pre-trained on"]
             rows = {line: [f"larger {line.kind}", line.source_domain or "none"] for line in lines}
         else:
             unit, heads = metric.axis, ["source", "model"]
-            rows = {line: words(line, heads) for line in lines}
-        differ = differing(lines)
-        for line, row in rows.items():
-            row += words(line, differ)
+            rows = {line: [line.source or "–", line.model or "–"] for line in lines}
+        differ, more = differing(lines)
+        rows = {line: [*row, *more[line]] for line, row in rows.items()}
         columns = group(sorted(panel, key=lambda cell: cell.shots or math.inf), "shots")
         for members in columns.values():
             known = [cell for cell in members if cell.n]
@@ -77,11 +74,10 @@ def scores(cells):
 
 def count_table(gains):
     """Gains -> table of verdicts: a row for each kind, group and regime of shots."""
-    differ, rows = differing([gain.line for gain in gains]), []
+    (differ, more), rows = differing([gain.line for gain in gains]), []
     for members in group(gains, "line", "target.domain", "target.origin").values():
         first = members[0]
-        about = [f"larger {first.line.kind}", first.group, first.target.origin]
-        about += words(first.line, differ)
+        about = [f"larger {first.line.kind}", first.group, first.target.origin, *more[first.line]]
         for name in (*REGIMES, "all"):
             part = [gain for gain in members if name in (regime(gain.shots), "all")]
             rows += [[*about, name, len(part), *counts(part).values()]] if part else []
@@ -121,13 +117,13 @@ def laws(found):
 
 
 def csv_text(rows, columns):
-    """Rows {column: value} -> CSV: fractions, undefined empty; without origin where all is one's
-    own."""
+    """Rows {column: value} -> CSV: fractions, undefined empty; a column that says nothing goes."""
     rows = [{key: "" if value != value else value for key, value in row.items()} for row in rows]
     unsaid = ["origin"] if all(row["origin"] == "own" for row in rows) else []
     for head in ("pretraining", "pretraining_seeds", "seed_share"):
         unsaid += [] if any(row.get(head) for row in rows) else [head]
-    file, heads = io.StringIO(), [head for head in columns if head not in unsaid]
+    heads = [head for head in columns if head not in unsaid]
+    file = io.StringIO()
     writer = csv.DictWriter(file, heads, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)

@@ -100,9 +100,8 @@ def study_cells(runs, metric):
 
 
 def draw_study(cells, styles, title="", notes=()):
-    """Cells of one target, {line: its style} -> Figure: bars of all pre-trainings grouped by shots;
-    under them lines over shots from natural sources, from medical ones, and over networks with all
-    images; ± one standard deviation."""
+    """Cells of one target, {line: its style} -> Figure: bars by shots; under them lines over shots
+    from natural sources, from medical ones, and over networks with all images; ± a deviation."""
     metric, factor = results.METRICS[cells[0].metric], results.METRICS[cells[0].metric].factor
     lines, kinds = results.group(cells, "line"), results.group(cells, "line", "target.origin")
     origins = sorted({cell.target.origin for cell in cells})

@@ -46,17 +46,13 @@ TARGETS = {
 }
 
 
-class Target(NamedTuple):
-    """One panel, one table."""
-
+class Target(NamedTuple):  # one panel, one table
     name: str
     domain: str
     origin: str  # of its numbers: own or published
 
 
-class Line(NamedTuple):
-    """One line, one row."""
-
+class Line(NamedTuple):  # one line, one row
     source: str
     source_domain: str | None
     model: str
@@ -244,8 +240,7 @@ def load(paths):
 
 
 def group(items, *attributes):
-    """Split items into {value of the attributes: list of items}, in the order in which they come;
-    attributes: names, or paths as line.source."""
+    """{value of the attributes, named or paths as line.source: list of its items}, as they come."""
     groups, key = {}, attrgetter(*attributes)
     for item in items:
         groups.setdefault(key(item), []).append(item)
@@ -312,13 +307,11 @@ def mark(origin):
 
 
 def differing(lines):
-    """Those of method, recipe and pre-training in which lines differ: these are said."""
+    """What tells lines apart beside source and network: (those of method, recipe and pre-training
+    in which they differ, {line: its words for these})."""
     keys = "method", "recipe", "pretraining"
-    return [key for key in keys if len({getattr(line, key) for line in lines}) > 1]
-
-
-def words(line, keys):
-    return [getattr(line, key) or "–" for key in keys]
+    keys = [key for key in keys if len({getattr(line, key) for line in lines}) > 1]
+    return keys, {line: [getattr(line, key) or "–" for key in keys] for line in lines}
 
 
 def summarise(results, metric):

@@ -100,10 +100,10 @@ def log_ticks(axis, low, high):
 def line_columns(handles):
     """{line: its handle} -> the two columns of a legend, natural and no sources on the left,
     medical on the right: under each domain (handle, source and network)."""
-    columns, differ = [[], []], results.differing(handles)
+    columns, (_, differing) = [[], []], results.differing(handles)
     for domain, look in LOOKS.items():
         entries = [
-            (handle, ", ".join([line.source, line.model, *results.words(line, differ)]))
+            (handle, ", ".join([line.source, line.model, *differing[line]]))
             for line, handle in handles.items()
             if line.source_domain == domain
         ]

@@ -35,9 +35,10 @@ def test_t_quantile_is_that_of_scipy(degrees):
         {"config": [1]},
     ],
 )
-def test_each_fault_is_found(tmp_path, values):
+def test_each_fault_is_found_and_features_hold_no_result(tmp_path, values):
     good = {**RESULT, "metrics": METRICS}
-    for name, record in {"good": good, "bad": good | values}.items():
+    features = {**RESULT, "kind": "features", "metrics": {}}
+    for name, record in {"good": good, "bad": good | values, "features": features}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(record))
     (run,), (fault,), _ = results.load([tmp_path])
     assert run.metrics["accuracy"] == 0.5 and fault.startswith(f"skipped {tmp_path}/bad.json: ")
@@ -76,11 +77,6 @@ def test_published_means(published, target, source, model, shots, mean):
     found = results.group(cells, "target.name", "line.source", "line.model", "shots")
     (cell,) = found[target, source, model, shots]
     assert round(cell.mean, 4) == mean and cell.n == 5
-
-
-def test_features_hold_no_result(tmp_path):
-    write(tmp_path, kind="features", metrics={})
-    assert results.load([tmp_path]) == ([], [], [])
 
 
 def test_published_runs_have_domains_sizes_and_places_as_seeds(published):
