@@ -102,9 +102,8 @@ def study_cells(runs, metric):
 def draw_study(cells, styles, title="", notes=()):
     """Cells of one target, {line: its style} -> Figure: bars by shots; under them lines over shots
     from natural sources, from medical ones, and over networks with all images; ± a deviation."""
-    metric, factor = results.METRICS[cells[0].metric], results.METRICS[cells[0].metric].factor
-    lines, kinds = results.group(cells, "line"), results.group(cells, "line", "target.origin")
-    origins = sorted({cell.target.origin for cell in cells})
+    metric = results.METRICS[cells[0].metric]
+    factor, lines = metric.factor, {cell.line for cell in cells}
     styles = {line: look for line, look in styles.items() if line in lines}
     networks, bars = sorted({line.model for line in lines}, key=results.size_order), {}
     for line, look in styles.items():
@@ -114,15 +113,17 @@ def draw_study(cells, styles, title="", notes=()):
         bars[line] |= {"hatch": ("", "////", "....", "xxxx")[min(rank, 3)], "linewidth": 0.6}
     fig = Figure(figsize=(7, 4.6), layout="constrained")
     above, below = fig.subfigures(2, 1, height_ratios=(1, 1.05))
-    # In a group the order of the legend, own bars before published ones, which are paler.
     above.suptitle(title or f"{cells[0].target.name}: {metric.axis}")
     ax = above.subplots()
-    kinds = [(line, origin) for line in bars for origin in origins if (line, origin) in kinds]
+    # In a group the order of the legend, own bars before published ones, which are paler.
+    found = {(cell.line, cell.target.origin) for cell in cells}
+    kinds = sorted(found, key=lambda kind: (list(bars).index(kind[0]), kind[1]))
+    pale = len({origin for _, origin in kinds}) > 1
     shots = sorted({cell.shots for cell in cells}, key=lambda shots: shots or math.inf)
     for cell in cells:
         line, origin = kind = cell.line, cell.target.origin
         x = shots.index(cell.shots) * (len(kinds) + 1.5) + kinds.index(kind)
-        look = {"alpha": 0.5 if len(origins) > 1 and origin == "published" else 1, "error_kw": BARS}
+        look = {"alpha": 0.5 if pale and origin == "published" else 1, "error_kw": BARS}
         ax.bar(x, factor * cell.mean, 0.85, yerr=factor * cell.sd, **look, **bars[line])
     middles = [place * (len(kinds) + 1.5) + (len(kinds) - 1) / 2 for place in range(len(shots))]
     ax.set_xticks(middles, [results.shots_words(number) for number in shots])
