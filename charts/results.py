@@ -157,7 +157,6 @@ def checked_result(data, path, origin="own", classes=0):
         path,
         *(number(config, key, 1, 2**63) for key in ("train_images", "test_images")),
         json.dumps(settings) if "data" in config else "",
-        data.get("early", False),
     )
 
 
@@ -177,9 +176,9 @@ def read_published(path):
             seeds, steps = (entry.get(key, range(len(runs))) for key in ("seeds", "steps"))
             last = max(entry.get("steps", [0]))
             for seed, step, scores in zip(seeds, steps, runs, strict=True):
-                metrics = dict(zip(entry["metrics"], scores))
-                data |= {"seed": seed, "metrics": metrics, "early": step < last}
-                found.append(checked_result(data, path, "published", classes))
+                data |= {"seed": seed, "metrics": dict(zip(entry["metrics"], scores))}
+                result = checked_result(data, path, "published", classes)
+                found.append(result._replace(early=step < last))
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         mend = 'it must hold {"about": …, "records": […]} as published.json does, or name a folder'
         where = f"{error!r:.80} in {entry!r:.60}"

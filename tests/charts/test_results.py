@@ -47,11 +47,12 @@ def test_each_fault_is_found_and_features_hold_no_result(tmp_path, values):
 def test_results_older_than_a_metric_or_without_distance_stay_readable(tmp_path, monkeypatch):
     monkeypatch.setitem(results.METRICS, "f1", results.Metric("F1", 1, 2))
     write_seeds(tmp_path, [0.25, 0.75])
-    write(tmp_path, metrics={"f1": 0.5}, seed=2, distance={"frechet_relative": 2.5})
+    write(tmp_path, metrics={"f1": 0.5}, seed=2, distance={"frechet_relative": 2.5}, early="no")
     runs, skipped, doubled = results.load([tmp_path])
     assert (len(runs), skipped, doubled) == (3, [], [])
     assert {run.seed: run.metrics["f1"] for run in runs} == {0: None, 1: None, 2: 0.5}
     assert {run.distance for run in runs} == {None, 2.5}
+    assert not any(run.early for run in runs)  # published ones alone end early
     (cell,) = results.summarise(runs, "f1")
     assert (cell.mean, cell.n) == (0.5, 1)
     (cell,) = results.summarise(runs, "auto")
