@@ -48,11 +48,11 @@ class Figure(NamedTuple):
 
 
 FIGURES = {
-    "fewshot": Figure(panels.draw_few_shot, markdown.few_shot, markdown.cell_csv),
-    "gain": Figure(gain_figures.draw_gains, markdown.gains, markdown.gain_csv),
+    "fewshot": Figure(panels.draw_few_shot, markdown.scores, markdown.cell_csv),
+    "gain": Figure(gain_figures.draw_gains, markdown.scores, markdown.cell_csv),
     "law": Figure(gain_figures.draw_law, markdown.laws, markdown.law_csv, law.laws),
 }
-STUDY = Figure(panels.draw_study, markdown.few_shot, markdown.cell_csv)
+STUDY = Figure(panels.draw_study, markdown.scores, markdown.cell_csv)
 
 
 def parse(argv):
@@ -85,9 +85,9 @@ def parse(argv):
 
 
 def tell(notices, closing):
-    """Print the first notices and the closing line to stderr; nothing if there is none."""
+    """Print the first notices to stderr, then what they are and how many; nothing without any."""
     if notices:
-        print(*notices[:NAMED], closing, sep="\n", file=sys.stderr)
+        print(*notices[:NAMED], f"{closing}: {len(notices)}", sep="\n", file=sys.stderr)
 
 
 def save(folder, stem, figure, **texts):
@@ -112,8 +112,8 @@ def read(args):
     """Command line -> (results of the wanted targets, notes for the footnotes of the figures);
     says on stderr what it left out. Raises ValueError where nothing is left."""
     runs, skipped, doubled = results.load(args.paths)
-    tell(skipped, f"files skipped: {len(skipped)}")
-    tell(doubled, f"runs of which two files differ, the newest counts: {len(doubled)}")
+    tell(skipped, "files skipped")
+    tell(doubled, "runs of which two files differ, the newest counts")
     if not runs:
         where, out = ", ".join(map(str, args.paths)), shlex.quote(str(args.paths[0]))
         raise ValueError(f"no result file in {where}: `python fewshot.py --out {out}` writes some")
@@ -142,32 +142,32 @@ def run(args):
         return
     runs, notes = read(args)
     cells = results.summarise(runs, args.metric)
-    pairs, lacking = gains.paired_gains(runs, args.metric)
     if args.style == "paper":
         found = panels.study_cells(runs, args.metric)
         shown = {re.sub(r"[^\w.@~+-]+", "-", f"study-{name}"): found[name] for name in found}
     else:
+        pairs, lacking = gains.paired_gains(runs, args.metric)
         found = {"fewshot": cells, "gain": pairs}
         more = [name for name in names if name not in found]
         found |= {name: FIGURES[name].content(runs, args.metric) for name in more}
         shown = {name: found[name] for name in names}
-    lack = "no network or source to pair"
-    missing = [f"no figure {name}: {lack}" for name in shown if not shown[name]]
     if not shown:
         raise ValueError("no figure: none of the results has a metric that is defined")
+    empty = [name for name in shown if not shown[name]]
+    missing = [f"no figure {name}: no network or source to pair" for name in empty]
     if args.figure and missing:
         raise ValueError("; ".join(missing))
     if "gain" in shown:
-        tell(lacking, f"seeds left out of paired differences, in so many places: {len(lacking)}")
+        tell(lacking, "seeds left out of paired differences, in so many places")
         where = [(gain, results.shots_words(gain.shots)) for gain in pairs if gain.n == 1]
         single = [f"{g.target.name}, {shots}, {g.large} minus {g.small}" for g, shots in where]
         single = [f"one seed, no interval: {text}" for text in single]
-        tell(single, f"gains without interval: {len(single)}")
+        tell(single, "gains without interval")
     if "law" in shown:
         lost = dict.fromkeys(name for one in shown["law"] for name in one.left_out)
         lost |= dict.fromkeys(sorted({run.line.model for run in runs} - law.PARAMETERS.keys()))
         unknown = [f"not in the law, distance or parameters unknown: {name}" for name in lost]
-        tell(unknown, f"left out of the law: {len(unknown)}")
+        tell(unknown, "left out of the law")
     styles, written, tables = style.line_styles(cells), [], []
     for name in [name for name in shown if shown[name]]:
         figure, content = FIGURES.get(name, STUDY), shown[name]

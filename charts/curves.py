@@ -39,55 +39,46 @@ NOTE = """\
 Source of pre-training: orange, natural images; blue with hollow markers, medical images; yellow \
 to violet, no result.json yet."""
 MARKS = 8  # about so many markers a line
-DENSE = 200  # more points than that are noise to the eye: their medians are drawn over them
+DENSE = 200  # more points are noise to the eye: medians of a hundred parts are drawn over them
 
 
-class Log(NamedTuple):
-    """One training."""
-
+class Log(NamedTuple):  # one training
     name: str  # of its folder, with as many of its parents as tell it apart
     domain: str | None  # of its source; None without result.json
     images: int  # of its source; 0 without
     points: dict  # key of CURVES -> [(step, value)]
 
 
-def read_log(path):
-    """log.jsonl -> list of {"step" and those keys of CURVES, and top5, that a line has a number
-    for}. Raises ValueError naming the first bad line; a last one that a kill cut short, known by
-    its lack of a newline, is passed over."""
-    *lines, _ = path.read_bytes().decode("utf-8", "replace").split("\n")
-    records, fault = [], None
-    for number, line in enumerate(lines, start=1):
-        try:
-            data = json.loads(line)
-            values = {key: data.get(key) for key in ("step", *CURVES) if key not in TESTS}
-            values |= {key: data.get("test", {}).get(key) for key in (*TESTS, "top5")}
-            for key, value in values.items():
-                known = value is None or type(value) in (int, float) and abs(value) < 1e300
-                if not known or key == "step" and (type(value) is not int or value < 0):  # nor NaN
-                    fault = fault or f"{key} is {value!r:.40}"
-        except (AttributeError, ValueError, RecursionError):
-            fault = 'no JSON of {"step", "loss", ...} or {"step", "test"}'
-        if fault:
-            mend = "remove that line, or train anew in another folder"
-            raise ValueError(f"{path} line {number}: {fault}; {mend}")
-        records.append({key: value for key, value in values.items() if value is not None})
-    if not records:
-        raise ValueError(f"{path} is empty: wait for its run to log, or leave the folder out")
-    return records
-
-
 def load_logs(folders):
     """Folders -> list of Log in the order of the legend: by domain, small sources and small models
-    first. Raises ValueError for a folder without a good log."""
+    first. Raises ValueError for a folder without log.jsonl, and naming its first bad line."""
     folders = list({folder.resolve(): folder for folder in folders}.values())
     parts = [Path(os.path.abspath(folder)).parts for folder in folders]  # of a link: its own name
     logs, order = [], list(LOOKS)
     for folder, own in zip(folders, parts):
-        if not (folder / "log.jsonl").is_file():
+        path, records, fault = folder / "log.jsonl", [], None
+        if not path.is_file():
             mend = "--curves takes folders that pretrain.py filled, runs/SOURCE-MODEL"
             raise ValueError(f"no log.jsonl in {folder}: {mend}")
-        records = read_log(folder / "log.jsonl")
+        # A last line that a kill cut short, known by its lack of a newline, is passed over.
+        *lines, _ = path.read_bytes().decode("utf-8", "replace").split("\n")
+        for number, line in enumerate(lines, start=1):
+            try:
+                data = json.loads(line)
+                values = {key: data.get(key) for key in ("step", *CURVES) if key not in TESTS}
+                values |= {key: data.get("test", {}).get(key) for key in (*TESTS, "top5")}
+                for key, value in values.items():
+                    known = value is None or type(value) in (int, float) and abs(value) < 1e300
+                    if not known or key == "step" and (type(value) is not int or value < 0):
+                        fault = fault or f"{key} is {value!r:.40}"  # NaN is not known either
+            except (AttributeError, ValueError, RecursionError):
+                fault = 'no JSON of {"step", "loss", ...} or {"step", "test"}'
+            if fault:
+                mend = "remove that line, or train anew in another folder"
+                raise ValueError(f"{path} line {number}: {fault}; {mend}")
+            records.append({key: value for key, value in values.items() if value is not None})
+        if not records:
+            raise ValueError(f"{path} is empty: wait for its run to log, or leave the folder out")
         depth = 1
         while sum(other[-depth:] == own[-depth:] for other in parts) > 1:
             depth += 1
@@ -109,9 +100,8 @@ def load_logs(folders):
 
 
 def draw_logs(logs, title=""):
-    """Logs -> Figure with a panel for each key of CURVES that a run has, over a common step axis,
-    and a line a run; of many noisy points it is that of their medians in a hundred parts, over a
-    faint line through them all. Raises ValueError when there is nothing to draw."""
+    """Logs -> Figure with a panel for each key of CURVES that a run has, and a line a run. Raises
+    ValueError when there is nothing to draw."""
     keys = [key for key in CURVES if any(log.points[key] for log in logs)]
     if not keys:
         raise ValueError("the logs hold no number: let the runs train on, and draw again")
@@ -157,5 +147,5 @@ def draw_logs(logs, title=""):
         notes.append("Faint: every logged value; over it: medians of 100 equal parts of a run.")
     entries = [(Line2D([], [], **look), log.name) for log, look in zip(logs, looks)]
     half = math.ceil(len(entries) / 2)
-    style.draw_foot(fig, [entries[:half], entries[half:]], notes)
+    style.draw_foot(fig, notes, [entries[:half], entries[half:]])
     return fig

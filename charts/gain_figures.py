@@ -1,5 +1,4 @@
-"""The figures of gains from scale: paired differences by group; their law, exponents against
-distance and left-out tasks, observed and predicted."""
+"""Gains from scale: paired differences by group; their law: its fit, and tasks left out of it."""
 
 import itertools
 import math
@@ -12,7 +11,6 @@ from matplotlib.lines import Line2D
 from charts import gains as numbers
 from charts import law as fits
 from charts import results, style
-from charts.style import LOOKS
 
 SHADES = LinearSegmentedColormap.from_list("", ("#8fd0a0", "#1f9069", "#06301f"))  # few shots first
 MARKERS = {  # of families; hollow across domains
@@ -50,13 +48,8 @@ def draw_gain_panel(ax, rows, gains):
     ax.axvline(0, color="black", linewidth=0.8, zorder=1)
     metric = results.METRICS[gains[0].metric]
     for gain in gains:
-        hue = LOOKS[gain.line.source_domain].hues[-2]
-        look = {
-            "fmt": numbers.VERDICTS[gain.verdict][1],
-            "color": hue,
-            "markersize": 3.6,
-            "elinewidth": 0.9,
-        }
+        look = {"fmt": numbers.VERDICTS[gain.verdict][1], "markersize": 3.6, "elinewidth": 0.9}
+        look["color"] = style.LOOKS[gain.line.source_domain].hues[-2]
         look |= {"markerfacecolor": "white"} if gain.verdict == "unclear" else {}
         y = rows.index((gain.shots, gain.target.name))
         ax.errorbar(metric.factor * gain.mean, y, xerr=metric.factor * gain.ci95, **look)
@@ -85,44 +78,40 @@ def draw_gain_panel(ax, rows, gains):
 def draw_gains(gains, styles, title="", notes=()):
     """Gains -> Figure: a row of panels for each group, a column for each kind of gain (and
     origin), a row in a panel for each target and number of shots."""
-
-    def rows_of(part):  # of a panel, from few shots to all images
-        rows = {(gain.shots, gain.target.name) for gain in part}
-        return sorted(rows, key=lambda row: (row[0] or math.inf, row[1]))
-
     kinds = {
         origin: [kind for kind in numbers.KINDS if kind in results.group(part, "line.kind")]
         for origin, part in sorted(results.group(gains, "target.origin").items())
     }
     alike = "line.source_domain", "target.domain"
     alike += "line.method", "line.recipe", "line.pretraining"
-    blocks = results.group(gains, *alike).values()
-    blocks = [results.group(block, "target.origin") for block in blocks]
-    counts = [max(2, *(len(rows_of(part)) for part in block.values())) for block in blocks]
-    heights = [HEAD + ROW * count for count in counts]  # inches
+    blocks, heights = [], []  # inches
+    for members in results.group(gains, *alike).values():
+        blocks.append(results.group(members, "target.origin"))
+        panels = [{(gain.shots, gain.target) for gain in part} for part in blocks[-1].values()]
+        heights.append(HEAD + ROW * max(2, *map(len, panels)))
     widths = [2.15 * len(part) + 1 for part in kinds.values()]  # inches
     fig = Figure(figsize=(sum(widths), sum(heights)), layout="constrained")
     shape = {"squeeze": False, "height_ratios": heights, "width_ratios": widths}
-    differ = results.differing([gain.line for gain in gains])
+    _, differing = results.differing([gain.line for gain in gains])
     for block, row in zip(blocks, fig.subfigures(len(blocks), len(kinds), **shape)):
         for origin, part in zip(kinds, row):
             if origin not in block:
                 continue
             members, first = results.group(block[origin], "line.kind"), block[origin][0]
-            heading = ", ".join([first.group, *results.words(first.line, differ)])
-            heading += results.mark(origin)
-            part.suptitle(heading, fontsize=8.5, fontweight="bold")
+            rows = {(gain.shots, gain.target.name) for gain in block[origin]}
+            rows = sorted(rows, key=lambda row: (row[0] or math.inf, row[1]))  # few shots first
+            heading = ", ".join([first.group, *differing[first.line]])
+            part.suptitle(heading + results.mark(origin), fontsize=8.5, fontweight="bold")
             axes = part.subplots(1, len(kinds[origin]), squeeze=False, sharey=True)[0]
             for ax, panel in itertools.zip_longest(axes, members.values()):
                 if panel:
-                    draw_gain_panel(ax, rows_of(block[origin]), panel)
+                    draw_gain_panel(ax, rows, panel)
                 else:
                     ax.set_axis_off()
     key = "▲ better (95 % interval above zero)   ○ not off zero   ▼ worse"
     fig.suptitle(f"{title}\n{key}".strip(), fontsize=8)
-    lacking = sum(gain.lacking for gain in gains)
-    about = [f"{GAIN_NOTE} ({lacking} cells).", *numbers.seeds_note(gains)]
-    style.draw_note(fig, 0, [*about, *notes])
+    note = f"{GAIN_NOTE} ({sum(gain.lacking for gain in gains)} cells)."
+    style.draw_foot(fig, [note, *numbers.seeds_note(gains), *notes])
     return fig
 
 
@@ -132,9 +121,9 @@ def look_of(family, colour):
     return look | {"markerfacecolor": colour if family[0] == family[1] else "white"}
 
 
-def draw_exponents(ax, law, looks):
-    """Exponents against distance, in these looks of the rows, with the fit: a line a family over
-    its distances, at its middle number of shots, with its band."""
+def draw_fit(ax, beside, law, looks):
+    """A fit, its rows in these looks: exponents against distance, with a line and its band a family
+    at its middle number of shots; beside them left-out tasks, observed against predicted."""
     for row, look in zip(law.rows, looks):
         ax.plot(10**row.d, row.exponent, **look)
     for family in sorted({row.family for row in law.rows}):
@@ -157,17 +146,13 @@ def draw_exponents(ax, law, looks):
     ax.set_xscale("log")
     style.log_ticks(ax.xaxis, *ax.dataLim.intervalx)
     ax.set_xlabel("relative Fréchet distance of source and target")
-
-
-def draw_predictions(ax, law, looks):
-    """Left-out tasks, observed against predicted, and in three lines how well that went."""
     observed = [row.exponent for row in law.rows]
     bars = {"fmt": "none", "ecolor": "#bbbbbb", "elinewidth": 0.5, "zorder": 1}
-    ax.errorbar(law.predicted, observed, xerr=law.reach, **bars)
+    beside.errorbar(law.predicted, observed, xerr=law.reach, **bars)
     for x, y, look in zip(law.predicted, observed, looks):
-        ax.plot(x, y, **look)
-    ax.axline((0, 0), slope=1, color="black", linewidth=0.8)
-    ax.set_title(f"{law.tasks} tasks, each predicted\nby a fit of the others", fontsize=7.5)
+        beside.plot(x, y, **look)
+    beside.axline((0, 0), slope=1, color="black", linewidth=0.8)
+    beside.set_title(f"{law.tasks} tasks, each predicted\nby a fit of the others", fontsize=7.5)
     b0, b1, own = law.rmse.values()
     text = f"RMSE {own:.3f}, of B0 {b0:.3f}, of B1 {b1:.3f}\n"
     text += f"ratios to these {own / b0:.2f} and {own / b1:.2f}, p = {law.p:.3f}\n"
@@ -175,8 +160,8 @@ def draw_predictions(ax, law, looks):
     noise = "one pre-training seed: its noise is not in the band"
     if not math.isnan(law.seed_share):
         noise = f"pre-training seeds: {100 * law.seed_share:.0f} % of the band's variance (median)"
-    ax.set_xlabel(f"predicted exponent\n{text}{noise}", fontsize=7)
-    ax.set_ylabel("observed exponent")
+    beside.set_xlabel(f"predicted exponent\n{text}{noise}", fontsize=7)
+    beside.set_ylabel("observed exponent")
 
 
 def draw_law(laws, styles, title="", notes=()):
@@ -195,8 +180,7 @@ def draw_law(laws, styles, title="", notes=()):
         ax.axhline(0, color="black", linewidth=0.7, linestyle=":", zorder=1)
         if law.terms:
             looks = [look_of(row.family, colours[row.shots]) | POINT for row in law.rows]
-            draw_exponents(ax, law, looks)
-            draw_predictions(*beside, law, looks)
+            draw_fit(ax, *beside, law, looks)
         else:
             for empty in beside:
                 empty.set_axis_off()
@@ -221,5 +205,5 @@ def draw_law(laws, styles, title="", notes=()):
         legend[1].append((handle, results.shots_words(name)))
     about = [fits.FIT_NOTE, "Lines: at the middle number of shots."] if fitted else []
     about += [fits.RELATION_NOTE] if len(fitted) < len(laws) else []
-    style.draw_foot(fig, legend, [fits.NOTE, *about, *notes])
+    style.draw_foot(fig, [fits.NOTE, *about, *notes], legend)
     return fig

@@ -4,10 +4,9 @@ import csv
 import io
 import math
 
-from charts import results
-from charts.gains import REGIMES, VERDICTS, counts, regime, seeds_note
+from charts.gains import REGIMES, VERDICTS, Gain, counts, regime, seeds_note
 from charts.law import FIT_NOTE, NOTE, RELATION_NOTE, relations
-from charts.results import METRICS, differing, group, mark, shots_words, words
+from charts.results import METRICS, differing, group, mark, shots_words
 from engine.console import table
 
 RULE = """\
@@ -20,72 +19,70 @@ and same source (larger network) or network (larger source, of one domain); the 
 smallest of those that share the most. Differences are averaged over these for each seed; the 95 % \
 interval is Student's t over seeds. ▲ interval above zero, ▼ below zero, neither: not off zero, or \
 one seed and no interval. A seed that one arm lacks counts in neither."""
+# Of the CSV of cells and of gains; those that neither has are left out.
+CELL_COLUMNS = (
+    "kind target target_domain origin source source_domain model method recipe pretraining shots "
+    "metric small large partners pretraining_seeds pairs mean sd ci95 seed_share n verdict"
+).split()
+LAW_COLUMNS = (
+    "kind method recipe origin target task source_domain target_domain shots seeds log10_distance "
+    "exponent predicted reach"
+).split()
 
 
-def score_table(cells, unit, heads, rows):
-    """Cells or gains of a target -> heading and table: of each line the words of its row {line:
-    [word]} under the heads, and for each number of shots mean ± deviation (seeds), bold as RULE
-    says."""
-    columns = group(sorted(cells, key=lambda cell: cell.shots or math.inf), "shots")
-    target, metric = cells[0].target, METRICS[cells[0].metric]
-    factor, decimals = metric.factor, metric.decimals
-    for members in columns.values():
-        known = [cell for cell in members if cell.n]
-        best = max(known, key=lambda cell: cell.mean, default=None)
-        texts = {cell.line: "undefined (0)" for cell in members}
-        for cell in known:
-            verdict = getattr(cell, "verdict", None)  # of gains
-            text = f"{factor * cell.mean:{'+' if verdict else ''}.{decimals}f}"
-            text += f" ± {factor * cell.sd:.{decimals}f}" if cell.n > 1 else ""
-            gap = abs(best.mean - cell.mean)  # nothing is within nan: no interval, no claim
-            near = gap == 0 or gap <= math.hypot(best.ci95, cell.ci95)
-            bold = "**" if len(known) > 1 and near else ""
-            sign = f" {VERDICTS[verdict][2]}" if verdict in ("above", "below") else ""
-            texts[cell.line] = f"{bold}{text} ({cell.n}){bold}{sign}"
-        for line, row in rows.items():
-            row.append(texts.get(line, "–"))
-    heading = f"### {target.name} ({target.domain} target{mark(target.origin)}): {unit}\n"
-    return [heading, table(rows.values(), [*heads, *map(shots_words, columns)]), ""]
-
-
-def few_shot(cells):
-    """Cells -> Markdown: a table a target, rows source x model, columns shots."""
-    parts = []
+def scores(cells):
+    """Cells, or gains and how many of each verdict, -> Markdown: a table a target, in it for each
+    line and number of shots mean ± deviation (seeds), bold as RULE says."""
+    parts, notes, paired = [], [RULE], isinstance(cells[0], Gain)
+    if paired:
+        title = "### gain from scale: in how many cells (target x shots)\n"
+        parts, notes = [title, count_table(cells), ""], [*seeds_note(cells), GAIN_RULE, "", RULE]
+        cells = sorted(cells, key=lambda cell: (cell.target.domain != "natural", cell.target))
     for panel in group(cells, "target").values():
-        lines = group(panel, "line")
-        names = ["source", "model", *differing(lines)]
-        rows = {line: words(line, names) for line in lines}
-        parts += score_table(panel, METRICS[panel[0].metric].axis, names, rows)
-    return "\n".join([*parts, RULE, ""])
+        target, metric, lines = panel[0].target, METRICS[panel[0].metric], group(panel, "line")
+        if paired:
+            unit = f"gain in {metric.axis.replace('%', 'points')}"
+            heads = ["gain", "pre-trained on"]
+            rows = {line: [f"larger {line.kind}", line.source_domain or "none"] for line in lines}
+        else:
+            unit, heads = metric.axis, ["source", "model"]
+            rows = {line: [line.source or "–", line.model or "–"] for line in lines}
+        differ, more = differing(lines)
+        rows = {line: [*row, *more[line]] for line, row in rows.items()}
+        columns = group(sorted(panel, key=lambda cell: cell.shots or math.inf), "shots")
+        for members in columns.values():
+            known = [cell for cell in members if cell.n]
+            best = max(known, key=lambda cell: cell.mean, default=None)
+            texts = {cell.line: "undefined (0)" for cell in members}
+            for cell in known:
+                text = f"{metric.factor * cell.mean:{'+' if paired else ''}.{metric.decimals}f}"
+                if cell.n > 1:
+                    text += f" ± {metric.factor * cell.sd:.{metric.decimals}f}"
+                gap = abs(best.mean - cell.mean)  # nothing is within nan: no interval, no claim
+                near = gap == 0 or gap <= math.hypot(best.ci95, cell.ci95)
+                bold = "**" if len(known) > 1 and near else ""
+                texts[cell.line] = f"{bold}{text} ({cell.n}){bold}"
+                if paired and cell.verdict in ("above", "below"):
+                    texts[cell.line] += f" {VERDICTS[cell.verdict][2]}"
+            for line, row in rows.items():
+                row.append(texts.get(line, "–"))
+        heading = f"### {target.name} ({target.domain} target{mark(target.origin)}): {unit}\n"
+        names = [*heads, *differ, *map(shots_words, columns)]
+        parts += [heading, table(rows.values(), names), ""]
+    return "\n".join([*parts, *notes, ""])
 
 
 def count_table(gains):
     """Gains -> table of verdicts: a row for each kind, group and regime of shots."""
-    differ, rows = differing([gain.line for gain in gains]), []
+    (differ, more), rows = differing([gain.line for gain in gains]), []
     for members in group(gains, "line", "target.domain", "target.origin").values():
         first = members[0]
-        about = [f"larger {first.line.kind}", first.group, first.target.origin]
-        about += words(first.line, differ)
+        about = [f"larger {first.line.kind}", first.group, first.target.origin, *more[first.line]]
         for name in (*REGIMES, "all"):
             part = [gain for gain in members if name in (regime(gain.shots), "all")]
             rows += [[*about, name, len(part), *counts(part).values()]] if part else []
     heads = [heading for heading, *_ in VERDICTS.values()]
     return table(rows, ["gain", "group", "origin", *differ, "shots", "cells", *heads])
-
-
-def gains(cells):
-    """Gains -> Markdown: counts, and a table a target."""
-    parts = ["### gain from scale: in how many cells (target x shots)\n", count_table(cells), ""]
-    for panel in group(sorted(cells, key=results.target_order), "target").values():
-        lines = group(panel, "line")
-        names = differing(lines)
-        rows = {
-            line: [f"larger {line.kind}", line.source_domain or "none", *words(line, names)]
-            for line in lines
-        }
-        unit = f"gain in {METRICS[panel[0].metric].axis.replace('%', 'points')}"
-        parts += score_table(panel, unit, ["gain", "pre-trained on", *names], rows)
-    return "\n".join([*parts, *seeds_note(cells), GAIN_RULE, "", RULE, ""])
 
 
 def laws(found):
@@ -119,21 +116,13 @@ def laws(found):
     return "\n".join([*parts, NOTE, RELATION_NOTE, FIT_NOTE, ""])
 
 
-def cell_row(cell):
-    """Cell or Gain -> {column of a CSV: value}."""
-    target = {"target": cell.target.name, "target_domain": cell.target.domain}
-    row = {**vars(cell), **cell.line._asdict(), **target, "origin": cell.target.origin}
-    return row | {"shots": cell.shots or "full"}
-
-
 def csv_text(rows, columns):
-    """Rows {column: value} -> CSV: fractions, undefined empty; without origin where all is one's
-    own."""
+    """Rows {column: value} -> CSV: fractions, undefined empty; a column that says nothing goes."""
     rows = [{key: "" if value != value else value for key, value in row.items()} for row in rows]
-    needless = {"origin": all(row["origin"] == "own" for row in rows)}
+    unsaid = ["origin"] if all(row["origin"] == "own" for row in rows) else []
     for head in ("pretraining", "pretraining_seeds", "seed_share"):
-        needless[head] = not any(row.get(head) for row in rows)
-    heads = [head for head in columns.split() if not needless.get(head)]
+        unsaid += [] if any(row.get(head) for row in rows) else [head]
+    heads = [head for head in columns if head not in unsaid]
     file = io.StringIO()
     writer = csv.DictWriter(file, heads, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -142,21 +131,18 @@ def csv_text(rows, columns):
 
 
 def cell_csv(cells):
-    columns = "target target_domain origin source source_domain model method recipe pretraining"
-    return csv_text(map(cell_row, cells), f"{columns} shots metric mean sd ci95 n")
-
-
-def gain_csv(gains):
+    """Cells or gains -> CSV."""
     rows = []
-    for gain in gains:
-        about = {"partners": ";".join(gain.partners), "verdict": gain.verdict}
-        several = gain.pretraining_seeds if len(gain.pretraining_seeds) > 1 else ()
-        rows.append(cell_row(gain) | about | {"pretraining_seeds": ";".join(several)})
-    columns = "kind target target_domain origin source_domain method recipe pretraining shots"
-    columns += (
-        " metric small large partners pretraining_seeds pairs mean sd ci95 seed_share n verdict"
-    )
-    return csv_text(rows, columns)
+    for cell in cells:
+        row = {**vars(cell), **cell.line._asdict(), "shots": cell.shots or "full"}
+        row |= {"target": cell.target.name, "target_domain": cell.target.domain}
+        row["origin"] = cell.target.origin
+        if isinstance(cell, Gain):
+            several = cell.pretraining_seeds if len(cell.pretraining_seeds) > 1 else ()
+            row |= {"partners": ";".join(cell.partners), "pretraining_seeds": ";".join(several)}
+            row["verdict"] = cell.verdict
+        rows.append(row)
+    return csv_text(rows, [name for name in CELL_COLUMNS if name in rows[0]])
 
 
 def law_csv(found):
@@ -170,5 +156,4 @@ def law_csv(found):
             if law.terms:
                 more |= {"predicted": law.predicted[place], "reach": law.reach[place]}
             rows.append(about | more)
-    columns = "kind method recipe origin target task source_domain target_domain shots seeds"
-    return csv_text(rows, f"{columns} log10_distance exponent predicted reach")
+    return csv_text(rows, LAW_COLUMNS)

@@ -1,5 +1,4 @@
-"""The figures of scores: over shots, a panel a target; and the study's own (arXiv:2106.00116), a
-figure a target."""
+"""Scores over shots, a panel a target; the study's own figures (arXiv:2106.00116), one a target."""
 
 import math
 import textwrap
@@ -10,11 +9,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from charts import results, style
-from charts.style import BARS, LOOKS, PANEL
+from charts.style import BARS, BLANK, LOOKS, PANEL
 
 CROWDED = 8  # a panel with more lines than that needs the width of two
-STUDY_NOTE = """\
-Mean ± standard deviation over seeds. Over networks: sources with several of them."""
+STUDY_NOTE = "Mean ± standard deviation over seeds. Over networks: sources with several of them."
 
 
 def draw_few_shot_lines(ax, cells, styles, half, chance=None):
@@ -85,7 +83,7 @@ def draw_few_shot(cells, styles, title="", notes=()):
     fig.supxlabel("training images per class (shots)", fontsize=8)
     fig.suptitle(title)
     handles = {line: Line2D([], [], **look) for line, look in styles.items()}
-    style.draw_foot(fig, style.line_columns(handles), [style.NOTE, *notes])
+    style.draw_foot(fig, [style.NOTE, *notes], style.line_columns(handles))
     return fig
 
 
@@ -102,10 +100,10 @@ def study_cells(runs, metric):
 
 
 def draw_study(cells, styles, title="", notes=()):
-    """Cells of one target, {line: its style} -> Figure: bars of all pre-trainings grouped by shots;
-    under them lines over shots from natural sources, from medical ones, and over networks with all
-    images; ± one standard deviation."""
-    lines = results.group(cells, "line")
+    """Cells of one target, {line: its style} -> Figure: bars by shots; under them lines over shots
+    from natural sources, from medical ones, and over networks with all images; ± a deviation."""
+    metric = results.METRICS[cells[0].metric]
+    factor, lines = metric.factor, {cell.line for cell in cells}
     styles = {line: look for line, look in styles.items() if line in lines}
     networks, bars = sorted({line.model for line in lines}, key=results.size_order), {}
     for line, look in styles.items():
@@ -113,14 +111,27 @@ def draw_study(cells, styles, title="", notes=()):
         rank, colour = networks[::-1].index(line.model), look["color"]
         bars[line] = {"facecolor": "white" if rank else colour, "edgecolor": colour}
         bars[line] |= {"hatch": ("", "////", "....", "xxxx")[min(rank, 3)], "linewidth": 0.6}
-    few, full = results.group(cells, "line.source_domain"), [c for c in cells if c.shots is None]
-    axis = results.METRICS[cells[0].metric].axis
     fig = Figure(figsize=(7, 4.6), layout="constrained")
-    rows = fig.subfigures(2, 1, height_ratios=(1, 1.05))
-    draw_bars(rows[0].subplots(), cells, bars)
-    rows[0].suptitle(title or f"{cells[0].target.name}: {axis}")
-    below = rows[1].subplots(1, len(few) + bool(full), squeeze=False)[0]
-    few_axes = below[: len(few)]
+    above, below = fig.subfigures(2, 1, height_ratios=(1, 1.05))
+    above.suptitle(title or f"{cells[0].target.name}: {metric.axis}")
+    ax = above.subplots()
+    # In a group the order of the legend, own bars before published ones, which are paler.
+    found = {(cell.line, cell.target.origin) for cell in cells}
+    kinds = sorted(found, key=lambda kind: (list(bars).index(kind[0]), kind[1]))
+    pale = len({origin for _, origin in kinds}) > 1
+    shots = sorted({cell.shots for cell in cells}, key=lambda shots: shots or math.inf)
+    for cell in cells:
+        line, origin = kind = cell.line, cell.target.origin
+        x = shots.index(cell.shots) * (len(kinds) + 1.5) + kinds.index(kind)
+        look = {"alpha": 0.5 if pale and origin == "published" else 1, "error_kw": BARS}
+        ax.bar(x, factor * cell.mean, 0.85, yerr=factor * cell.sd, **look, **bars[line])
+    middles = [place * (len(kinds) + 1.5) + (len(kinds) - 1) / 2 for place in range(len(shots))]
+    ax.set_xticks(middles, [results.shots_words(number) for number in shots])
+    ax.tick_params(axis="x", length=0)
+    ax.set(ylabel=metric.axis, ylim=(0, None), xmargin=0.01)
+    few, full = results.group(cells, "line.source_domain"), [c for c in cells if c.shots is None]
+    axes = below.subplots(1, len(few) + bool(full), squeeze=False)[0]
+    few_axes = axes[: len(few)]
     for ax, domain in zip(few_axes, [domain for domain in LOOKS if domain in few]):
         draw_few_shot_lines(ax, few[domain], styles, "sd")
         ax.set(xlabel="training images per class", ylabel="")
@@ -130,50 +141,25 @@ def draw_study(cells, styles, title="", notes=()):
     for ax in few_axes:
         ax.set_ylim(min(lows), max(highs))
     if full:
-        draw_networks(below[-1], full, styles)
-    below[0].set_ylabel(axis)
+        places = [name for name in networks if name in {cell.line.model for cell in full}]
+        alike = "line.source", "line.source_domain", "line.method", "line.recipe", "target.origin"
+        for row in results.group(full, *alike).values():
+            if len(row) == 1 < len(places):
+                continue
+            row = sorted(row, key=lambda cell: places.index(cell.line.model))
+            x = [places.index(cell.line.model) for cell in row]
+            y, sd = ([factor * getattr(cell, key) for cell in row] for key in ("mean", "sd"))
+            look = styles[row[-1].line] | {"linestyle": "-", "marker": "."}
+            axes[-1].errorbar(x, y, yerr=sd, **look, **BARS)
+        axes[-1].set_xticks(range(len(places)), places)
+        axes[-1].set(xlim=(-0.3, len(places) - 0.7))
+        axes[-1].set_title("all training images, a scale of its own", fontsize=7.5)
+    axes[0].set_ylabel(metric.axis)
     columns = style.line_columns({line: Patch(**look) for line, look in bars.items()})
-    columns[0].append((style.BLANK, "lines:"))
+    columns[0].append((BLANK, "lines:"))
     for name in networks:
         look = next(look for line, look in styles.items() if line.model == name)
         grey = look | {"color": "#555555", "markerfacecolor": "#555555", "linewidth": 1.2}
         columns[0].append((Line2D([], [], **grey), name))
-    style.draw_foot(fig, columns, [STUDY_NOTE, *notes])
+    style.draw_foot(fig, [STUDY_NOTE, *notes], columns)
     return fig
-
-
-def draw_bars(ax, cells, bars):
-    """Bars in groups of a number of shots, in the order of the legend; own ones before published
-    ones, which are paler. bars: {line: keywords of its bars}."""
-    metric, origins = results.METRICS[cells[0].metric], {cell.target.origin for cell in cells}
-    kinds = [(line, origin) for line in bars for origin in sorted(origins)]
-    kinds = [kind for kind in kinds if kind in results.group(cells, "line", "target.origin")]
-    groups = sorted({cell.shots for cell in cells}, key=lambda shots: shots or math.inf)
-    for cell in cells:
-        line, origin = kind = cell.line, cell.target.origin
-        x = groups.index(cell.shots) * (len(kinds) + 1.5) + kinds.index(kind)
-        y, half = metric.factor * cell.mean, metric.factor * cell.sd
-        look = {"alpha": 0.5 if len(origins) > 1 and origin == "published" else 1, "error_kw": BARS}
-        ax.bar(x, y, 0.85, yerr=half, **look, **bars[line])
-    middles = [place * (len(kinds) + 1.5) + (len(kinds) - 1) / 2 for place in range(len(groups))]
-    ax.set_xticks(middles, [results.shots_words(shots) for shots in groups])
-    ax.tick_params(axis="x", length=0)
-    ax.set(ylabel=metric.axis, ylim=(0, None), xmargin=0.01)
-
-
-def draw_networks(ax, cells, styles):
-    """A line a source over the networks, of cells with all training images."""
-    factor = results.METRICS[cells[0].metric].factor
-    networks = sorted({cell.line.model for cell in cells}, key=results.size_order)
-    alike = "line.source", "line.source_domain", "line.method", "line.recipe", "target.origin"
-    for members in results.group(cells, *alike).values():
-        if len(members) == 1 < len(networks):
-            continue
-        members = sorted(members, key=lambda cell: networks.index(cell.line.model))
-        x = [networks.index(cell.line.model) for cell in members]
-        y, bars = ([factor * getattr(cell, key) for cell in members] for key in ("mean", "sd"))
-        look = styles[members[-1].line] | {"linestyle": "-", "marker": "."}
-        ax.errorbar(x, y, yerr=bars, **look, **BARS)
-    ax.set_xticks(range(len(networks)), networks)
-    ax.set(xlim=(-0.3, len(networks) - 0.7))
-    ax.set_title("all training images, a scale of its own", fontsize=7.5)

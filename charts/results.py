@@ -46,17 +46,13 @@ TARGETS = {
 }
 
 
-class Target(NamedTuple):
-    """One panel, one table."""
-
+class Target(NamedTuple):  # one panel, one table
     name: str
     domain: str
     origin: str  # of its numbers: own or published
 
 
-class Line(NamedTuple):
-    """One line, one row."""
-
+class Line(NamedTuple):  # one line, one row
     source: str
     source_domain: str | None
     model: str
@@ -104,7 +100,7 @@ class Cell:
     classes: int = 0  # 0 when unknown or when its runs differ
 
 
-KINDS = ("fewshot", "transfer", "fewshot-validation", "transfer-validation")
+KINDS = ("fewshot", "transfer", "fewshot-validation", "transfer-validation", "features")
 # What a result file must hold (older ones lack OPTIONAL), of what type; bounds of its numbers.
 OPTIONAL = {"distance": None, "config": None}
 FIELDS = {key: kind for key, kind in Line.__annotations__.items() if key != "pretraining"}
@@ -161,26 +157,11 @@ def checked_result(data, path, origin="own", classes=0):
         path,
         *(number(config, key, 1, 2**63) for key in ("train_images", "test_images")),
         json.dumps(settings) if "data" in config else "",
-        data.get("early", False),
     )
 
 
-def read_result(path):
-    """One result file -> Result, None of a kind that holds no metrics. Raises as checked_result,
-    OSError and RecursionError (nesting)."""
-    data = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(data, dict) or data.get("schema") != 1:
-        raise ValueError('not a result file of "schema": 1')
-    if data.get("kind") == "features":
-        return None
-    if data.get("kind") not in KINDS:
-        raise ValueError(f"kind is {data.get('kind')!r}, not fewshot or transfer")
-    return checked_result(data, path)
-
-
 def read_published(path):
-    """Published numbers -> list of Result; a seed is, without "seeds", a place in the lists. Raises
-    ValueError."""
+    """As load; a seed is, without "seeds", a place in the lists. Raises ValueError."""
     found, entry = [], None
     try:
         for entry in json.loads(path.read_text(encoding="utf-8"))["records"]:
@@ -195,9 +176,9 @@ def read_published(path):
             seeds, steps = (entry.get(key, range(len(runs))) for key in ("seeds", "steps"))
             last = max(entry.get("steps", [0]))
             for seed, step, scores in zip(seeds, steps, runs, strict=True):
-                metrics = dict(zip(entry["metrics"], scores))
-                data |= {"seed": seed, "metrics": metrics, "early": step < last}
-                found.append(checked_result(data, path, "published", classes))
+                data |= {"seed": seed, "metrics": dict(zip(entry["metrics"], scores))}
+                result = checked_result(data, path, "published", classes)
+                found.append(result._replace(early=step < last))
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         mend = 'it must hold {"about": …, "records": […]} as published.json does, or name a folder'
         where = f"{error!r:.80} in {entry!r:.60}"
@@ -206,11 +187,9 @@ def read_published(path):
 
 
 def load(paths):
-    """Folders of result files, and published files -> (results, notices on what is skipped, notices
-    on runs with two differing results).
-
-    Raises ValueError when one is missing. Of several results of one run the newest is kept.
-    """
+    """Folders of result files, and published files -> (list of Result, the newest of each run;
+    notices on what is skipped; notices on runs with two differing results). Raises ValueError when
+    one is missing."""
     files = {}  # by their true place: a folder named twice is read once
     for path in paths:
         if path.is_file():
@@ -228,7 +207,13 @@ def load(paths):
             results += read_published(path)
             continue
         try:
-            results += filter(None, [read_result(path)])
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(data, dict) or data.get("schema") != 1:
+                raise ValueError('not a result file of "schema": 1')
+            if data.get("kind") not in KINDS:
+                raise ValueError(f"kind is {data.get('kind')!r}, not fewshot or transfer")
+            if data["kind"] != "features":  # these hold no metrics
+                results.append(checked_result(data, path))
         except (AttributeError, KeyError, OSError, TypeError, ValueError, RecursionError) as error:
             skipped.append(f"skipped {path}: {' '.join(str(error).split())}")
     if len({" (validation " in result.target.name for result in results}) > 1:
@@ -254,8 +239,7 @@ def load(paths):
 
 
 def group(items, *attributes):
-    """Split items into {value of the attributes: list of items}, in the order in which they come;
-    attributes: names, or paths as line.source."""
+    """{value of the attributes, named or paths as line.source: list of its items}, as they come."""
     groups, key = {}, attrgetter(*attributes)
     for item in items:
         groups.setdefault(key(item), []).append(item)
@@ -307,11 +291,6 @@ def line_order(cell):
     return *source, size_order(line.model), line.method, line.recipe or "", line.pretraining or ""
 
 
-def target_order(item):
-    """Sort key of cells and gains: natural targets first."""
-    return item.target.domain != "natural", item.target
-
-
 def plain_name(name):
     """Name of a source or target without its pack: nih@256+chexpert@256 -> chexpert+nih."""
     return "+".join(sorted(re.sub(r"@\d+", "", part) for part in name.split("+")))
@@ -327,21 +306,17 @@ def mark(origin):
 
 
 def differing(lines):
-    """Those of method, recipe and pre-training in which lines differ: these are said."""
+    """What tells lines apart beside source and network: (those of method, recipe and pre-training
+    in which they differ, {line: its words for these})."""
     keys = "method", "recipe", "pretraining"
-    return [key for key in keys if len({getattr(line, key) for line in lines}) > 1]
-
-
-def words(line, keys):
-    return [getattr(line, key) or "–" for key in keys]
+    keys = [key for key in keys if len({getattr(line, key) for line in lines}) > 1]
+    return keys, {line: [getattr(line, key) or "–" for key in keys] for line in lines}
 
 
 def summarise(results, metric):
     """Average over seeds: results -> list of Cell in the order of targets, lines and shots."""
-    images = {}  # the baseline has none; neither may a checkpoint from elsewhere
-    for result in results:
-        source = result.line.source
-        images[source] = max(images.get(source, 0), result.source_images or 0)
+    sources = group(results, "line.source")  # the baseline has no images, nor may a foreign one
+    images = {name: max(run.source_images or 0 for run in sources[name]) for name in sources}
     cells = []
     for (target, line, shots), runs in group(results, "target", "line", "shots").items():
         name = MAIN_METRIC[target.domain] if metric == "auto" else metric
@@ -349,4 +324,7 @@ def summarise(results, metric):
         classes = runs[0].classes if len({run.classes for run in runs}) == 1 else 0
         about = {"source_images": images[line.source], "classes": classes}
         cells.append(Cell(target, line, shots, name, **scores, **about))
-    return sorted(cells, key=lambda c: (target_order(c), line_order(c), c.shots or math.inf))
+    return sorted(  # natural targets first
+        cells,
+        key=lambda c: (c.target.domain != "natural", c.target, line_order(c), c.shots or math.inf),
+    )

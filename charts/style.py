@@ -16,16 +16,13 @@ class Look(NamedTuple):
     heading: str  # in the legend
     hues: tuple  # from the smallest to the largest source
     filling: str | None = None  # of markers; None: the hue
-    hatch: str | None = None  # of bars
 
 
 # Orange and blue stay apart for colour-blind readers; the filling parts the domains in grey.
 LOOKS = {
     "natural": Look("pre-trained on natural images:", ("#f7b267", "#d9730d", "#5c1f00")),
-    "medical": Look(
-        "pre-trained on medical images:", ("#8cc8ee", "#2f7fc1", "#071d49"), "white", "/////"
-    ),
-    None: Look("no pre-training:", ("#858585", "#858585"), "#d9d9d9", "....."),
+    "medical": Look("pre-trained on medical images:", ("#8cc8ee", "#2f7fc1", "#071d49"), "white"),
+    None: Look("no pre-training:", ("#858585", "#858585"), "#d9d9d9"),
 }
 MARKERS = "osD^vPX*"  # one a model, the smallest first
 DASHES = ("-", "--", "-.", (0, (6, 1.5, 1, 1.5, 1, 1.5)), (0, (2, 1)))  # the largest model first
@@ -75,17 +72,17 @@ def line_styles(cells):
     domain; shade and width the source, darker and thicker is larger; marker and dashes the model
     (with its method and recipe)."""
     lines = list(results.group(sorted(cells, key=results.line_order), "line"))
-    networks = {
-        line: (results.size_order(line.model), str((line.method, line.recipe, line.pretraining)))
+    networks = [
+        (results.size_order(line.model), str((line.method, line.recipe, line.pretraining)))
         for line in lines
-    }
-    ranks = sorted(set(networks.values()))  # small ones first
+    ]
+    ranks = sorted(set(networks))  # small ones first
     styles = {}
-    for line in lines:
+    for line, network in zip(lines, networks):
         peers = [other.source for other in lines if other.source_domain == line.source_domain]
-        names = map(results.plain_name, peers)  # a pack looks as what it holds
-        shade = shades(names)[results.plain_name(line.source)]
-        rank = ranks.index(networks[line])
+        # A pack looks as what it holds.
+        shade = shades(map(results.plain_name, peers))[results.plain_name(line.source)]
+        rank = ranks.index(network)
         dashes = DASHES[(len(ranks) - 1 - rank) % len(DASHES)]
         marker = MARKERS[rank % len(MARKERS)]
         styles[line] = line_style(LOOKS[line.source_domain], shade, marker, dashes)
@@ -103,10 +100,10 @@ def log_ticks(axis, low, high):
 def line_columns(handles):
     """{line: its handle} -> the two columns of a legend, natural and no sources on the left,
     medical on the right: under each domain (handle, source and network)."""
-    columns, differ = [[], []], results.differing(handles)
+    columns, (_, differing) = [[], []], results.differing(handles)
     for domain, look in LOOKS.items():
         entries = [
-            (handle, ", ".join([line.source, line.model, *results.words(line, differ)]))
+            (handle, ", ".join([line.source, line.model, *differing[line]]))
             for line, handle in handles.items()
             if line.source_domain == domain
         ]
@@ -114,22 +111,21 @@ def line_columns(handles):
     return columns
 
 
-def draw_foot(fig, columns, notes):
-    """Draw a legend under the panels, of two lists of (handle, label), side by side where they fit,
-    and small text below it."""
-    widths = [max((len(label) for _, label in column), default=0) for column in columns]
-    fits = all(widths) and 0.06 * sum(widths) + 1 < fig.get_figwidth()  # inches
-    if fits:
-        columns = zip(*itertools.zip_longest(*columns, fillvalue=(BLANK, "")))
-    handles, labels = zip(*itertools.chain(*columns))
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "frameon": False, "fontsize": 7.5}
-    legend = fig.legend(handles, labels, ncols=2 if fits else 1, handlelength=3.2, **place)
-    fig.draw_without_rendering()  # places the legend
-    bottom = legend.get_window_extent().transformed(fig.transFigure.inverted()).y0
-    draw_note(fig, bottom - 0.05 / fig.get_figheight(), notes)
-
-
-def draw_note(fig, top, notes):
-    """Write small text below the height `top` (of the figure), wrapped to its width."""
+def draw_foot(fig, notes, columns=()):
+    """Draw under the panels a legend of two lists of (handle, label), side by side where they fit,
+    and below it small text, wrapped to the width of the figure."""
+    top = 0  # of the text, in heights of the figure
+    if columns:
+        widths = [max((len(label) for _, label in column), default=0) for column in columns]
+        fits = all(widths) and 0.06 * sum(widths) + 1 < fig.get_figwidth()  # inches
+        if fits:
+            columns = zip(*itertools.zip_longest(*columns, fillvalue=(BLANK, "")))
+        handles, labels = zip(*itertools.chain(*columns))
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "frameon": False}
+        place |= {"ncols": 2 if fits else 1, "handlelength": 3.2, "fontsize": 7.5}
+        legend = fig.legend(handles, labels, **place)
+        fig.draw_without_rendering()  # places the legend
+        bottom = legend.get_window_extent().transformed(fig.transFigure.inverted()).y0
+        top = bottom - 0.05 / fig.get_figheight()
     text = textwrap.fill(" ".join(notes), round(20 * fig.get_figwidth()), break_on_hyphens=False)
     fig.text(0.5, top, text, ha="center", va="top", fontsize=6.5)

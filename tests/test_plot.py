@@ -99,12 +99,13 @@ def test_newest_of_two_files_of_one_run_is_kept_and_said(call, tmp_path):
     assert "Runs with two results, of which the newer counts: 1." in words
 
 
-def test_hidden_copies_are_passed_over(call, tmp_path):
+def test_hidden_copies_are_passed_over_and_a_folder_named_twice_is_read_once(call, tmp_path):
     write(tmp_path / "results" / ".ipynb_checkpoints", "a-checkpoint.json", {"accuracy": 0.9})
     write(tmp_path / "results", ".hidden.json", {"accuracy": 0.9})
-    write(tmp_path / "results", "a.json", {"accuracy": 0.25})
-    status, out, err = call("--figure", "fewshot")
-    assert (status, err) == (0, "") and "25.0 (1)" in out
+    write_seeds(tmp_path / "results", [0.2, 0.4])
+    folders = "results", "--results", "results", tmp_path / "results"
+    status, out, err = call(*folders, "--figure", "fewshot")
+    assert (status, err) == (0, "") and "30.0 ± 14.1 (2)" in out
 
 
 def test_a_notebook_and_a_terminal_of_another_encoding(tmp_path):
@@ -114,12 +115,6 @@ def test_a_notebook_and_a_terminal_of_another_encoding(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "plot.py", "--figure", "fewshot"], **settings)
     assert (done.returncode, done.stderr) == (0, "") and "50.0 ? 35.4 (2)" in done.stdout
     assert "±" in (tmp_path / "figures" / "fewshot.md").read_text()
-
-
-def test_a_folder_named_twice_is_read_once(call, tmp_path):
-    write_seeds(tmp_path / "results", [0.2, 0.4])
-    status, out, err = call("results", "--results", "results", tmp_path / "results")
-    assert (status, err) == (0, "") and "(2)" in out
 
 
 @pytest.mark.parametrize("present", [False, True])

@@ -25,15 +25,11 @@ def write_log(folder, *lines, domain=None, images=1000):
     return folder
 
 
-def draw(*folders):
-    return curves.draw_logs(curves.load_logs(folders))
-
-
 def drawn(*folders):
     """{title of a panel: [(steps, values) of each line]} of the figure of these runs."""
     return {
         ax.get_title(loc="left"): [tuple(map(list, line.get_data())) for line in ax.lines]
-        for ax in draw(*folders).axes
+        for ax in curves.draw_logs(curves.load_logs(folders)).axes
     }
 
 

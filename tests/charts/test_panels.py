@@ -15,10 +15,6 @@ from engine import weights
 NAMES = "cifar10 cifar100 covidx flowers102 padchest pets tuberculosis".split()
 
 
-def cells_of(*paths):
-    return results.summarise(results.load(paths)[0], "auto")
-
-
 def study_of(*paths):
     return panels.study_cells(results.load(paths)[0], "auto")
 
@@ -30,7 +26,7 @@ def drawn(cells, draw=panels.draw_few_shot):
 def test_lines_are_drawn_at_the_means_and_bars_at_the_intervals(tmp_path):
     write_seeds(tmp_path, [0.2, 0.3], shots=1)
     write_seeds(tmp_path, [0.6, 0.7], shots=None)
-    ax = drawn(cells_of(tmp_path)).axes[0]
+    ax = drawn(results.summarise(results.load([tmp_path])[0], "auto")).axes[0]
     (line,) = ax.containers
     assert line.lines[0].get_ydata() == pytest.approx([25, 65])
     half = 100 * stats.t.ppf(0.975, 1) * 0.05  # sd / sqrt(2) is half the difference

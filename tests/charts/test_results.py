@@ -6,7 +6,7 @@ import os
 from collections import Counter
 
 import pytest
-from result_files import PUBLISHED, write, write_seeds
+from result_files import METRICS, PUBLISHED, RESULT, write, write_seeds
 from scipy import stats
 
 from charts import results
@@ -18,39 +18,41 @@ def test_t_quantile_is_that_of_scipy(degrees):
 
 
 @pytest.mark.parametrize(
-    ("metrics", "values"),
+    "values",
     [
-        ({"accuracy": math.nan}, {}),
-        ({"accuracy": 55.0}, {}),
-        ({}, {"metrics": {"loss": 0.5}}),
-        ({}, {"kind": "pretrain"}),
-        *(({}, {"shots": shots}) for shots in (0, -1, 10**400, 1.5, "1")),
-        *(({}, {"seed": seed}) for seed in (-1, 10**400, None, "0")),
-        *(({}, {"source_images": images}) for images in (-1, 10**400, "many")),
-        *(({}, {key: "a\nb"}) for key in ("model", "target", "source", "method", "recipe")),
-        ({}, {"seed": True}),
-        ({}, {"target_domain": "satellite"}),
-        ({}, {"source": None}),
-        ({}, {"distance": {"frechet_relative": 1e301}}),
-        ({}, {"distance": {"frechet_relative": "3"}}),
-        ({}, {"distance": [1]}),
-        ({}, {"config": [1]}),
+        {"metrics": {"accuracy": math.nan}},
+        {"metrics": {"accuracy": 55.0}},
+        {"metrics": {"loss": 0.5}},
+        {"kind": "pretrain"},
+        *({"shots": shots} for shots in (0, -1, 10**400, 1.5, "1")),
+        *({"seed": seed} for seed in (-1, 10**400, None, "0", True)),
+        *({"source_images": images} for images in (-1, 10**400, "many")),
+        *({key: "a\nb"} for key in ("model", "target", "source", "method", "recipe")),
+        {"target_domain": "satellite"},
+        {"source": None},
+        *({"distance": {"frechet_relative": number}} for number in (1e301, "3")),
+        {"distance": [1]},
+        {"config": [1]},
     ],
 )
-def test_each_fault_is_found(tmp_path, metrics, values):
-    assert results.read_result(write(tmp_path)).metrics["accuracy"] == 0.5
-    with pytest.raises((TypeError, ValueError)):
-        results.read_result(write(tmp_path, metrics=metrics, **values))
+def test_each_fault_is_found_and_features_hold_no_result(tmp_path, values):
+    good = {**RESULT, "metrics": METRICS}
+    features = {**RESULT, "kind": "features", "metrics": {}}
+    for name, record in {"good": good, "bad": good | values, "features": features}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    (run,), (fault,), _ = results.load([tmp_path])
+    assert run.metrics["accuracy"] == 0.5 and fault.startswith(f"skipped {tmp_path}/bad.json: ")
 
 
 def test_results_older_than_a_metric_or_without_distance_stay_readable(tmp_path, monkeypatch):
     monkeypatch.setitem(results.METRICS, "f1", results.Metric("F1", 1, 2))
     write_seeds(tmp_path, [0.25, 0.75])
-    write(tmp_path, metrics={"f1": 0.5}, seed=2, distance={"frechet_relative": 2.5})
+    write(tmp_path, metrics={"f1": 0.5}, seed=2, distance={"frechet_relative": 2.5}, early="no")
     runs, skipped, doubled = results.load([tmp_path])
     assert (len(runs), skipped, doubled) == (3, [], [])
     assert {run.seed: run.metrics["f1"] for run in runs} == {0: None, 1: None, 2: 0.5}
     assert {run.distance for run in runs} == {None, 2.5}
+    assert not any(run.early for run in runs)  # published ones alone end early
     (cell,) = results.summarise(runs, "f1")
     assert (cell.mean, cell.n) == (0.5, 1)
     (cell,) = results.summarise(runs, "auto")
@@ -76,10 +78,6 @@ def test_published_means(published, target, source, model, shots, mean):
     found = results.group(cells, "target.name", "line.source", "line.model", "shots")
     (cell,) = found[target, source, model, shots]
     assert round(cell.mean, 4) == mean and cell.n == 5
-
-
-def test_features_hold_no_result(tmp_path):
-    assert results.read_result(write(tmp_path, kind="features", metrics={})) is None
 
 
 def test_published_runs_have_domains_sizes_and_places_as_seeds(published):
@@ -132,8 +130,8 @@ def test_a_bad_record_of_published_numbers_refuses_the_file(call, tmp_path, chan
 def test_two_tasks_of_a_dataset_are_two_targets(tmp_path, target, single_label, shown):
     options = {"single_label": True} if single_label else {"views": ["PA"]}
     about = {"target": target, "target_domain": "medical", "config": {"target_options": options}}
-    path = write(tmp_path, "a.json", {"mean_auc": 0.7}, **about)
-    assert results.read_result(path).target.name == shown
+    write(tmp_path, "a.json", {"mean_auc": 0.7}, **about)
+    assert results.load([tmp_path])[0][0].target.name == shown
 
 
 def test_runs_of_other_weights_or_data_are_never_averaged(call, tmp_path):
