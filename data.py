@@ -216,7 +216,8 @@ def _union(name, root, split, verify, labels="intersection", **options):
 def open_splits(name, args, env=None, **options):
     """load_splits with those options of a command line that the dataset takes; options: more of it.
 
-    The main rank of env alone downloads, before the others.
+    The main rank of env alone downloads, before the others. Raises ValueError for a split of which
+    no label is known.
     """
     takes = (*dataset_options(name), "validation")
     for option in (*CHOICES, "cache_dir", "download", "validation"):
@@ -229,7 +230,11 @@ def open_splits(name, args, env=None, **options):
         if env.main:
             load_splits(name, args.data_dir, **options)
         dist.barrier()
-    return load_splits(name, args.data_dir, **options)
+    sets = load_splits(name, args.data_dir, **options)
+    for split, dataset in zip(SPLITS, sets):
+        if dataset.task == "multilabel" and np.isnan(dataset.labels).all():
+            raise ValueError(f"{name}: no image of the {split} split has a known label; add some")
+    return sets
 
 
 def refuse_options(names, args, *also):

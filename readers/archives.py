@@ -153,8 +153,9 @@ def _kept_arrays(cache):
 
 
 def _checksums(arrays):
-    """CRC-32 of each array, by the order of their keys."""
-    return [zlib.crc32(np.ascontiguousarray(arrays[key])) for key in sorted(arrays)]
+    """CRC-32 of each array and how it is read, by the order of their keys."""
+    flat = ((f"{values.dtype} {values.shape}", values) for _, values in sorted(arrays.items()))
+    return [zlib.crc32(np.ascontiguousarray(v), zlib.crc32(kind.encode())) for kind, v in flat]
 
 
 def _keep_arrays(cache, stem, arrays, required):

@@ -162,4 +162,7 @@ def shared_classes(network, dataset):
     if not shared or (task == "multiclass" and len(shared) < len(dataset.classes)):
         unknown = next(label for label in dataset.classes if label not in classes)
         raise ValueError(f"{name} cannot be evaluated on {dataset.name}: it knows no {unknown!r}")
+    known = [label in classes for label in dataset.classes]
+    if task == "multilabel" and np.isnan(dataset.labels[:, known]).all():
+        raise ValueError(f"{dataset.name}: no mark of {', '.join(shared)}, all that {name} knows")
     return shared

@@ -162,6 +162,20 @@ def tiny(tmp_path, rng):
     return write_photos(tmp_path / "set", rng)
 
 
+def test_no_known_label(refuse, tiny):
+    rows = "".join(f"train/dog/{i}.png,train,{'1' if i < 1 else ''}\n" for i in range(3))
+    table = tiny / "t.csv"
+    for mark, words, split in (
+        ("-1", f"{SCRATCH} --shots 1 --target", "test"),
+        ("", "transfer --checkpoint scratch --blank ignore --target", "test"),
+        ("-1", "pretrain --image-size 32 --source", "test"),
+        ("1", "pretrain --image-size 32 --fraction 0.4 --seed 1 --source", "train"),
+    ):
+        table.write_text(f"path,split,Mass\n{rows}test/dog/0.png,test,{mark}\n")
+        said = f"t.csv: no image of the {split} split has a known label; add some\n"
+        assert refuse(*words.split(), f"table:{table}").endswith(said)
+
+
 @pytest.mark.parametrize("split, workers", [("train", 0), ("test", 2)])
 def test_truncated_image(refuse, tiny, split, workers):
     broken = tiny / split / "dog" / "1.png"

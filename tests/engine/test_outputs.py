@@ -108,11 +108,14 @@ def test_a_network_is_evaluated_by_the_labels_that_it_shares(nih_root, tmp_path)
         expected = metrics.roc_auc_score(labels, logits[:, column])
         assert found[name]["auc"] == pytest.approx(expected)
     single = data.load_dataset("nih", nih_root, "test", single_label=True)
+    known = np.isin(test.classes, classes)
+    unmarked = test.replace(labels=np.where(known, np.float32(np.nan), test.labels))
     for given, dataset, said in (
         ((None, None, 13), test, "names no classes, and has a head of 13 outputs for 14 classes"),
         ((classes, "multilabel"), single, "is multilabel, nih multiclass"),
         ((("Fracture",), "multilabel"), test, "it knows no 'Atelectasis'"),
         ((classes, "multiclass"), single, "it knows no 'Atelectasis'"),
+        ((classes, "multilabel"), unmarked, "nih: no mark of Effusion, Mass, all that x knows"),
     ):
         about = zip(("classes", "task", "outputs"), given)
         network = Network(*["x"] * 3, **dict(about))

@@ -478,7 +478,7 @@ def test_changes_are_noticed(large, change):
     assert new != old
 
 
-@pytest.mark.parametrize("how", ["lost", "emptied", "overwritten", "flipped"])
+@pytest.mark.parametrize("how", ["lost", "emptied", "overwritten", "flipped", "retyped"])
 def test_a_damaged_index_is_made_anew(large, monkeypatch, how):
     class_as_tar(large / "imagenet-21K")
     reference = whole(large)
@@ -493,6 +493,8 @@ def test_a_damaged_index_is_made_anew(large, monkeypatch, how):
         elif how == "flipped":  # one bit of the last value
             content = file.read_bytes()
             file.write_bytes(content[:-1] + bytes([content[-1] ^ 2]))
+        elif how == "retyped":  # one bit of the header, of numbers
+            file.write_bytes(file.read_bytes().replace(b"'<i8'", b"'>i8'"))
         else:
             file.write_bytes(b"(" * file.stat().st_size)
         assert facts(reference) == facts(both_21k(large)), file
