@@ -102,11 +102,11 @@ class Cell:
 
 KINDS = ("fewshot", "transfer", "fewshot-validation", "transfer-validation", "features")
 # What a result file must hold (older ones lack OPTIONAL), of what type; bounds of its numbers.
-OPTIONAL = {"distance": None, "config": None}
+OPTIONAL = {"distance": None, "config": None, "run": None}
 FIELDS = {key: kind for key, kind in Line.__annotations__.items() if key != "pretraining"}
 FIELDS |= {"target": str, "target_domain": str, "metrics": dict, "seed": int}
 FIELDS |= {"source_images": int | None, "shots": int | None}
-FIELDS |= dict.fromkeys(OPTIONAL, dict | None)
+FIELDS |= {"distance": dict | None, "config": dict | None, "run": str | None}
 OF_A_SEED = {"seed", "images", "sampling"}  # of a config: what differs among the runs of a cell
 BOUNDS = {"seed": (0, 2**64), "source_images": (0, 10**12), "shots": (1, 10**9)}
 
@@ -144,7 +144,7 @@ def checked_result(data, path, origin="own", classes=0):
             target += " (all labels)" if usual else " (single-label)"
         if options.get("validation"):
             target += f" (validation {options['validation']:g})"
-    pretraining = str(data.get("run")).partition(f"-{data['model']}")[2].lstrip("-") or None
+    pretraining = (data["run"] or "").partition(f"-{data['model']}")[2].lstrip("-") or None
     per_class = scores.get("per_class")
     settings = {key: config[key] for key in sorted(config.keys() - OF_A_SEED)}
     return Result(

@@ -8,8 +8,7 @@ and covariance, and has no upper end. The energy coefficient (Székely & Rizzo 2
 statistics") sees any difference of distributions and lies in [0, 1]. Both are measured where the
 source has unit covariance, as the Mahalanobis distance (Lee et al. 2018, arXiv:1807.03888): classes
 make features vary most, so that elsewhere other classes would be far, and a change of appearance
-near. Ranks of synthetic targets correlate with their gap by 0.97 to 0.99 so, and by 0.60 to 0.94 in
-plain coordinates (docs/speed.md).
+near. Ranks of synthetic targets correlate with their gap by 0.97 and more so (docs/speed.md).
 """
 
 import functools
