@@ -161,8 +161,8 @@ def pack(name, sets, size, target, codec="raw", quality=90, workers=None):
     with locked(part):
         try:
             _fill(part, sets, facts, workers)
-            for name in ("train.journal", "test.journal", "begun.json"):
-                (part / name).unlink(missing_ok=True)
+            for needless in ("train.journal", "test.journal", "begun.json"):
+                (part / needless).unlink(missing_ok=True)
         except OSError as error:
             if str(part) in str(error):
                 raise
