@@ -172,9 +172,9 @@ def pack(name, sets, size, target, codec="raw", quality=90, workers=None):
 
 
 def _names(dataset):
-    """What each image is called in its dataset: (N,) bytes."""
-    names = getattr(dataset.reader, "names", None)
-    return np.arange(len(dataset)).astype("S") if names is None else names
+    """What each image is called in its pack: (N,) bytes; those of archives have numbers."""
+    names, archived = (getattr(dataset.reader, key, None) for key in ("names", "starts"))
+    return np.arange(len(dataset)).astype("S") if names is None or archived is not None else names
 
 
 def _refuse_other_facts(place, theirs, ours):

@@ -232,6 +232,9 @@ def test_digests_of_archives_read_in_place(tmp_path):
     for split in ("train", "test"):
         write_tar(tmp_path / split / "a.tar", files)
     before = digests(f"folder:{tmp_path}")
+    data.main(["pack", f"folder:{tmp_path}", "--size", "8", "--out", f"{tmp_path}.packs"])
+    (names,) = tmp_path.parent.glob("*.packs/*/test.names.npy")
+    assert np.load(names).tolist() == [b"0", b"1", b"2"]  # packs of archives have always had these
     write_tar(tmp_path / "test" / "a.tar", files | {"1.jpg": jpeg(7)})
     assert changed(before, digests(f"folder:{tmp_path}")) == ["test content"]
     (tmp_path / "test" / "a.tar").unlink()
