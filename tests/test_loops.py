@@ -92,11 +92,12 @@ def test_parts_of_unequal_size_add_up(task, step, tmp_path):
 
 
 def test_a_batch_without_labels_has_gradient_zero(step, monkeypatch):
-    images = dataset(4, "multilabel")
-    images.labels[:] = np.nan
+    images = dataset(8, "multilabel")
+    images.labels[data.batch_indices(0, 8, 4, seed=0)[0]] = np.nan
     monkeypatch.setattr(pretrain, "evaluate", lambda *args: {"loss": None})
     monkeypatch.setattr(pretrain, "print_result", lambda record: None)
-    loss, gradient = step(pretrain, images, "--accumulate", 2, "--epochs", 1)
+    words = ("--batch-size", 4, "--accumulate", 2, "--epochs", 0.5)
+    loss, gradient = step(pretrain, images, *words)
     assert loss == 0 and gradient.count_nonzero() == 0
 
 
