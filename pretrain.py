@@ -33,7 +33,7 @@ from readers.workers import in_order, loader
 
 
 class Recipe(NamedTuple):
-    """How to pre-train."""
+    """How to pre-train. A field that is added: None or False is what earlier runs had."""
 
     lr: float  # at a batch of 256, scaled linearly with the batch
     clipping: float | None  # of AGC, None for plain SGD
@@ -80,8 +80,8 @@ def choose_recipe(name, source, domain, model):
     recipes, size = RECIPES[name], models.MODELS[model].size_class
     recipe = recipes.get((source, size)) or recipes.get((domain, size))
     if not recipe:
-        known = ", ".join(sorted({family for family, _ in recipes}, reverse=True))
-        raise ValueError(f"--recipe {name} is for {known} sources, not {source}")
+        known = ", ".join(f"{size} networks on {of}" for of, size in sorted(recipes, reverse=True))
+        raise ValueError(f"--recipe {name} is for {known}, not for {model} on {source}")
     return name, recipe
 
 
@@ -98,13 +98,17 @@ def cosine_schedule(lr, epoch, warmup, epochs):
 SCHEDULES = {"step": step_schedule, "cosine": cosine_schedule}
 
 
-def learning_rate(epoch, lr, start_lr, warmup, epochs, schedule):
-    """The rate at a (fractional) epoch: linear from start_lr to lr during warm-up, then `schedule`,
-    one of SCHEDULES.
+def learning_rate(step, config):
+    """The rate of a step, that of its end, as in the study: linear during warm-up, then as
+    config["schedule"] says. It scales linearly with the batch (Goyal et al. 2017, arXiv:1706.02677).
     """
+    batch_size, scale = config["batch_size"], config["lr"] / 256
+    lr, start = scale * batch_size, scale * min(batch_size, config["worker_batch"])
+    warmup, epochs = config["warmup"], config["epochs"]
+    epoch = min((step + 1) * batch_size / config["images"], epochs)  # the last batch may go beyond
     if epoch < warmup:
-        return start_lr + (lr - start_lr) * epoch / warmup
-    return SCHEDULES[schedule](lr, epoch, warmup, epochs)
+        return start + (lr - start) * epoch / warmup
+    return SCHEDULES[config["schedule"]](lr, epoch, warmup, epochs)
 
 
 def choose_pipeline(source, size, train, augment="crop"):
@@ -147,7 +151,8 @@ DEFAULTS = {
 def make_config(args, env, source, test_set):
     """What decides the weights of this run: options, and the recipe where none was given.
 
-    Raises ValueError for a warm-up that is no part of the run, or a batch smaller than its parts.
+    Raises ValueError for a warm-up that is no part of the run, a batch smaller than its parts, or
+    an option that means nothing here.
     """
     name, recipe = choose_recipe(args.recipe, args.source, source.domain, args.model)
     given = {key: value for key, value in vars(args).items() if value not in (None, "auto")}
@@ -160,8 +165,8 @@ def make_config(args, env, source, test_set):
     if not 0 <= warmup < epochs:
         raise ValueError(f"--warmup {warmup:g} is not within --epochs {epochs:g}")
     if config["batch_size"] < env.ranks * args.accumulate:
-        parts = f"{env.ranks} processes x --accumulate {args.accumulate}"
-        raise ValueError(f"--batch-size {config['batch_size']} is less than {parts}")
+        least = f"{env.ranks} processes x --accumulate {args.accumulate}"
+        raise ValueError(f"--batch-size {config['batch_size']} is less than {least}")
     size = config["image_size"] or source.size
     as_given = ("source", "model", "fraction", "single_label", "seed", "compile")
     config |= {option: getattr(args, option) for option in as_given}
@@ -282,7 +287,7 @@ def pretrain(train_set, test_set, config, folder, args, env):
                 break
             began = time.monotonic()
             batch, targets, count = log.next(stream)  # count: valid labels of the global batch
-            lr = rate(run.step, config)
+            lr = learning_rate(run.step, config)
             set_learning_rate(optimizer, lr)
             optimizer.zero_grad(set_to_none=True)
             loss = 0.0
@@ -330,17 +335,6 @@ def pretrain(train_set, test_set, config, folder, args, env):
         console.write_json(folder / "result.json", record)
     console.say(env, f"wrote {folder}/model.pt")
     return record
-
-
-def rate(step, config):
-    """The learning rate of a step: that of its end, as in the study. It scales linearly with the
-    batch (Goyal et al. 2017, arXiv:1706.02677).
-    """
-    batch_size, scale = config["batch_size"], config["lr"] / 256
-    start = scale * min(batch_size, config["worker_batch"])
-    schedule = config["warmup"], config["epochs"], config["schedule"]
-    epoch = (step + 1) * batch_size / config["images"]
-    return learning_rate(epoch, scale * batch_size, start, *schedule)
 
 
 def ends_epoch(step, last, config):

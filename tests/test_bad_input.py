@@ -69,7 +69,7 @@ SCRATCH = "fewshot --checkpoint scratch"
         ("transfer --checkpoint scratch --domain medical", "--domain means nothing for synthetic"),
         ("pretrain --fraction 1.5", "--fraction 1.5: must be above 0 and at most 1"),
         ("pretrain --source synthetic-xray --balanced", "--balanced: synthetic-xray is multi"),
-        ("pretrain --recipe optimised --source synthetic-xray", "is for natural sources, not"),
+        ("pretrain --recipe optimised --source synthetic-xray", "is for small networks on"),
         ("transfer --checkpoint scratch --recipe papre", "did you mean paper?"),
         ("transfer --checkpoint scratch --model R50x2", "did you mean R50x"),
         ("fewshot", "run pretrain.py first"),

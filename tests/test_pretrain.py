@@ -129,6 +129,8 @@ COSINE = "--schedule cosine --warmup 1 --epochs 5 --lr 0.4".split()
         ("nih", 80, (), [0.002291667, 0.003125] + [3125e-7] * 3 + [3125e-8] * 2 + [3125e-9] * 2),
         # Four epochs from the end of the warm-up on: cosines of a quarter of pi, of a half, ...
         ("folder", 60, COSINE, [0.09375, 0.08002061, 0.046875, 0.01372937, 0]),
+        # The last batch goes beyond the fifth epoch.
+        ("folder", 48, COSINE, [0.07, 0.07091275, 0.05452464, 0.03163371, 0.0109835, 461687e-9, 0]),
     ),
 )
 def test_rate_of_each_step(source, batch_size, more, expected, folder, nih_root, tmp_path):
