@@ -126,7 +126,7 @@ def evaluate_only(cell, signals, args, env):
 
 # (cell, signals, args, env) -> (metrics, what the result file says of the training)
 METHODS = {"finetune": fine_tune, "features": write_features, "eval": evaluate_only}
-METHODS |= dict.fromkeys(linear.CLASSIFIERS, classify)  # linear, nearest-mean
+METHODS |= dict.fromkeys(linear.CLASSIFIERS, classify)
 
 
 def main():

@@ -65,7 +65,7 @@ def standardize(weight):
 class StdConv2d(nn.Conv2d):
     """Convolution with standardised weights; for an evaluation they are standardised once."""
 
-    kept = None  # (what of the weight they are, standardised weights)
+    kept = None  # (weight, what tells its states apart, standardised weights)
 
     def forward(self, x):
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():

@@ -100,7 +100,7 @@ SCHEDULES = {"step": step_schedule, "cosine": cosine_schedule}
 
 def learning_rate(step, config):
     """The rate of a step, that of its end, as in the study: linear during warm-up, then as
-    config["schedule"] says. It scales linearly with the batch (Goyal et al. 2017, arXiv:1706.02677).
+    config["schedule"] says; linear in the batch size (Goyal et al. 2017, arXiv:1706.02677).
     """
     batch_size, scale = config["batch_size"], config["lr"] / 256
     lr, start = scale * batch_size, scale * min(batch_size, config["worker_batch"])

@@ -97,7 +97,7 @@ XRAY_NORMALIZED = ("padchest",)
 
 def choose_rule(target, num_examples, args, steps=None):
     """The HyperRule for a Target, as the study ran it, with the command line's size and steps.
-    Synthetic images keep their own size; multi-label X-ray sets take the X-ray pipeline at 224.
+    Synthetic images keep their own size; `Target` says which X-ray sets take theirs, at 224.
     """
     rule = hyperrule(num_examples, target.image_size)
     own_size = target.train_set.size or (224 if target.xray_pipeline else None)
@@ -250,6 +250,7 @@ def make_cell(network, target, shots, seed, indices, args, env):
             settings["precision"] = "tf32" if env.device.type == "cuda" else "fp32"
         settings |= {"recipe": target.recipe, "batch_size": batch_size, "lr": args.lr or recipe.lr}
         settings |= {"clipping": recipe.clipping, "sampling": sampling, "compile": args.compile}
+        settings |= {key: getattr(recipe, key) for key in ("nesterov", "zero_head", "square")}
         settings |= rule._asdict()
     if args.method == "eval":
         settings["labels"] = shared_classes(network, target.test_set)

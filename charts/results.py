@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.console import MAIN_METRIC
+from engine.console import MAIN_METRIC, other_setting
 
 
 class Metric(NamedTuple):
@@ -80,7 +80,7 @@ class Result(NamedTuple):
     path: Path
     train_images: int | None  # of the target; None where unknown
     test_images: int | None
-    made_of: str  # settings, digests of weights and data; "" where unknown
+    made_of: dict  # settings, digests of weights and data; empty where unknown
     early: bool = False  # a published run that ended before its last step
 
 
@@ -146,7 +146,6 @@ def checked_result(data, path, origin="own", classes=0):
             target += f" (validation {options['validation']:g})"
     pretraining = (data["run"] or "").partition(f"-{data['model']}")[2].lstrip("-") or None
     per_class = scores.get("per_class")
-    settings = {key: config[key] for key in sorted(config.keys() - OF_A_SEED)}
     return Result(
         Target(target, data["target_domain"], origin),
         Line(*(data[key] for key in Line._fields[:-1]), pretraining),
@@ -156,7 +155,7 @@ def checked_result(data, path, origin="own", classes=0):
         classes or (len(per_class) if isinstance(per_class, dict) else 0),
         path,
         *(number(config, key, 1, 2**63) for key in ("train_images", "test_images")),
-        json.dumps(settings) if "data" in config else "",
+        {key: config[key] for key in config.keys() - OF_A_SEED} if "data" in config else {},
     )
 
 
@@ -231,7 +230,8 @@ def load(paths):
         newest[result.target, result.line, result.shots] = result
     for run, result in list(kept.items()):
         other = newest.get(run[:-1], result)
-        if result.made_of not in ("", other.made_of):
+        pair = result.made_of, other.made_of
+        if pair[0] and (other_setting(*pair) or other_setting(*pair[::-1])):
             other = f"of other weights, data or settings than {other.path}"
             skipped.append(f"skipped {result.path}: {other}")
             del kept[run]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from engine.console import one_line, write_atomically
+from engine.console import one_line, other_setting, write_atomically
 from engine.memory import peak_flops
 from engine.processes import Stopped, gathered
 
@@ -147,16 +147,15 @@ def load_checkpoint(path, config):
 
 
 def check_same_config(path, theirs, ours):
-    """Raises ValueError naming the first setting of `ours` that was another there. One that an
-    older file does not name was off, None or False; of its data nothing is known.
+    """Raises ValueError naming the first setting of `ours` that was another there. Of the data of
+    an older file nothing is known.
     """
     theirs, ours = json.loads(json.dumps([theirs, ours]))  # tuples become lists, as in the file
     then, now = theirs.pop("data", None) or {}, ours.pop("data", None) or {}
     mend = "give another --out, or remove it"
-    for key in sorted(ours):
-        if theirs.get(key) != ours[key] and (key in theirs or ours[key]):
-            was = f"{path} was made with {key} = {theirs.get(key)}, not {ours[key]}"
-            raise ValueError(f"{was}; use the same options, {mend}")
+    if key := other_setting(theirs, ours):
+        was = f"{path} was made with {key} = {theirs.get(key)}, not {ours[key]}"
+        raise ValueError(f"{was}; use the same options, {mend}")
     if changed := [part for part in now if then.get(part, now[part]) != now[part]]:
         was = f"{path} was made of other data: {', '.join(changed)} changed since"
         raise ValueError(f"{was}; use the same data, {mend}")

@@ -180,6 +180,21 @@ def print_table(rows, header):
     print(table(rows, header))
 
 
+# Settings of a config that those of older files do not name, and which were then as they are now.
+UNNAMED = ("nesterov", "square", "zero_head")
+
+
+def other_setting(theirs, ours):
+    """The first setting of a config that was another in an earlier one, or None. What that does not
+    name was off, None or False, but for UNNAMED.
+    """
+    for key in sorted(ours):
+        unnamed = key not in theirs and (key in UNNAMED or not ours[key])
+        if not unnamed and theirs.get(key) != ours[key]:
+            return key
+    return None
+
+
 def counted(number, word):
     """1 cell, 2 cells."""
     return f"{number:,} {word}" + ("s" if number != 1 else "")

@@ -140,6 +140,9 @@ def test_runs_of_other_weights_or_data_are_never_averaged(call, tmp_path):
     made = {"weights": "a", "data": {"train content": "b"}}
     configs = [made, made | {"weights": "c"}, made | {"data": {"train content": "d"}}, {}]
     configs += [made | change for change in ({"lr": 5}, {"steps": 9}, {"seed": 5, "images": 3})]
+    configs[0] = made | {"compile": False, "square": True}  # not named by an older file
+    configs[5] |= {"square": False}
+    configs[6] |= {"square": True}
     for seed, config in enumerate(configs):
         path = write(tmp_path / "results", f"{seed}.json", seed=seed, config=config)
         os.utime(path, (seed, seed))
@@ -150,8 +153,11 @@ def test_runs_of_other_weights_or_data_are_never_averaged(call, tmp_path):
         f"skipped {folder}/{seed}.json: of other weights, data or settings than {folder}/6.json"
         for seed in (1, 2, 4, 5)
     ]
+    newer = made | {"seed": 9, "square": False}
+    write(tmp_path / "results", "9.json", seed=9, config=newer)  # of now
+    assert sorted(run.seed for run in results.load([tmp_path / "results"])[0]) == [3, 9]
     write(tmp_path / "results", "5.json", seed=0, shots=1, config=made | {"weights": "c"})
-    assert len(results.load([tmp_path / "results"])[0]) == 4  # another cell
+    assert len(results.load([tmp_path / "results"])[0]) == 3  # another cell
 
 
 def test_results_of_validation_stay_apart(call, tmp_path):

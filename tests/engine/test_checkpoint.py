@@ -299,6 +299,9 @@ CHANGED = {"data": DATA | {"test content": "1", "test names": "2"}}
         ({}, {"decays": (3, 7)}, "with decays = [3, 6], not [3, 7]"),
         ({}, {"clipping": 0.01}, "with clipping = None, not 0.01"),
         ({}, {"mixup": 0.1}, "with mixup = None, not 0.1"),  # they did not have it yet
+        ({}, {"nesterov": True, "zero_head": True}, None),  # they did, and did not say so
+        ({"nesterov": True}, {"nesterov": False}, "with nesterov = True, not False"),
+        ({"square": False}, {"square": True}, "with square = False, not True"),
         ({"data": DATA}, {"data": dict(DATA)}, None),
         ({}, {"data": DATA}, None),  # older than the digest
         ({"data": None}, {"data": DATA}, None),
