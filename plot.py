@@ -150,7 +150,7 @@ def run(args):
         found = {"fewshot": cells, "gain": pairs}
         more = [name for name in names if name not in found]
         found |= {name: FIGURES[name].content(runs, args.metric) for name in more}
-        shown = {name: found[name] for name in names}
+        shown = {name: found[name] for name in names if any(cell.n for cell in cells)}
     if not shown:
         raise ValueError("no figure: none of the results has a metric that is defined")
     empty = [name for name in shown if not shown[name]]

@@ -96,5 +96,6 @@ def test_own_results_stand_beside_published_ones(call, tmp_path):
     assert "cifar10 (natural target, published)" in Path("figures/study-cifar10.md").read_text()
     assert call("--style", "paper", "--figure", "gain")[0] == 2
     write(tmp_path / "none", metrics=dict.fromkeys(results.METRICS))
-    status, _, err = call("none", "--style", "paper")
-    assert status == 2 and "none of the results has a metric that is defined" in err
+    for more in (), ("--style", "paper"), ("--figure", "gain"):
+        status, _, err = call("none", *more)
+        assert status == 2 and "none of the results has a metric that is defined" in err
