@@ -238,8 +238,8 @@ def pretrain(train_set, test_set, config, folder, args, env):
         create = partial(models.create_model, *network)
         accumulate = memory.parts_that_fit(model, create, size, batch_size, env)
     last = math.ceil(config["epochs"] * len(train_set) / batch_size)
-    flops = models.forward_flops(args.model, len(train_set.classes), size)
     if args.dry_run:
+        flops = models.forward_flops(args.model, len(train_set.classes), size)
         recipe = {key: config[key] for key in ("images", *Recipe._fields)}
         return memory.print_estimate(model, recipe, last, accumulate, flops, env)
     run = Run(folder / "checkpoint.pt", model, optimizer, config, env, args.save_minutes, last)
@@ -305,7 +305,22 @@ def pretrain(train_set, test_set, config, folder, args, env):
             run.seconds += time.monotonic() - began
             run.save_or_stop(signals, log)  # every --save-minutes; on a signal saves and leaves
         run.finish_saving()
+    return write_run(run, metrics, train_set, accumulate, args)
 
+
+def ends_epoch(step, last, config):
+    """Whether an epoch, or the run, is through after so many steps."""
+    batch_size, images = config["batch_size"], config["images"]
+    return step == last or step * batch_size // images > max(step - 1, 0) * batch_size // images
+
+
+def write_run(run, metrics, train_set, accumulate, args):
+    """Writes model.pt, with --keep best model-best.pt too, and result.json of a run that is
+    through, whose content it returns.
+    """
+    model, config, env, folder = run.model, run.config, run.env, run.path.parent
+    size, normalization = config["image_size"], transforms.NORMALIZATION[train_set.domain]
+    flops = models.forward_flops(args.model, len(train_set.classes), size)
     layout = {"checkpoint_activations": args.checkpoint_activations, "workers": args.workers}
     record = {
         "schema": 1,
@@ -316,13 +331,14 @@ def pretrain(train_set, test_set, config, folder, args, env):
         "model": args.model,
         "recipe": config["recipe"],
         "metrics": metrics,
-        "train": run.summary(len(train_set), batch_size, flops),
+        "train": run.summary(len(train_set), config["batch_size"], flops),
         "config": config,
         "layout": layout | {"accumulate": accumulate},  # these change no result
         "environment": environment(env),
     }
     kept = {folder / "model.pt": {"model": model.state_dict(), "run": folder.name}}
     if config["keep_best"]:
+        best_path = folder / "model-best.pt"
         kept[best_path] = read_tensors(best_path) | {"run": f"{folder.name}-best"}
     for path, more in kept.items():
         model.load_state_dict(more["model"])
@@ -335,12 +351,6 @@ def pretrain(train_set, test_set, config, folder, args, env):
         console.write_json(folder / "result.json", record)
     console.say(env, f"wrote {folder}/model.pt")
     return record
-
-
-def ends_epoch(step, last, config):
-    """Whether an epoch, or the run, is through after so many steps."""
-    batch_size, images = config["batch_size"], config["images"]
-    return step == last or step * batch_size // images > max(step - 1, 0) * batch_size // images
 
 
 def sample_features(model, source, size, normalization, workers, env):

@@ -202,7 +202,8 @@ def test_a_run_is_named_after_what_is_not_its_default(source, recipe, seed, name
 
 def test_the_weights_of_the_least_loss_are_kept_also_when_killed(folder, tmp_path, monkeypatch):
     """Of three epochs the last one climbs: the least loss is the second's."""
-    monkeypatch.setattr(pretrain, "rate", lambda step, _: 0.003 if step < EPOCHS[1] else -0.01)
+    rate = "learning_rate", lambda step, _: 0.003 if step < EPOCHS[1] else -0.01
+    monkeypatch.setattr(pretrain, *rate)
     words = ("--keep", "best", "--save-minutes", 1e-6)
     one, other = (Training(folder, tmp_path, *words, out=tmp_path / name) for name in "ab")
     one.go()
