@@ -271,8 +271,9 @@ def batch_indices(step, num_images, batch_size, seed, sampling="shuffle", classe
                 rng = generator(seed, Stream.ORDER, epoch)
                 dtype = np.int32 if num_images < 2**31 else np.int64
                 _ORDER.clear()  # before the next is made, in half the memory of rng.permutation
-                _ORDER[key] = np.arange(num_images, dtype=dtype)
-                rng.shuffle(_ORDER[key])
+                order = np.arange(num_images, dtype=dtype)
+                rng.shuffle(order)
+                _ORDER[key] = order
             indices[here] = _ORDER[key][places[here] % num_images]
         return indices, epochs
     rng = generator(seed, Stream.DRAW, step)

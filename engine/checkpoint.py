@@ -212,7 +212,8 @@ class Run:
     def finish_saving(self):
         """Waits for the checkpoint that is being written; raises what went wrong with it."""
         if self._writing:
-            self._writing.result()
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def summary(self, images, batch_size, flops):
         """What a result file says of a training on so many images.

@@ -105,8 +105,10 @@ def _class_dataset(name, split, cache_dir, train, test=None, domain="natural"):
     if not len(names):
         raise ValueError(f"{name}: {folder} holds no image for this split")
     mode, options = own_domain(domain)
-    places = [index[key][images] for key in ("starts", "sizes") if key in index]
-    reader = Files(str(folder), names, mode, classes, labels, *places)
+    reader = Files(str(folder), names, mode)
+    if "starts" in index:
+        places = {key: index[key][images] for key in ("starts", "sizes")}
+        reader = reader._replace(classes=classes, labels=labels, **places)
     return ImageDataset(name, reader, labels, classes, "multiclass", domain, options=options)
 
 

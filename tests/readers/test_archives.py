@@ -408,6 +408,7 @@ def test_index_is_kept(large, monkeypatch):
     first = whole(large)
     (index,) = kept(large)
     assert index.parent == large
+    (index / "._names.npy").write_bytes(b"of the Finder")
     before = [(file, file.stat().st_mtime_ns, file.stat().st_ino) for file in index.iterdir()]
     with scans(monkeypatch) as seen:
         second = both_21k(large)
