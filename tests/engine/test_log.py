@@ -122,7 +122,7 @@ def test_what_is_saved_is_finite(rate, log_every, folder, tmp_path):
 
     def late():
         calm = pretrain.learning_rate
-        pretrain.learning_rate = lambda now, *rest: rate if now > 1.1 else calm(now, *rest)
+        pretrain.learning_rate = lambda step, *rest: rate if step > 8 else calm(step, *rest)
 
     every = ("--log-every", log_every)
     training = Training(folder, tmp_path, "--clipping", 0, *every, *SAVE_EACH_STEP)
