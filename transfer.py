@@ -232,11 +232,12 @@ def make_cell(network, target, shots, seed, indices, args, env):
     ValueError for a batch that is too small.
     """
     dataset = data.base_name(target.name)
-    if dataset in XRAY_NORMALIZED and network.source != "statistics":
-        network = network._replace(normalization=transforms.NORMALIZATION["medical"])
+    fixed = dataset in XRAY_NORMALIZED and network.source != "statistics"
+    normalization = None if fixed else network.normalization  # None: the target's own
     recipe = RECIPES[target.recipe]
     rule = choose_rule(target, len(indices), args, network.steps)
     settings = {"precision": env.precision, "crop": rule.crop}
+    settings["normalization"] = normalization or transforms.NORMALIZATION[target.train_set.domain]
     if args.method == "finetune":
         batch_size = args.batch_size or recipe.batch_size
         if batch_size < 2 * env.ranks:
@@ -320,7 +321,7 @@ def train(cell, signals, args, env, title, accumulate):
             torch.nn.init.zeros_(parameter)
     model = models.place(model, env.device)
     measure_distance(model, cell, args, env)
-    normalization = network.normalization or transforms.NORMALIZATION[train_set.domain]
+    normalization = config["normalization"]
     groups = model.parameter_groups()
     optimizer = SGD_AGC(groups, config["lr"], nesterov=recipe.nesterov, clipping=recipe.clipping)
     run = Run(cell.checkpoint, model, optimizer, config, env, args.save_minutes, rule.steps)
@@ -383,7 +384,7 @@ def extract(model, cell, part, args, env, logits=False):
     width, forward = model.head.conv.in_channels, model.eval().features
     if logits:
         width, forward = model.head.conv.out_channels, model
-    return predict(forward, width, stream, len(part[0]), env, cell.network.normalization)
+    return predict(forward, width, stream, len(part[0]), env, cell.config["normalization"])
 
 
 def measure_distance(model, cell, args, env):

@@ -181,7 +181,7 @@ def print_table(rows, header):
 
 
 # Settings of a config that those of older files do not name, and which were then as they are now.
-UNNAMED = ("nesterov", "square", "zero_head")
+UNNAMED = ("nesterov", "normalization", "square", "zero_head")
 
 
 def other_setting(theirs, ours):

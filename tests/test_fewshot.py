@@ -277,6 +277,7 @@ def test_padchest_has_one_label_an_image(grid, padchest_root, spy, capsys, metho
     for record in found().values():
         config, consolidation = record["config"], record["metrics"]["per_class"]["Consolidation"]
         assert config["images"] == 26 * config["shots"]
+        assert config["normalization"] == [[0.5] * 3, [0.5] * 3]
         assert config["train_images"] + config["test_images"] == 26 * 6
         assert config["target_options"]["single_label"] is True
         assert consolidation["positives"] == 0 and consolidation["auc"] is None

@@ -124,11 +124,16 @@ def test_hyperrule_learning_rate(examples, factors):
 )
 def test_order_and_precision_of_finetuning(name, recipe, images, shots, balanced, expected):
     """As the study's code: sets below its micro-batch with replacement, and no autocast."""
-    about = {"image_size": (200, 200), "xray_pipeline": False, "train_set": Namespace(size=None)}
+    about = {
+        "image_size": (200, 200),
+        "xray_pipeline": False,
+        "train_set": Namespace(size=None, domain="natural"),
+    }
     target = Namespace(name=name, recipe=recipe, **about)
     given = dict.fromkeys(("batch_size", "lr", "image_size", "steps", "compile", "save"))
     args = Namespace(**given, balanced=balanced, method="finetune", out="")
-    network, sampling = Namespace(model="R14x0.5", steps=None), expected.split()[0]
+    network = Namespace(model="R14x0.5", steps=None, normalization=None)
+    sampling = expected.split()[0]
     on_gpu = f"{sampling} {'tf32' if recipe == 'paper' else 'bf16'}"
     cases = ("auto", "cpu", expected), ("bf16", "cpu", f"{sampling} bf16"), ("auto", "cuda", on_gpu)
     for args.precision, device, found in cases:
