@@ -78,8 +78,9 @@ def load_network(network, env, outputs=0):
 
 
 def classify(cell, signals, args, env):
-    """Fits a classifier of linear.CLASSIFIERS on the network's frozen features of the cell's images
-    and evaluates it on the test set. Returns (metrics, what the result file says of the fit).
+    """Fits a classifier of linear.CLASSIFIERS, which centres and scales features itself, on the
+    network's frozen features of the cell's images, and evaluates it on the test set. Returns
+    (metrics, what the result file says of the fit).
     """
     signals.raise_if_agreed()
     target, test_set = cell.target, cell.target.test_set
@@ -170,7 +171,7 @@ def main():
         for shots in shot_counts:  # None: all images
             for seed in seeds:
                 chosen = np.arange(len(labels) if args.method != "eval" else 0)
-                if shots:  # of each class; of each finding at least, where images show several
+                if shots:  # of each class or finding; fewer of a seed lie inside more (one label)
                     chosen = data.few_shot_indices(labels, shots, seed, classes)
                 for network in networks:
                     cells.append(make_cell(network, target, shots, seed, chosen, args, alone))

@@ -114,9 +114,10 @@ def learning_rate(step, config):
 def choose_pipeline(source, size, train, augment="crop"):
     """The transforms of a source's images (an ImageDataset), to size x size pixels.
 
-    Synthetic images have that size already, and are only shifted and flipped. X-rays: the central
-    square, area-resized; shifted, turned, scaled and flipped. Natural images: `augment`, one of
-    transforms.AUGMENTATIONS; to test, ImageNet's central crop.
+    Synthetic images have that size already; shifted by up to a sixteenth of it, half are flipped.
+    X-rays: the central square, area-resized; turned by up to 45 degrees, scaled by a tenth, shifted
+    by a quarter, half are flipped. Natural images: `augment`, one of transforms.AUGMENTATIONS, both
+    with an Inception-style crop of 8 to 100 % of the area; to test, ImageNet's central crop.
     """
     if source.size is not None:
         augment = transforms.random_shift_flip if train else transforms.keep
@@ -197,7 +198,7 @@ def run_name(config, source):
 
 def main():
     args = options.parse(f"{__doc__}\n{HELP}", FLAGS, **DEFAULTS)
-    env = setup(args.precision)
+    env = setup(args.precision)  # auto: bf16 where the hardware computes in it, else fp32
     if args.batch_size == "auto" and args.accumulate != 1:
         raise ValueError("--accumulate: --batch-size auto chooses it; leave out one of them")
     data.refuse_options([args.source], args)
@@ -257,9 +258,9 @@ def pretrain(train_set, test_set, config, folder, args, env):
     pipeline = choose_pipeline(train_set, size, True, config["augment"])
     # Small sets are decoded once, into memory; others when they are read.
     decoded, pipeline = preload(train_set, pipeline)
-    tested = preload(test_set, choose_pipeline(test_set, size, False))
+    test_images = preload(test_set, choose_pipeline(test_set, size, False))
     at_once = 256 * env.ranks
-    tested = in_order(*tested, at_once, env.rank, env.ranks, args.workers, env.device)
+    tested = in_order(*test_images, at_once, env.rank, env.ranks, args.workers, env.device)
     # Shuffled anew each epoch by (seed, epoch) alone, or (--balanced) each image drawn anew from a
     # class drawn anew. A batch may span two epochs; each rank has every ranks-th image of it.
     sampling = "balanced" if config["balanced"] else "shuffle"

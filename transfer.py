@@ -114,7 +114,7 @@ def choose_rule(target, num_examples, args, steps=None):
 
 
 def choose_pipeline(target, rule, train):
-    """The transforms of a Target: the X-ray pipeline, or the HyperRule's. Raises ValueError."""
+    """A Target's transforms: those of X-rays, or BiT's (to test, a square). Raises ValueError."""
     if target.xray_pipeline:
         return transforms.xray_pipeline(rule.crop, train)
     square = RECIPES[target.recipe].square
