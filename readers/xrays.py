@@ -75,7 +75,7 @@ PADCHEST_BROKEN = [
 
 def _of_views(name, table, found, views):
     """(which rows show one of these views: (N,) bool, why the others are left out)."""
-    known = {*VIEWS[name], *map(os.fsdecode, np.unique(found))} - {""}
+    known = {*VIEWS.get(name, ()), *map(os.fsdecode, np.unique(found))} - {""}
     if not views or not known.issuperset(views):
         raise ValueError(f"{table}: --views {views}; known: {', '.join(sorted(known))}")
     return np.isin(found, [view.encode() for view in views]), f"views other than {', '.join(views)}"

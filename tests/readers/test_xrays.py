@@ -20,7 +20,7 @@ from trees import MIMIC_ROWS, Trees, lines, marks, names, noise, places, read, r
 
 import data
 from data import load_dataset
-from readers.xrays import CHEXPERT_CLASSES, NIH_CLASSES, PADCHEST_CLASSES
+from readers.xrays import CHEXPERT_CLASSES, NIH_CLASSES, PADCHEST_CLASSES, VIEWS
 from readers.xrays import PADCHEST_BROKEN as BROKEN
 
 
@@ -458,7 +458,7 @@ NIH_TEST = [
     "views, kept",
     [(None, range(5)), (["PA"], [0, 2, 4]), (("AP",), [1, 3]), (["AP", "PA"], range(5))],
 )
-def test_nih_views(tmp_path, views, kept):
+def test_nih_views(tmp_path, views, kept, monkeypatch):
     trees = Trees(tmp_path)
     trees.write_nih(NIH_TRAIN, NIH_TEST)
     dataset = trees.load("nih", **({"views": views} if views else {}))
@@ -470,6 +470,9 @@ def test_nih_views(tmp_path, views, kept):
     # Those of the other split are not counted.
     other = {f"views other than {', '.join(views)}": 5 - len(kept)} if views else {}
     assert dataset.dropped == other
+    monkeypatch.delitem(VIEWS, "nih")  # a dataset of one's own needs no row there
+    again = trees.load("nih", **dataset.options)
+    assert again.groups.tolist() == dataset.groups.tolist()
 
 
 # PadChest
