@@ -171,7 +171,7 @@ def main():
         for shots in shot_counts:  # None: all images
             for seed in seeds:
                 chosen = np.arange(len(labels) if args.method != "eval" else 0)
-                if shots:  # of each class or finding; fewer of a seed lie inside more (one label)
+                if shots:  # of each class (more hold the fewer), or of each finding at least
                     chosen = data.few_shot_indices(labels, shots, seed, classes)
                 for network in networks:
                     cells.append(make_cell(network, target, shots, seed, chosen, args, alone))

@@ -232,8 +232,8 @@ def load(paths):
         other = newest.get(run[:-1], result)
         pair = result.made_of, other.made_of
         if pair[0] and (other_setting(*pair) or other_setting(*pair[::-1])):
-            other = f"of other weights, data or settings than {other.path}"
-            skipped.append(f"skipped {result.path}: {other}")
+            why = f"of other weights, data or settings than {other.path}"
+            skipped.append(f"skipped {result.path}: {why}")
             del kept[run]
     return list(kept.values()), skipped, doubled
 
